@@ -1,0 +1,1 @@
+"""Early-exit decoding and training for unmodified Hugging Face models."""

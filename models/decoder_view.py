@@ -1,0 +1,81 @@
+"""A stateless, layer-by-layer look at a Hugging Face decoder.
+
+`view_for(model)` returns the view of the model's family; the decoding loop, the exit policies and the
+losses see models only through it. What belongs to one generation lives in the state that `begin` returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+DecoderState = Any
+"""Per-generation state of a view: cache, encoder memory, masks. Policies hand it through, unopened."""
+
+
+class DecoderView(Protocol):
+    """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, V vocabulary."""
+
+    model: PreTrainedModel
+    num_layers: int
+
+    def begin(self, cache: Cache | None, **model_kwargs: Any) -> DecoderState:
+        """Collect what every layer of this generation needs: encoder memory, masks, positions."""
+
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
+        """Embed token ids: (B, Q) -> (B, Q, D)."""
+
+    def run_layers(
+        self, state: DecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
+    ) -> Tensor:
+        """Run layers `start`..`stop - 1` on (B, Q, D) un-normalized states and cache their keys/values.
+
+        The Q tokens follow those that layer `start` has already cached. `causal=False` lets them see each
+        other in both directions, which only the original's `--parallel_causal_mask False` asks for.
+        """
+
+    def write_kv(self, state: DecoderState, hidden: Tensor, start: int, stop: int) -> None:
+        """Cache the keys/values that layers `start`..`stop - 1` derive from (B, Q, D), without running them."""
+
+    def cached_length(self, state: DecoderState, layer: int) -> int:
+        """Number of tokens whose keys/values `layer` holds."""
+
+    def truncate(self, state: DecoderState, length: int) -> None:
+        """Forget the self-attention keys/values of every layer beyond the first `length` tokens."""
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Final norm: (..., D) -> (..., D); identity for families without one."""
+
+    def project(self, normalized: Tensor) -> Tensor:
+        """LM head with the family's output scaling: (..., D) -> (..., V)."""
+
+    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
+        """Decoder states of a forward pass with `output_hidden_states`: layer i's output at index i (0:
+        embeddings), un-normalized but for the last, which the decoder has already normalized."""
+
+
+def view_for(model: nn.Module) -> DecoderView:
+    """Return the view that serves `model`.
+
+    Raises:
+        ValueError: the model's family has no view; the message lists those that have one.
+    """
+    from models.t5 import T5View
+
+    families = {"t5": T5View, "mt5": T5View}
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in families:
+        raise ValueError(
+            f"No decoder view for model family {family!r} (supported: {', '.join(sorted(families))}). "
+            "To add one, implement models.decoder_view.DecoderView and list it in view_for."
+        )
+    return families[family](model)
+
+
+def causal_mask_(mask: Tensor, past: int) -> Tensor:
+    """Block, in an additive (Q, past + Q) mask, the keys that come after each query; in place."""
+    blocked = torch.ones_like(mask, dtype=torch.bool).triu(past + 1)
+    return mask.masked_fill_(blocked, torch.finfo(mask.dtype).min)

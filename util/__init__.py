@@ -1,0 +1,1 @@
+"""Arguments, data, training, evaluation and reports around `models`."""

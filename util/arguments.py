@@ -1,0 +1,288 @@
+"""The flags of run.py as dataclasses, validated where they enter.
+
+`parse_arguments(argv)` accepts flags, or one JSON/YAML file of them followed by flags that override it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from models.errors import UserError
+from models.losses import INTERMEDIATE_LOSSES
+from util.tasks import DATASETS, TASKS
+
+CONFIDENCE_TYPES = ("softmax", "meta")
+
+
+def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def require_unit_interval(name: str, value: float | None) -> None:
+    require(value is None or 0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")
+
+
+def require_positive(name: str, value: float | None) -> None:
+    require(value is None or value > 0, f"--{name} must be positive, got {value}.")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder. Omit to train from scratch.")
+    config_name: str | None = flag(None, "Config (hub id, folder or .json) of a model to train from scratch.")
+    tokenizer_name: str | None = flag(None, "Tokenizer, if it is not the checkpoint's own.")
+    cache_dir: str | None = flag(None, "Where downloads are kept.")
+    model_revision: str = flag("main", "Branch, tag or commit of the checkpoint.")
+    token: str | None = flag(None, "Access token for private checkpoints (default: the one of `hf auth`).")
+
+    def __post_init__(self) -> None:
+        given = [bool(self.model_name_or_path), bool(self.config_name)]
+        require(any(given), "Name a checkpoint with --model_name_or_path, or a --config_name to train.")
+        require(not all(given), "--model_name_or_path and --config_name contradict: load or start afresh?")
+        require(
+            bool(self.model_name_or_path or self.tokenizer_name), "--config_name needs a --tokenizer_name."
+        )
+
+
+@dataclass
+class DataArguments:
+    task: str = flag("translation", "What the model learns or is judged by.", tuple(TASKS))
+    dataset_name: str | None = flag(None, f"One of {', '.join(DATASETS)}, or any hub id.")
+    dataset_config_name: str | None = flag(None, "Configuration of the data set.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of the data set.")
+    train_file: str | None = flag(None, "Local .json/.jsonl/.csv/.parquet (also .gz) with training rows.")
+    validation_file: str | None = flag(None, "The same, for --do_eval.")
+    test_file: str | None = flag(None, "The same, for --do_predict.")
+    source_column: str | None = flag(None, "Column with the input text (default: the data set's).")
+    target_column: str | None = flag(None, "Column with the reference text (default: the data set's).")
+    source_lang: str | None = flag(None, "Key of the source language in a `translation` column.")
+    target_lang: str | None = flag(None, "Key of the target language in a `translation` column.")
+    source_prefix: str | None = flag(None, "Text put before every source (default: the data set's).")
+    max_source_length: int = flag(512, "Sources are cut to this many tokens.")
+    max_target_length: int = flag(128, "Training targets are cut to this many tokens.")
+    val_max_target_length: int | None = flag(
+        None, "Longest output of an evaluation (default: --max_target_length)."
+    )
+    max_train_samples: int | None = flag(None, "Use only the first rows for training.")
+    max_eval_samples: int | None = flag(None, "Use only the first rows for --do_eval.")
+    max_predict_samples: int | None = flag(None, "Use only the first rows for --do_predict.")
+    num_beams: int = flag(1, "Beams of an evaluation at full depth; early exits are greedy.")
+    preprocessing_num_workers: int | None = flag(None, "Processes that tokenize.")
+    resume_eval: bool = flag(False, "Continue an interrupted evaluation from its predictions.jsonl.")
+
+    def __post_init__(self) -> None:
+        local = [self.train_file, self.validation_file, self.test_file]
+        require(
+            bool(self.dataset_name or any(local)),
+            "No data: give --dataset_name, or --train_file / --validation_file / --test_file.",
+        )
+        for name in ("train_file", "validation_file", "test_file"):
+            path = getattr(self, name)
+            require(path is None or Path(path).is_file(), f"--{name}: there is no file {path}.")
+        for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams"):
+            require_positive(name, getattr(self, name))
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            require_positive(name, getattr(self, name))
+        if self.val_max_target_length is None:
+            self.val_max_target_length = self.max_target_length
+
+
+@dataclass
+class LossArguments:
+    output_hidden_states_decoder: bool = flag(
+        False, "Train with losses at intermediate layers (implied by --intermediate_loss_fn)."
+    )
+    intermediate_loss_fn: str | None = flag(
+        None, "Early-exit loss: which exits are trained, and how they are distilled.", INTERMEDIATE_LOSSES
+    )
+    distill_layer_alpha: float = flag(0.5, "Weight of the distillation loss of shallowdeep_kd_*.")
+    do_layer_transformation: bool = flag(False, "Map shallow states linearly before they are distilled.")
+    train_meta_cm_head: bool = flag(False, "Freeze the model and train the confidence head alone.")
+
+    def __post_init__(self) -> None:
+        if self.output_hidden_states_decoder and not self.train_meta_cm_head:
+            require(
+                self.intermediate_loss_fn is not None,
+                "--output_hidden_states_decoder needs an --intermediate_loss_fn.",
+            )
+        require(self.distill_layer_alpha >= 0, "--distill_layer_alpha must not be negative.")
+        require(
+            not (self.train_meta_cm_head and self.intermediate_loss_fn),
+            "--train_meta_cm_head freezes the model: it contradicts --intermediate_loss_fn.",
+        )
+        distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
+        require(
+            distils or not self.do_layer_transformation,
+            "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
+        )
+
+
+@dataclass
+class ExitArguments:
+    """Which tokens stop early. Layers count from 1; thresholds lie in [0, 1]."""
+
+    deploy_scenario: bool = flag(False, "Measure latency: batch 1, one sample after the other.")
+    use_synchronize: bool = flag(True, "Wait for the accelerator at both ends of what is timed.")
+    static_exit_layer: int | None = flag(None, "Static-Exiting: every token stops after this layer.")
+    use_early_exit: bool = flag(False, "CALM: a token stops at the first layer that is confident enough.")
+    exit_conf_type: str = flag("softmax", "CALM's confidence measure.", CONFIDENCE_TYPES)
+    exit_conf_threshold: float = flag(0.9, "CALM's threshold.")
+    exit_position_temp: float | None = flag(None, "CALM: the threshold decays with position, at this rate.")
+    exit_min_layer: int | None = flag(None, "CALM: no exit before this layer.")
+    use_shallow_deep: bool = flag(False, "FREE: a token stops at --shallow_exit_layer or runs all layers.")
+    shallow_exit_layer: int | None = flag(
+        None, "FREE's only exit (default at evaluation: the checkpoint's own)."
+    )
+    shallow2deep_conf_type: str = flag("softmax", "FREE's confidence measure.", CONFIDENCE_TYPES)
+    shallow2deep_conf_threshold: float = flag(0.9, "FREE's threshold, or the adaptive one's first value.")
+    parallel_gen_token: bool = flag(True, "FREE: synchronized parallel decoding of the skipped tokens.")
+    copy_skipped_hidden_states: bool = flag(False, "FREE: copy states as CALM does, instead of catching up.")
+    parallel_causal_mask: bool = flag(True, "FREE: tokens of one parallel pass see only earlier ones.")
+    rollback_conf_threshold: float | None = flag(
+        None, "FREE: undo a shallow token whose cross-entropy under the deep model exceeds this."
+    )
+    use_adapt_threshold: bool = flag(False, "FREE: fit the threshold to the parallel passes (beta mixture).")
+
+    def __post_init__(self) -> None:
+        self._refuse_two_methods()
+        for name in ("exit_conf_threshold", "shallow2deep_conf_threshold"):
+            require_unit_interval(name, getattr(self, name))
+        for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_position_temp"):
+            require_positive(name, getattr(self, name))
+        require(
+            self.rollback_conf_threshold is None or self.rollback_conf_threshold >= 0,
+            f"--rollback_conf_threshold is a cross-entropy, got {self.rollback_conf_threshold}.",
+        )
+        self._refuse_idle_free_flags()
+        require(
+            self.parallel_gen_token or self.copy_skipped_hidden_states or not self.use_shallow_deep,
+            "--parallel_gen_token False needs --copy_skipped_hidden_states True: skipped tokens would have "
+            "no deep keys/values.",
+        )
+        require(
+            not (self.copy_skipped_hidden_states and self.rollback_conf_threshold is not None),
+            "--rollback_conf_threshold needs the parallel pass that --copy_skipped_hidden_states removes.",
+        )
+
+    @property
+    def methods(self) -> list[str]:
+        """The flags, of those that name a method, that are set."""
+        chosen = {
+            "--static_exit_layer": self.static_exit_layer is not None,
+            "--use_early_exit": self.use_early_exit,
+            "--use_shallow_deep": self.use_shallow_deep,
+        }
+        return [name for name, on in chosen.items() if on]
+
+    def _refuse_two_methods(self) -> None:
+        require(len(self.methods) <= 1, f"{' and '.join(self.methods)} contradict: choose one method.")
+
+    def _refuse_idle_free_flags(self) -> None:
+        idle = {
+            "--use_adapt_threshold": self.use_adapt_threshold,
+            "--rollback_conf_threshold": self.rollback_conf_threshold is not None,
+            "--copy_skipped_hidden_states": self.copy_skipped_hidden_states,
+        }
+        for name, on in idle.items():
+            require(self.use_shallow_deep or not on, f"{name} belongs to FREE: add --use_shallow_deep True.")
+
+
+@dataclass
+class Arguments:
+    """Everything one run was asked for."""
+
+    model: ModelArguments
+    data: DataArguments
+    loss: LossArguments
+    exit: ExitArguments
+    training: Seq2SeqTrainingArguments
+
+    def __post_init__(self) -> None:
+        training, exits = self.training, self.exit
+        stages = (training.do_train, training.do_eval, training.do_predict)
+        require(any(stages), "Nothing to do: add --do_train, --do_eval or --do_predict.")
+        require(
+            training.do_train or self.model.model_name_or_path is not None,
+            "--config_name starts from random weights: add --do_train or give --model_name_or_path.",
+        )
+        evaluates = training.do_eval or training.do_predict
+        require(
+            not (exits.deploy_scenario and evaluates and training.per_device_eval_batch_size > 1),
+            "--deploy_scenario measures latency at batch 1: add --per_device_eval_batch_size 1.",
+        )
+        require(
+            self.data.num_beams == 1 or not exits.methods,
+            f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
+        )
+
+
+class Parser(HfArgumentParser):
+    """An HfArgumentParser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message[0].upper() + message[1:])
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Parse and validate the flags of run.py.
+
+    Raises:
+        UserError: unknown, missing, malformed or contradictory flags.
+    """
+    parser = Parser((ModelArguments, DataArguments, LossArguments, ExitArguments, Seq2SeqTrainingArguments))
+    argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+    except UserError:
+        raise
+    except ValueError as error:  # raised by TrainingArguments' own checks, and by unknown flags
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def expand_argument_file(argv: list[str]) -> list[str]:
+    """Replace a leading .json/.yaml file of arguments by the flags it stands for; later flags override."""
+    if not argv or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
+        return argv
+    path = Path(argv[0])
+    require(path.is_file(), f"There is no argument file {path}.")
+    try:
+        loader = json.loads if path.suffix == ".json" else yaml.safe_load
+        settings = loader(path.read_text(encoding="utf8"))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}".replace("\n", " ")) from error
+    require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
+    return [text for name, value in settings.items() for text in as_flags(name, value)] + argv[1:]
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    """One setting as command-line words; None keeps the default."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def non_default_settings(*groups: Any) -> dict[str, Any]:
+    """The settings of argument dataclasses that differ from their defaults, for records and model cards."""
+    settings = {}
+    for group in groups:
+        for name, spec in group.__dataclass_fields__.items():
+            default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            value = getattr(group, name)
+            if value != default and isinstance(value, (str, int, float, bool, list, dict)):
+                settings[name] = value
+    return settings
