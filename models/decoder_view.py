@@ -38,7 +38,7 @@ class DecoderView(Protocol):
         """
 
     def write_kv(self, state: DecoderState, hidden: Tensor, start: int, stop: int) -> None:
-        """Cache the keys/values that layers `start`..`stop - 1` derive from (B, Q, D), without running them."""
+        """Cache what layers `start`..`stop - 1` make of (B, Q, D) as keys/values, without running them."""
 
     def cached_length(self, state: DecoderState, layer: int) -> int:
         """Number of tokens whose keys/values `layer` holds."""

@@ -81,8 +81,9 @@ class ExitCrossEntropy:
 
     def __call__(self, view: DecoderView, outputs: Any, tokens: TargetTokens) -> LossTerms:
         states = view.training_states(outputs)
-        losses = {layer: self._at(layer, view, states, outputs.logits, tokens) for layer in self.layer_weights}
-        total = sum(weight * losses[layer] for layer, weight in self.layer_weights.items())
+        weights = self.layer_weights
+        losses = {layer: self._at(layer, view, states, outputs.logits, tokens) for layer in weights}
+        total = sum(weight * losses[layer] for layer, weight in weights.items())
         return LossTerms(total, {f"ce_layer_{layer}": loss.detach() for layer, loss in losses.items()})
 
     def _at(

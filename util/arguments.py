@@ -76,6 +76,7 @@ class DataArguments:
     val_max_target_length: int | None = flag(
         None, "Longest output of an evaluation (default: --max_target_length)."
     )
+    drop_long_samples: bool = flag(False, "Leave out rows over these lengths instead of cutting them.")
     max_train_samples: int | None = flag(None, "Use only the first rows for training.")
     max_eval_samples: int | None = flag(None, "Use only the first rows for --do_eval.")
     max_predict_samples: int | None = flag(None, "Use only the first rows for --do_predict.")
@@ -262,7 +263,9 @@ def expand_argument_file(argv: list[str]) -> list[str]:
         loader = json.loads if path.suffix == ".json" else yaml.safe_load
         settings = loader(path.read_text(encoding="utf8"))
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid {path.suffix[1:].upper()}: {error}".replace("\n", " ")) from error
+        raise UserError(
+            f"{path} is not valid {path.suffix[1:].upper()}: {error}".replace("\n", " ")
+        ) from error
     require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
     return [text for name, value in settings.items() for text in as_flags(name, value)] + argv[1:]
 

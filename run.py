@@ -1,0 +1,121 @@
+"""Train and evaluate early-exiting language models: `python run.py --help`, or `python run.py args.yaml`.
+
+Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_early_exit (CALM),
+--use_shallow_deep (FREE); none of them decodes at full depth.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from models.decoder_view import view_for
+from models.errors import UserError
+from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.loading import LoadedModel, create_model, load_model
+from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
+from util.arguments import Arguments, parse_arguments
+from util.data import dataset_record, load_examples, tokenize
+from util.metrics import token_metrics
+from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        run(parse_arguments(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(arguments: Arguments) -> None:
+    set_seed(arguments.training.seed)
+    loaded = build_model(arguments)
+    if arguments.training.do_train:
+        train(arguments, loaded)
+
+
+def build_model(arguments: Arguments) -> LoadedModel:
+    """Load the checkpoint, or create a model from a config, as the flags say."""
+    flags = arguments.model
+    hub = {"cache_dir": flags.cache_dir, "revision": flags.model_revision, "token": flags.token}
+    if flags.model_name_or_path:
+        return load_model(flags.model_name_or_path, flags.tokenizer_name, **hub)
+    return create_model(flags.config_name, flags.tokenizer_name, **hub)
+
+
+def train(arguments: Arguments, loaded: LoadedModel) -> None:
+    """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
+    loss, exit_config = build_loss(arguments, loaded)
+    trainer = build_trainer(arguments, loaded, loss, exit_config)
+    resume = arguments.training.resume_from_checkpoint
+    result = trainer.train(
+        resume_from_checkpoint=resume or last_complete_checkpoint(arguments.training.output_dir)
+    )
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+def build_loss(
+    arguments: Arguments, loaded: LoadedModel
+) -> tuple[ExitLoss | ConfidenceHeadLoss | None, ExitConfig]:
+    """The loss that the flags name and the exit configuration to save with the checkpoint."""
+    flags = arguments.loss
+    shallow_layer = arguments.exit.shallow_exit_layer or loaded.exit_config.shallow_exit_layer
+    exit_config = ExitConfig(
+        flags.intermediate_loss_fn or loaded.exit_config.intermediate_loss_fn,
+        shallow_layer,
+        flags.distill_layer_alpha,
+        flags.do_layer_transformation,
+        flags.train_meta_cm_head or loaded.exit_config.train_meta_cm_head,
+    )
+    attach_exit_heads(loaded.model, exit_config)
+    view = view_for(loaded.model)
+    if flags.train_meta_cm_head:
+        freeze_backbone(loaded.model)
+        return build_confidence_head_loss(view, shallow_layer), exit_config
+    if flags.intermediate_loss_fn is None:
+        return None, exit_config
+    smoothing = arguments.training.label_smoothing_factor
+    loss = build_exit_loss(
+        view, flags.intermediate_loss_fn, shallow_layer, flags.distill_layer_alpha, smoothing
+    )
+    return loss, exit_config
+
+
+def build_trainer(
+    arguments: Arguments,
+    loaded: LoadedModel,
+    loss: ExitLoss | ConfidenceHeadLoss | None,
+    exit_config: ExitConfig,
+) -> EarlyExitTrainer:
+    data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
+    record = dataset_record(data)
+    train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
+    eval_rows = None
+    if training.eval_strategy != "no":
+        eval_rows = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
+        eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
+    if training.generation_max_length is None:
+        training.generation_max_length = data.val_max_target_length
+    return EarlyExitTrainer(
+        model=loaded.model,
+        args=training,
+        train_dataset=tokenize(train_rows, tokenizer, data, data.max_target_length),
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
+        compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
+        exit_loss=loss,
+        exit_config=exit_config,
+    )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    main()

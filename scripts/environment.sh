@@ -1,0 +1,22 @@
+# Sourced by the scripts: makes .venv from requirements.txt when it is missing or older, activates it, and
+# defines `launch`, which starts a Python script on every GPU, or on every CPU core where there is none.
+
+if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
+  python3 -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  touch .venv/.installed
+fi
+source .venv/bin/activate
+export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
+
+launch() {
+  local gpus
+  gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+  if [ "$gpus" -gt 1 ]; then
+    torchrun --standalone --nproc_per_node "$gpus" "$@"
+  elif [ "$gpus" -eq 1 ]; then
+    python "$@"
+  else # one thread a process: small models scale better over processes than over threads
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node "$(nproc)" "$@" --use_cpu --ddp_backend gloo
+  fi
+}

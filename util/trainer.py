@@ -1,0 +1,82 @@
+"""EarlyExitTrainer: a Seq2SeqTrainer that minimises an exit loss and logs each of its parts.
+
+`EarlyExitTrainer(..., exit_loss=build_exit_loss(...), exit_config=...)`; without an exit loss it trains as
+its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
+
+from models.decoder_view import view_for
+from models.exit_heads import ExitConfig
+from models.losses import ConfidenceHeadLoss, ExitLoss
+
+
+class EarlyExitTrainer(Seq2SeqTrainer):
+    loss_is_scaled_for_ga = False  # exit losses are per-batch means
+
+    def __init__(
+        self,
+        *args: Any,
+        exit_loss: ExitLoss | ConfidenceHeadLoss | None = None,
+        exit_config: ExitConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.exit_loss = exit_loss
+        self.exit_config = exit_config
+        self.loss_parts: dict[str, list[Tensor]] = defaultdict(list)
+        if exit_loss is None:
+            self.loss_is_scaled_for_ga = None  # let the parent decide
+        else:
+            self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        if self.exit_loss is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, output_hidden_states=True, use_cache=False)
+        view = view_for(self.accelerator.unwrap_model(model))
+        with self.accelerator.autocast():
+            terms = self.exit_loss(view, outputs, inputs["labels"])
+        for name, value in terms.parts.items():
+            self.loss_parts[name].append(value)
+        return (terms.total, outputs) if return_outputs else terms.total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean of each part of the loss since the last log to the training logs."""
+        if "loss" in logs:
+            means = {name: torch.stack(values).mean().item() for name, values in self.loss_parts.items()}
+            logs = {**logs, **means}
+            self.loss_parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.exit_config is not None:
+            self.exit_config.save(output_dir or self.args.output_dir)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest `checkpoint-<step>` that was written to its end: the trainer's state comes last."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    return None
