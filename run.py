@@ -10,16 +10,23 @@ import logging
 import sys
 from pathlib import Path
 
-from transformers import DataCollatorForSeq2Seq, set_seed
+import torch
+from accelerate import PartialState
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
 
 from models.decoder_view import view_for
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
 from models.loading import LoadedModel, create_model, load_model
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
-from util.arguments import Arguments, parse_arguments
+from models.threshold import AdaptiveThreshold
+from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
 from util.data import dataset_record, load_examples, tokenize
+from util.evaluation import EvaluationSettings, evaluate
 from util.metrics import token_metrics
+from util.optimizer import build_muon
+from util.policies import build_policy, resolve_exit_arguments
+from util.report import comparison_table, print_report, write_json
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 
@@ -35,8 +42,52 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: Arguments) -> None:
     set_seed(arguments.training.seed)
     loaded = build_model(arguments)
+    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
     if arguments.training.do_train:
         train(arguments, loaded)
+    stages = {"eval": arguments.training.do_eval, "predict": arguments.training.do_predict}
+    for stage, wanted in stages.items():
+        if wanted and PartialState().is_main_process:
+            evaluate_stage(stage, arguments, exit_flags, loaded)
+
+
+def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) -> None:
+    """Decode the validation or test split and write `<stage>_results.json` and the predictions."""
+    data, training = arguments.data, arguments.training
+    split, limit, predictions = {
+        "eval": ("validation", data.max_eval_samples, "predictions.jsonl"),
+        "predict": ("test", data.max_predict_samples, "predictions_test.jsonl"),
+    }[stage]
+    examples = load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
+    place(loaded, training)
+    settings = EvaluationSettings(
+        task=data.task,
+        max_source_length=data.max_source_length,
+        max_length=training.generation_max_length or data.val_max_target_length,
+        batch_size=training.per_device_eval_batch_size,
+        num_beams=data.num_beams,
+        synchronize=exit_flags.use_synchronize,
+        predictions_file=Path(training.output_dir, predictions),
+        arguments=non_default_settings(arguments.model, data, exit_flags),
+        resume=data.resume_eval,
+    )
+    policy = build_policy(exit_flags, loaded, settings.max_length)
+    results = evaluate(loaded, policy, examples, settings)
+    write_json(Path(training.output_dir, f"{stage}_results.json"), results)
+    if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
+        policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
+    shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+    print_report(comparison_table(f"{stage}: {split}", {"name": "", "value": ""}, as_rows(shown)))
+
+
+def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:
+    return [{"name": name, "value": value} for name, value in figures.items()]
+
+
+def place(loaded: LoadedModel, training: Seq2SeqTrainingArguments) -> None:
+    """Put the model on the run's device, in the precision asked for, ready to decode."""
+    dtype = torch.bfloat16 if training.bf16_full_eval else None
+    loaded.model.to(device=training.device, dtype=dtype).eval()
 
 
 def build_model(arguments: Arguments) -> LoadedModel:
@@ -111,6 +162,7 @@ def build_trainer(
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
         compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
+        optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         exit_loss=loss,
         exit_config=exit_config,
     )

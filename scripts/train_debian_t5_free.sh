@@ -17,8 +17,9 @@ launch run.py \
   --drop_long_samples True --max_source_length 28 --max_target_length 28 \
   --do_train --output_dir "$OUTPUT" \
   --intermediate_loss_fn shallowdeep_kd_dyna --shallow_exit_layer 2 --distill_layer_alpha 0.5 \
-  --max_steps 5000 --per_device_train_batch_size 32 --train_sampling_strategy group_by_length \
-  --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 400 --label_smoothing_factor 0.1 \
-  --bf16 --seed 42 --ddp_find_unused_parameters False \
+  --max_steps 3600 --per_device_train_batch_size 48 --train_sampling_strategy group_by_length \
+  --use_muon True --learning_rate 4e-3 --weight_decay 0.01 --adam_beta2 0.98 \
+  --lr_scheduler_type cosine --warmup_steps 150 --label_smoothing_factor 0.1 --bf16 \
+  --seed 42 --ddp_find_unused_parameters False \
   --logging_steps 50 --eval_strategy steps --eval_steps 500 --per_device_eval_batch_size 64 \
   --save_steps 250 --save_total_limit 2 --report_to tensorboard --disable_tqdm True "$@"

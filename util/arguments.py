@@ -111,6 +111,7 @@ class LossArguments:
     )
     distill_layer_alpha: float = flag(0.5, "Weight of the distillation loss of shallowdeep_kd_*.")
     do_layer_transformation: bool = flag(False, "Map shallow states linearly before they are distilled.")
+    use_muon: bool = flag(False, "Train hidden matrices with Muon instead of AdamW (from scratch).")
     train_meta_cm_head: bool = flag(False, "Freeze the model and train the confidence head alone.")
 
     def __post_init__(self) -> None:
@@ -142,6 +143,9 @@ class ExitArguments:
     exit_conf_type: str = flag("softmax", "CALM's confidence measure.", CONFIDENCE_TYPES)
     exit_conf_threshold: float = flag(0.9, "CALM's threshold.")
     exit_position_temp: float | None = flag(None, "CALM: the threshold decays with position, at this rate.")
+    exit_decay_form: str = flag(
+        "released", "CALM: the original code's decay, or the one of the CALM paper.", ("released", "paper")
+    )
     exit_min_layer: int | None = flag(None, "CALM: no exit before this layer.")
     use_shallow_deep: bool = flag(False, "FREE: a token stops at --shallow_exit_layer or runs all layers.")
     shallow_exit_layer: int | None = flag(
@@ -157,9 +161,11 @@ class ExitArguments:
     )
     use_adapt_threshold: bool = flag(False, "FREE: fit the threshold to the parallel passes (beta mixture).")
 
+    adapt_zeta: float = flag(0.4, "FREE: how probably right an exit must be under the adaptive threshold.")
+
     def __post_init__(self) -> None:
         self._refuse_two_methods()
-        for name in ("exit_conf_threshold", "shallow2deep_conf_threshold"):
+        for name in ("exit_conf_threshold", "shallow2deep_conf_threshold", "adapt_zeta"):
             require_unit_interval(name, getattr(self, name))
         for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_position_temp"):
             require_positive(name, getattr(self, name))

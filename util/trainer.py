@@ -66,7 +66,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.exit_config is not None:
+        if self.exit_config is not None and self.args.should_save:  # every process comes here, one writes
             self.exit_config.save(output_dir or self.args.output_dir)
 
 

@@ -1,0 +1,212 @@
+"""The decoding loop, plugged into Hugging Face's own `generate`:
+
+    stats = DecodeStats()
+    model.generate(**inputs, custom_generate=early_exit_decode, exit_policy=Free(...), decode_stats=stats)
+
+Generation config, logits processors, stopping criteria and encoder preparation stay those of `generate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
+
+from models.decoder_view import DecoderState, DecoderView, view_for
+from models.exit_policy import ExitPolicy, FullDepth, StepResult
+
+
+@dataclass
+class DecodeStats:
+    """What one `generate` call did. A step decodes one token of each unfinished row."""
+
+    num_layers: int = 0
+    exit_layers: list[list[int]] = field(default_factory=list)  # [row][token], counted from 1
+    confidences: list[list[list[float]]] = field(default_factory=list)  # [step][test][row]
+    calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
+    steps: int = 0
+    deep_passes: int = 0
+    rollbacks: int = 0
+    retracted_tokens: int = 0
+    layer_calls: int = 0  # layers executed one after the other: what latency follows
+    layer_tokens: int = 0  # layers executed on each token, catch-up included: what arithmetic follows
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of all rows, without those taken back."""
+        return sum(map(len, self.exit_layers))
+
+    @property
+    def average_layers(self) -> float:
+        """Decoder layers run per generated token, catch-up included."""
+        return self.layer_tokens / max(self.tokens, 1)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Speed-up over full depth if a layer call cost the same for any number of tokens, and all else
+        nothing."""
+        longest = max(map(len, self.exit_layers), default=0)
+        return self.num_layers * longest / max(self.layer_calls, 1)
+
+    @property
+    def exit_share(self) -> float:
+        """Share of tokens that stopped before the last layer."""
+        early = sum(layer < self.num_layers for row in self.exit_layers for layer in row)
+        return early / max(self.tokens, 1)
+
+    def record(self, result: StepResult, active: list[bool]) -> None:
+        """Add one step, taken for the active rows."""
+        self.exit_layers = self.exit_layers or [[] for _ in active]
+        self.steps += 1
+        for row, (layers, running) in enumerate(zip(self.exit_layers, active, strict=True)):
+            if running:
+                del layers[len(layers) - result.retract :]
+                layers.append(self.num_layers if result.retract else result.exit_layers[row])
+        self.confidences.append(result.confidences)
+        self.rollbacks += result.retract > 0
+        self.retracted_tokens += result.retract
+        self.record_cost(result, active)
+
+    def record_cost(self, result: StepResult, active: list[bool]) -> None:
+        """Add the work of a step that chose no token."""
+        self.calibration += result.calibration
+        self.deep_passes += result.deep_pass
+        self.layer_calls += result.layer_calls
+        self.layer_tokens += result.layer_tokens * sum(active)
+
+
+@torch.no_grad()
+def early_exit_decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    exit_policy: ExitPolicy | None = None,
+    decode_stats: DecodeStats | None = None,
+    token_streamer: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Tensor | GenerateEncoderDecoderOutput:
+    """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
+
+    Args:
+        input_ids: (B, P) start tokens; all but the last run at full depth.
+        exit_policy: defaults to `FullDepth()`.
+        decode_stats: filled with what happened.
+        token_streamer: gets each token once it can no longer be taken back. (`generate` keeps its own
+            `streamer` argument from custom loops, hence the name.)
+
+    Returns:
+        (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
+
+    Raises:
+        ValueError: beam search, or a policy whose layers the model does not have.
+    """
+    if generation_config.num_beams > 1:
+        raise ValueError("early_exit_decode decodes one beam: set num_beams=1.")
+    view = view_for(model)
+    policy = exit_policy or FullDepth()
+    stats = decode_stats if decode_stats is not None else DecodeStats()
+    stats.num_layers = view.num_layers
+    state = view.begin(model_kwargs.pop("past_key_values", None), **model_kwargs)
+    policy.begin(view, len(input_ids))
+    prefill(view, state, input_ids[:, :-1])
+    chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
+    stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
+    prompt_length = input_ids.shape[1]
+    active = [True] * len(input_ids)
+    while any(active):
+        position = input_ids.shape[1] - prompt_length
+        result = policy.step(view, state, view.embed(state, input_ids[:, -1:]), position, active)
+        if result.retract:
+            input_ids = chooser.retract(input_ids, result.retract)
+        stats.record(result, active)
+        input_ids, active = chooser.append(input_ids, result.logits, active)
+        stream.show(input_ids, result.deep_pass)
+    trailing = policy.finish(view, state)
+    if trailing is not None:
+        stats.record_cost(trailing, [True])
+    stream.end(input_ids)
+    return chooser.output(input_ids)
+
+
+def prefill(view: DecoderView, state: DecoderState, token_ids: Tensor) -> None:
+    """Cache the keys/values of prompt tokens (B, P - 1) in every layer."""
+    if token_ids.shape[1] > 0:
+        view.run_layers(state, view.embed(state, token_ids), 0, view.num_layers)
+
+
+class TokenChooser:
+    """Picks tokens from logits as `generate` would, and tells which rows go on."""
+
+    def __init__(
+        self, processor: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
+    ) -> None:
+        self.processor = processor
+        self.criteria = criteria
+        self.config = config
+        self.pad_token = config._pad_token_tensor
+        self.logits: list[Tensor] = []
+        self.scores: list[Tensor] = []
+
+    def append(self, input_ids: Tensor, logits: Tensor, active: list[bool]) -> tuple[Tensor, list[bool]]:
+        """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
+        logits = logits.float()
+        scores = self.processor(input_ids, logits)
+        self._keep(logits, scores)
+        if self.config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)  # (B, 1)
+        else:
+            tokens = scores.argmax(-1, keepdim=True)
+        if not all(active):
+            running = torch.tensor(active, device=tokens.device)[:, None]
+            tokens = torch.where(running, tokens, self.pad_token)
+        input_ids = torch.cat([input_ids, tokens], dim=1)
+        stopped = self.criteria(input_ids, None).tolist()  # the step's one wait besides the exit test
+        return input_ids, [row and not stop for row, stop in zip(active, stopped, strict=True)]
+
+    def retract(self, input_ids: Tensor, count: int) -> Tensor:
+        """Forget the newest `count` tokens."""
+        del self.logits[-count:], self.scores[-count:]
+        return input_ids[:, :-count]
+
+    def output(self, sequences: Tensor) -> Tensor | GenerateEncoderDecoderOutput:
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateEncoderDecoderOutput(
+            sequences=sequences, scores=tuple(self.scores) or None, logits=tuple(self.logits) or None
+        )
+
+    def _keep(self, logits: Tensor, scores: Tensor) -> None:
+        if self.config.return_dict_in_generate and self.config.output_logits:
+            self.logits.append(logits.clone())
+        if self.config.return_dict_in_generate and self.config.output_scores:
+            self.scores.append(scores)
+
+
+class TokenStream:
+    """Feeds a streamer; a policy that retracts is shown only up to its newest deep pass."""
+
+    def __init__(self, streamer: BaseStreamer | None, retracts: bool, shown: int) -> None:
+        self.streamer = streamer
+        self.retracts = retracts
+        self.shown = shown
+
+    def show(self, input_ids: Tensor, deep_pass: bool) -> None:
+        if self.streamer is not None and (deep_pass or not self.retracts):
+            self._flush(input_ids)
+
+    def end(self, input_ids: Tensor) -> None:
+        if self.streamer is not None:
+            self._flush(input_ids)
+            self.streamer.end()
+
+    def _flush(self, input_ids: Tensor) -> None:
+        for position in range(self.shown, input_ids.shape[1]):
+            self.streamer.put(input_ids[:, position].cpu())
+        self.shown = input_ids.shape[1]

@@ -1,0 +1,229 @@
+"""Thresholds of the confidence test: fixed, decaying with position, and adaptive (a beta mixture).
+
+A threshold answers `at(position)`; `start_sequence()` is called before each new sequence. The adaptive one
+learns from `observe(...)`, outlives single generations on purpose, and can be saved, loaded and reset.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from scipy import stats
+from scipy.special import expit
+
+CLIP = 1e-4  # beta densities are unstable at 0 and 1
+
+
+class Threshold(Protocol):
+    def start_sequence(self) -> None:
+        """Get ready for a new sequence."""
+
+    def at(self, position: int) -> float:
+        """Threshold of the token at `position`, counted from 0; it exits if its confidence exceeds it."""
+
+
+class FixedThreshold:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def start_sequence(self) -> None:
+        pass
+
+    def at(self, position: int) -> float:
+        return self.value
+
+
+class DecayingThreshold:
+    """CALM's threshold, lower for later tokens, whose errors disturb fewer others.
+
+    `form="released"`: thr * (0.9 + 0.1 exp(-T t / N)), as in FREE's code; `form="paper"`:
+    clip(0.9 thr + 0.1 exp(-T t / N), 0, 1), CALM's eq. 5. T is `temperature`, N `max_length`, and t counts
+    tokens from 1.
+    """
+
+    def __init__(self, value: float, temperature: float, max_length: int, form: str = "released") -> None:
+        if form not in ("released", "paper"):
+            raise ValueError(f"form must be 'released' or 'paper', got {form!r}.")
+        self.value = value
+        self.temperature = temperature
+        self.max_length = max_length
+        self.form = form
+
+    def start_sequence(self) -> None:
+        pass
+
+    def at(self, position: int) -> float:
+        decay = math.exp(-self.temperature * (position + 1) / self.max_length)
+        if self.form == "released":
+            return self.value * (0.9 + 0.1 * decay)
+        return min(max(0.9 * self.value + 0.1 * decay, 0.0), 1.0)
+
+
+class BetaMixture:
+    """Two beta densities over confidence, one for wrong and one for right shallow predictions.
+
+    `fit(confidences, right)` matches moments of each class (FREE, section 4.3 and appendix C).
+    `as_released=True` repeats the original's code: every sample leaks into the other class with weight 5e-4,
+    class priors stay at one half, and the component with the higher mean counts as "right".
+    """
+
+    LEAK = 5e-4
+    PRIOR_STRENGTH = 2.0  # pseudo-observations of the corrected mode, drawn from the initial densities
+
+    def __init__(self, as_released: bool = False) -> None:
+        self.as_released = as_released
+        self.alphas = [1.0, 2.0]
+        self.betas = [2.0, 1.0]
+        self.weights = [0.5, 0.5]
+
+    def fit(self, confidences: np.ndarray, right: np.ndarray) -> None:
+        """Estimate both components from (n,) confidences and (n,) 0/1 labels."""
+        x = np.clip(np.asarray(confidences, dtype=np.float64), CLIP, 1 - CLIP)
+        y = np.asarray(right)
+        for label in (0, 1):
+            if self.as_released:
+                fitted = weighted_beta_moments(x, np.where(y == label, 1.0, self.LEAK))
+            else:
+                fitted = self._smoothed_moments(x[y == label], label)
+            self.alphas[label], self.betas[label] = fitted
+        if not self.as_released:
+            share = (np.count_nonzero(y) + self.PRIOR_STRENGTH / 2) / (len(y) + self.PRIOR_STRENGTH)
+            self.weights = [1 - share, share]
+
+    def _smoothed_moments(self, x: np.ndarray, label: int) -> tuple[float, float]:
+        """Method of moments with a few pseudo-observations, so that few or equal samples do no harm."""
+        initial_alpha, initial_beta = ((1.0, 2.0), (2.0, 1.0))[label]
+        prior = stats.beta.ppf([0.25, 0.75], initial_alpha, initial_beta)
+        samples = np.concatenate([x, prior])
+        weights = np.concatenate([np.ones(len(x)), np.full(2, self.PRIOR_STRENGTH / 2)])
+        return weighted_beta_moments(samples, weights)
+
+    def posterior_right(self, confidences: np.ndarray) -> np.ndarray:
+        """P(shallow prediction is right | confidence): (n,) -> (n,)."""
+        if self.as_released:
+            return self._released_posterior(confidences)
+        wrong, right = (  # in logarithms, since both densities may underflow
+            np.log(self.weights[k]) + stats.beta.logpdf(confidences, self.alphas[k], self.betas[k])
+            for k in (0, 1)
+        )
+        return expit(right - wrong)
+
+    def _released_posterior(self, confidences: np.ndarray) -> np.ndarray:
+        """Share of the component with the higher mean; nan where the densities are not finite."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            alphas, betas = np.array(self.alphas), np.array(self.betas)
+            densities = [
+                weight * stats.beta.pdf(confidences, alpha, beta)
+                for weight, alpha, beta in zip(self.weights, alphas, betas, strict=True)
+            ]
+            return densities[np.argmax(alphas / (alphas + betas))] / (densities[0] + densities[1])
+
+
+def weighted_beta_moments(x: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Alpha and beta of the beta density with `x`'s weighted mean and variance; inf or nan if undefined."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = np.sum(weights)
+        mean = np.sum(weights * x) / total
+        variance = np.sum(weights * (x - mean) ** 2) / total
+        alpha = mean * (mean * (1 - mean) / variance - 1)
+        return float(alpha), float(alpha * (1 - mean) / mean)
+
+
+class AdaptiveThreshold:
+    """FREE's adaptive threshold (section 4.3): the smallest confidence that is right often enough.
+
+    Refitted before each of the first `max_sequences` sequences, as the smallest of `GRID_POINTS` values in
+    [`low`, `high`] from which on the posterior of being right exceeds `zeta`. Only the newest `capacity`
+    observations are kept. With `as_released=True` estimates follow the original's code (see `BetaMixture`),
+    which counts the grid points that pass, wherever they lie.
+    """
+
+    GRID_POINTS = 10
+
+    def __init__(
+        self,
+        initial: float,
+        zeta: float = 0.4,
+        low: float = 0.3,
+        high: float = 0.9,
+        max_sequences: int = 300,
+        capacity: int = 20_000,
+        as_released: bool = False,
+    ) -> None:
+        self.initial = initial
+        self.zeta = zeta
+        self.low = low
+        self.high = high
+        self.max_sequences = max_sequences
+        self.capacity = capacity
+        self.as_released = as_released
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        self.value = self.initial
+        self.mixture = BetaMixture(self.as_released)
+        self.num_sequences = 0
+        self.confidences: deque[float] = deque(maxlen=self.capacity)
+        self.right: deque[int] = deque(maxlen=self.capacity)
+
+    @property
+    def learning(self) -> bool:
+        """Whether observations can still change the threshold."""
+        return self.num_sequences <= self.max_sequences
+
+    def start_sequence(self) -> None:
+        if self.confidences and self.learning:
+            self._refit()
+        self.num_sequences += 1
+
+    def at(self, position: int) -> float:
+        return self.value
+
+    def observe(self, confidences: list[float], right: list[bool]) -> None:
+        """Add pairs of shallow confidence and agreement with the deep prediction."""
+        if self.learning:
+            self.confidences.extend(confidences)
+            self.right.extend(int(flag) for flag in right)
+
+    def _refit(self) -> None:
+        self.mixture.fit(np.array(self.confidences), np.array(self.right))
+        self.value = self.best_threshold()
+
+    def best_threshold(self) -> float:
+        """Smallest grid point from which on the posterior exceeds zeta; `high` if there is none."""
+        grid = np.linspace(self.low, self.high, self.GRID_POINTS)
+        passes = self.mixture.posterior_right(grid) > self.zeta
+        count = passes.sum() if self.as_released else np.cumprod(passes[::-1]).sum()
+        return float(grid[-max(int(count), 1)])
+
+    def save(self, path: str | Path) -> None:
+        """Write settings and observations as JSON."""
+        names = ("initial", "zeta", "low", "high", "max_sequences", "capacity", "as_released")
+        state = {name: getattr(self, name) for name in names}
+        observed = {
+            "num_sequences": self.num_sequences,
+            "confidences": list(self.confidences),
+            "right": list(self.right),
+            "value": self.value,
+        }
+        Path(path).write_text(json.dumps({"settings": state, "observed": observed}), encoding="utf8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdaptiveThreshold:
+        """Read what `save` wrote; goes on exactly where the saved one stood."""
+        state = json.loads(Path(path).read_text(encoding="utf8"))
+        threshold = cls(**state["settings"])
+        observed = state["observed"]
+        threshold.num_sequences = observed["num_sequences"]
+        threshold.confidences.extend(observed["confidences"])
+        threshold.right.extend(observed["right"])
+        if threshold.confidences:
+            threshold.mixture.fit(np.array(threshold.confidences), np.array(threshold.right))
+        threshold.value = observed["value"]
+        return threshold
