@@ -33,6 +33,13 @@ from models.exit_heads import (
 )
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "vocab.json",
+)
 
 
 @dataclass
@@ -81,12 +88,12 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
 
 def load_tokenizer(name: str, **hub: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer, also from the lone `spiece.model` of original FREE checkpoints."""
+    if not any(find_file(name, file, **hub) for file in TOKENIZER_FILES):  # else an empty one would load
+        raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
     try:
         return AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"No tokenizer at {name} ({first_line(error)}). Name its base model's with --tokenizer_name."
-        ) from error
+        raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
 
 
 def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:
@@ -108,7 +115,10 @@ def read_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
 
 def find_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
     """Local path of a checkpoint's file, downloaded if need be; None where it has no such file."""
-    path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as error:  # neither a folder nor a repository
+        raise UserError(f"Cannot find {name_or_path}: {first_line(error)}") from error
     return None if path is None else Path(path)
 
 

@@ -59,13 +59,18 @@ def normalized_state(view: DecoderView, states: tuple[Tensor, ...], layer: int) 
     return states[layer] if layer == view.num_layers else view.normalize(states[layer])
 
 
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32; others as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def chunked_cross_entropy(
     view: DecoderView, normalized: Tensor, labels: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
     """Mean cross-entropy of (N, D) states; logits exist for one chunk at a time, in backward as well."""
 
     def chunk_sum(states: Tensor, targets: Tensor) -> Tensor:
-        logits = view.project(states).float()
+        logits = full_precision(view.project(states))
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunks = zip(normalized.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True)
@@ -95,7 +100,7 @@ class ExitCrossEntropy:
         tokens: TargetTokens,
     ) -> Tensor:
         if layer == view.num_layers:  # the forward pass has computed these logits already
-            logits = tokens.select(final_logits).float()
+            logits = full_precision(tokens.select(final_logits))
             return F.cross_entropy(logits, tokens.labels, label_smoothing=self.label_smoothing)
         selected = tokens.select(normalized_state(view, states, layer))
         return chunked_cross_entropy(view, selected, tokens.labels, self.label_smoothing)
@@ -234,7 +239,7 @@ class ConfidenceHeadLoss:
     ) -> Tensor:
         selected = tokens.select(normalized_state(view, states, layer)).detach()
         agrees = (predict_tokens(view, selected) == deep_tokens).long()
-        logits = view.model.cm_head(selected).float()
+        logits = full_precision(view.model.cm_head(selected))
         return balanced_cross_entropy(logits, agrees)
 
 

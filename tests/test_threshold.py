@@ -1,0 +1,106 @@
+"""The corrected adaptive threshold: sane on degenerate data, bounded, persistent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.threshold import AdaptiveThreshold, BetaMixture, DecayingThreshold
+
+
+def fitted(confidences, right, **settings):
+    threshold = AdaptiveThreshold(0.9, **settings)
+    threshold.observe(list(confidences), list(right))
+    threshold.start_sequence()
+    return threshold
+
+
+@pytest.mark.parametrize(
+    ("confidences", "right", "expected"),
+    [
+        ([0.7] * 50, [False] * 50, "high"),  # always wrong: exit as little as possible
+        (np.linspace(0.35, 0.99, 50), [True] * 50, "low"),  # always right: exit as much as possible
+        (np.linspace(0.99, 0.35, 60), [True, False] * 30, "finite"),
+        ([0.5] * 40, [True, False] * 20, "finite"),  # no variance
+        ([1.0] * 40, [True] * 40, "finite"),
+        ([0.0] * 40, [False] * 40, "finite"),
+        ([0.8], [True], "finite"),
+    ],
+)
+def test_degenerate_data(confidences, right, expected):
+    value = fitted(confidences, right).value
+    assert {"high": value == 0.9, "low": value < 0.5, "finite": 0.3 <= value <= 0.9}[expected]
+
+
+def test_threshold_separates_right_from_wrong():
+    generator = np.random.default_rng(0)
+    wrong, right = generator.beta(2, 5, 600), generator.beta(6, 2, 600)
+    threshold = fitted([*wrong, *right], [False] * 600 + [True] * 600)
+    assert 0.3 < threshold.value < 0.6
+    strict = fitted([*wrong, *right], [False] * 600 + [True] * 600, zeta=0.95)
+    assert strict.value > threshold.value
+
+
+def test_class_priors_count():
+    generator = np.random.default_rng(0)
+    wrong, right = generator.beta(2, 4, 2000), generator.beta(4, 2, 2000)
+    balanced = fitted([*wrong, *right], [False] * 2000 + [True] * 2000)
+    mostly_wrong = fitted([*wrong, *right[:100]], [False] * 2000 + [True] * 100)
+    assert mostly_wrong.value > balanced.value
+
+
+def test_confident_errors_keep_the_threshold_high():
+    generator = np.random.default_rng(1)
+    wrong, right = generator.beta(9, 1.5, 300), generator.beta(2, 6, 300)
+    assert fitted([*wrong, *right], [False] * 300 + [True] * 300).value == 0.9
+
+
+def test_posterior_is_defined_where_densities_underflow():
+    mixture = BetaMixture()
+    mixture.fit(np.full(5000, 0.95), np.ones(5000, dtype=int))
+    assert np.isfinite(mixture.posterior_right(np.linspace(0.0001, 0.9999, 101))).all()
+
+
+def test_memory_is_bounded_and_learning_ends():
+    threshold = AdaptiveThreshold(0.9, max_sequences=3, capacity=10)
+    for _ in range(5):
+        threshold.start_sequence()
+        threshold.observe([0.5] * 4, [True] * 4)
+    assert len(threshold.confidences) == 10
+    learnt = threshold.value
+    threshold.observe([0.9] * 100, [False] * 100)
+    threshold.start_sequence()
+    assert threshold.value == learnt and not threshold.learning
+
+
+def test_save_and_load_continue_exactly(tmp_path):
+    generator = np.random.default_rng(2)
+    batches = [(generator.uniform(size=20), generator.uniform(size=20) > 0.4) for _ in range(6)]
+
+    def feed(threshold, part):
+        values = []
+        for confidences, right in part:
+            threshold.start_sequence()
+            values.append(threshold.value)
+            threshold.observe(list(confidences), list(right))
+        return values
+
+    whole, first = AdaptiveThreshold(0.8), AdaptiveThreshold(0.8)
+    expected = feed(whole, batches)
+    seen = feed(first, batches[:3])
+    first.save(tmp_path / "threshold.json")
+    second = AdaptiveThreshold.load(tmp_path / "threshold.json")
+    assert seen + feed(second, batches[3:]) == expected
+    second.reset()
+    assert second.value == 0.8 and not second.confidences
+
+
+def test_decay_forms():
+    released = DecayingThreshold(0.8, 4.0, 10)
+    paper = DecayingThreshold(0.8, 4.0, 10, form="paper")
+    assert released.at(0) == pytest.approx(0.8 * (0.9 + 0.1 * np.exp(-0.4)))
+    assert paper.at(0) == pytest.approx(0.72 + 0.1 * np.exp(-0.4))
+    assert released.at(500) == pytest.approx(0.72) == paper.at(500)
+    assert DecayingThreshold(1.0, 0.0, 10, form="paper").at(3) == 1.0
+    with pytest.raises(ValueError, match="form"):
+        DecayingThreshold(0.8, 4.0, 10, form="other")
