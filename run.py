@@ -71,7 +71,7 @@ def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, 
         arguments=non_default_settings(arguments.model, data, exit_flags),
         resume=data.resume_eval,
     )
-    policy = build_policy(exit_flags, loaded, settings.max_length)
+    policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
     results = evaluate(loaded, policy, examples, settings)
     write_json(Path(training.output_dir, f"{stage}_results.json"), results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):

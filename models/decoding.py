@@ -79,7 +79,6 @@ class DecodeStats:
         self.layer_tokens += result.layer_tokens * sum(active)
 
 
-@torch.no_grad()
 def early_exit_decode(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -113,13 +112,27 @@ def early_exit_decode(
     policy = exit_policy or FullDepth()
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.num_layers = view.num_layers
-    state = view.begin(model_kwargs.pop("past_key_values", None), **model_kwargs)
-    policy.begin(view, len(input_ids))
-    prefill(view, state, input_ids[:, :-1])
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
-    prompt_length = input_ids.shape[1]
-    active = [True] * len(input_ids)
+    with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
+        policy.begin(view, len(input_ids))
+        state = view.begin(model_kwargs.pop("past_key_values", None), **model_kwargs)
+        prefill(view, state, input_ids[:, :-1])
+        input_ids = decode_tokens(view, state, policy, input_ids, chooser, stream, stats)
+    return chooser.output(input_ids)
+
+
+def decode_tokens(
+    view: DecoderView,
+    state: DecoderState,
+    policy: ExitPolicy,
+    input_ids: Tensor,
+    chooser: TokenChooser,
+    stream: TokenStream,
+    stats: DecodeStats,
+) -> Tensor:
+    """Append tokens to (B, P) ids until every row has stopped: (B, P + T)."""
+    prompt_length, active = input_ids.shape[1], [True] * len(input_ids)
     while any(active):
         position = input_ids.shape[1] - prompt_length
         result = policy.step(view, state, view.embed(state, input_ids[:, -1:]), position, active)
@@ -132,7 +145,7 @@ def early_exit_decode(
     if trailing is not None:
         stats.record_cost(trailing, [True])
     stream.end(input_ids)
-    return chooser.output(input_ids)
+    return input_ids
 
 
 def prefill(view: DecoderView, state: DecoderState, token_ids: Tensor) -> None:
@@ -176,15 +189,15 @@ class TokenChooser:
         return input_ids[:, :-count]
 
     def output(self, sequences: Tensor) -> Tensor | GenerateEncoderDecoderOutput:
+        """What `generate` returns; copies, as tensors made in inference mode are of limited use outside."""
         if not self.config.return_dict_in_generate:
-            return sequences
-        return GenerateEncoderDecoderOutput(
-            sequences=sequences, scores=tuple(self.scores) or None, logits=tuple(self.logits) or None
-        )
+            return sequences.clone()
+        scores, logits = (tuple(map(torch.clone, kept)) or None for kept in (self.scores, self.logits))
+        return GenerateEncoderDecoderOutput(sequences=sequences.clone(), scores=scores, logits=logits)
 
     def _keep(self, logits: Tensor, scores: Tensor) -> None:
         if self.config.return_dict_in_generate and self.config.output_logits:
-            self.logits.append(logits.clone())
+            self.logits.append(logits)
         if self.config.return_dict_in_generate and self.config.output_scores:
             self.scores.append(scores)
 

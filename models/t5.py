@@ -31,7 +31,7 @@ class T5View:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.decoder = model.get_decoder()
-        self.blocks = self.decoder.block
+        self.blocks = list(self.decoder.block)  # slicing a ModuleList would build a new module
         self.num_layers = len(self.blocks)
         # mT5 has no such setting: it never scales.
         scaled = getattr(model.config, "scale_decoder_outputs", False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ class EvaluationSettings:
     task: str
     max_source_length: int
     max_length: int
-    batch_size: int
-    num_beams: int
-    synchronize: bool
     predictions_file: Path
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    num_beams: int = 1
+    synchronize: bool = True
     resume: bool = False
 
 
@@ -55,7 +55,7 @@ class Decoded:
 
 
 def evaluate(
-    loaded: LoadedModel, policy: ExitPolicy, examples: Dataset, settings: EvaluationSettings
+    loaded: LoadedModel, policy: ExitPolicy | None, examples: Dataset, settings: EvaluationSettings
 ) -> dict[str, Any]:
     """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
 
@@ -68,7 +68,8 @@ def evaluate(
     replay_calibration(policy, done)
     batches = list(batch_indices(len(done), len(examples), settings.batch_size))
     if batches:
-        decode_batch(loaded, FullDepth(), examples.select(batches[0]), settings)  # warm up
+        warm_up = None if policy is None else FullDepth()
+        decode_batch(loaded, warm_up, examples.select(batches[0]), settings)
     progress = tqdm(batches, desc="Decoding", unit="batch", disable=None)
     for indices in progress:
         batch = examples.select(indices)
@@ -84,11 +85,14 @@ def batch_indices(start: int, stop: int, size: int) -> Iterator[range]:
 
 
 def decode_batch(
-    loaded: LoadedModel, policy: ExitPolicy, batch: Dataset, settings: EvaluationSettings
+    loaded: LoadedModel, policy: ExitPolicy | None, batch: Dataset, settings: EvaluationSettings
 ) -> Decoded:
-    """Tokenize and decode a few examples; only `generate`, encoder included, is timed."""
+    """Tokenize and decode a few examples; only `generate`, encoder included, is timed.
+
+    Without a policy Hugging Face's own loop decodes, which is also the one for beam search.
+    """
     inputs = loaded.tokenizer(
-        batch["source"],
+        list(batch["source"]),
         max_length=settings.max_source_length,
         truncation=True,
         padding=True,
@@ -96,7 +100,7 @@ def decode_batch(
     ).to(loaded.model.device)
     stats = DecodeStats()
     options: dict[str, Any] = {"max_length": settings.max_length, "num_beams": settings.num_beams}
-    if settings.num_beams == 1:
+    if policy is not None:
         options |= {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
         sequences = loaded.model.generate(**inputs, **options)
@@ -131,6 +135,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
             "prediction": texts[row],
             "reference": example["target"],
             "tokens": len(decoded.sequences[row]),
+            "pieces": loaded.tokenizer.convert_ids_to_tokens(decoded.sequences[row]),
             "exit_layers": stats.exit_layers[row] if stats.exit_layers else None,
             **shared,
         }
@@ -141,7 +146,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
     return records
 
 
-def replay_calibration(policy: ExitPolicy, records: list[dict[str, Any]]) -> None:
+def replay_calibration(policy: ExitPolicy | None, records: list[dict[str, Any]]) -> None:
     """Teach a fresh adaptive threshold what it had learnt when the evaluation was interrupted."""
     threshold = getattr(policy, "threshold", None)
     if not isinstance(threshold, AdaptiveThreshold):

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PLAIN_WIDTH = 120
 DEPTH_STYLES = ("green", "yellow", "red")  # shallow, middle, deep
 
 
@@ -128,6 +129,7 @@ def depth_legend() -> Text:
 
 
 def print_report(*parts: Any) -> None:
-    console = Console()
+    """Print to the terminal; elsewhere (a log, a pipe) as wide as tables need."""
+    console = Console() if Console().is_terminal else Console(width=PLAIN_WIDTH)
     for part in parts:
         console.print(part)

@@ -1,0 +1,211 @@
+"""Decode the same sentences with every method, interleaved, and report quality against speed.
+
+python scripts/compare.py --free checkpoints/debian-t5-free --calm checkpoints/debian-t5-calm
+Writes report.json, report.csv and report.png to --output_dir and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.text import Text
+from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.confidence import SoftmaxGap
+from models.decoder_view import view_for
+from models.errors import UserError
+from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, StaticExit
+from models.loading import LoadedModel, load_model
+from models.threshold import AdaptiveThreshold, FixedThreshold
+from util.arguments import DataArguments
+from util.data import dataset_record, load_examples
+from util.evaluation import EvaluationSettings, decode_batch, describe_batch, summarize
+from util.report import (
+    color_by_depth,
+    comparison_table,
+    depth_legend,
+    environment,
+    plot_trade_off,
+    print_report,
+    write_csv,
+    write_json,
+)
+from util.tasks import DATASETS, TASKS
+
+BASELINE = "Full depth"
+WARM_UP_SAMPLES = 3
+
+
+@dataclass
+class Method:
+    """A row of the comparison. Without a policy Hugging Face's own `generate` decodes."""
+
+    name: str
+    checkpoint: str
+    loaded: LoadedModel
+    policy: ExitPolicy | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--free", required=True, help="checkpoint trained with a shallow-deep loss")
+    parser.add_argument("--calm", required=True, help="checkpoint trained with losses at all layers")
+    parser.add_argument("--dataset_name", default="debian_de_en", choices=tuple(DATASETS))
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--num_samples", type=int, help="default: all")
+    parser.add_argument("--max_source_length", type=int, default=28, help="longer sources are left out")
+    parser.add_argument("--max_target_length", type=int, default=28, help="longer targets are left out")
+    parser.add_argument("--free_threshold", type=float, default=0.5)
+    parser.add_argument("--calm_threshold", type=float, default=0.5)
+    parser.add_argument("--adapt_zeta", type=float, default=0.4)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--output_dir", type=Path, default=Path("save/compare"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_flags()
+    disable_progress_bar()
+    try:
+        compare(flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare(flags: argparse.Namespace) -> None:
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    checkpoints = {name: load_model(getattr(flags, name)) for name in ("free", "calm")}
+    for loaded in checkpoints.values():
+        loaded.model.to(device)
+    examples = load_split(flags, checkpoints["free"])
+    settings = EvaluationSettings(
+        DATASETS[flags.dataset_name].task,
+        flags.max_source_length,
+        2 * flags.max_target_length,
+        flags.output_dir / "predictions.jsonl",
+    )
+    warm_up(build_methods(flags, checkpoints), examples, settings)
+    methods = build_methods(flags, checkpoints)
+    decode_interleaved(methods, examples, settings)
+    report(flags, methods, settings)
+
+
+def load_split(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
+    data_args = DataArguments(
+        task=DATASETS[flags.dataset_name].task,
+        dataset_name=flags.dataset_name,
+        max_source_length=flags.max_source_length,
+        max_target_length=flags.max_target_length,
+        drop_long_samples=True,
+    )
+    record = dataset_record(data_args)
+    return load_examples(record, data_args, flags.split, loaded.tokenizer, flags.num_samples)
+
+
+def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[Method]:
+    """Every method on the checkpoint that was trained for it, baselines first."""
+    shallow = checkpoints["free"].exit_config.shallow_exit_layer
+    if shallow is None:
+        raise UserError(f"--free {flags.free}: not trained with a --shallow_exit_layer.")
+    middle = view_for(checkpoints["calm"].model).num_layers // 2
+    fixed = FixedThreshold(flags.free_threshold)
+    adaptive = AdaptiveThreshold(flags.free_threshold, flags.adapt_zeta)
+    chosen = [
+        ("HF generate", "free", None),
+        (BASELINE, "free", FullDepth()),
+        (f"Static, layer {shallow}", "free", StaticExit(shallow)),
+        ("FREE, fixed", "free", Free(shallow, SoftmaxGap(), fixed)),
+        ("FREE, adaptive", "free", Free(shallow, SoftmaxGap(), adaptive)),
+        (BASELINE, "calm", FullDepth()),
+        (f"Static, layer {middle}", "calm", StaticExit(middle)),
+        ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
+    ]
+    return [Method(name, key, checkpoints[key], policy) for name, key, policy in chosen]
+
+
+def warm_up(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:
+    for index in range(min(WARM_UP_SAMPLES, len(examples))):
+        for method in methods:
+            decode_batch(method.loaded, method.policy, examples.select([index]), settings)
+
+
+def decode_interleaved(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:
+    """All methods on one sentence before the next, each sentence starting with another method."""
+    for index in tqdm(range(len(examples)), desc="Decoding", unit="sentence"):
+        sample = examples.select([index])
+        start = index % len(methods)
+        for method in methods[start:] + methods[:start]:
+            decoded = decode_batch(method.loaded, method.policy, sample, settings)
+            method.records += describe_batch(method.loaded, sample, decoded)
+
+
+def report(flags: argparse.Namespace, methods: list[Method], settings: EvaluationSettings) -> None:
+    quality = TASKS[settings.task].main_score
+    rows = [describe(method, settings) for method in methods]
+    baselines = {row["checkpoint"]: row for row in rows if row["method"] == BASELINE}
+    for row in rows:
+        baseline = baselines[row["checkpoint"]]
+        row["quality_share"] = 100 * row[quality] / baseline[quality] if baseline[quality] else None
+        row["speedup"] = baseline["seconds"] / row["seconds"]
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    arguments = {name: str(value) for name, value in vars(flags).items()}
+    context = {"arguments": arguments, "environment": environment(methods[0].loaded.model)}
+    write_json(flags.output_dir / "report.json", {**context, "rows": rows})
+    write_csv(flags.output_dir / "report.csv", rows)
+    plot_trade_off(flags.output_dir / "report.png", rows, quality, baselines["free"])
+    columns = {
+        "method": "method",
+        "checkpoint": "model",
+        quality: quality.upper(),
+        "quality_share": "% of full",
+        "tokens_per_second": "tokens/s",
+        "ms_per_token": "ms/token",
+        "speedup": "speed-up",
+        "ideal_speedup": "ideal",
+        "average_layers": "layers",
+        "exit_share": "exits",
+    }
+    title = f"{flags.dataset_name}, {rows[0]['samples']} {flags.split} samples, batch 1, greedy"
+    print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(methods))
+    print_report(f"\nWrote report.json, report.csv and report.png to {flags.output_dir}")
+
+
+def describe(method: Method, settings: EvaluationSettings) -> dict[str, Any]:
+    """A flat row of figures, for the table and the CSV file."""
+    num_layers = view_for(method.loaded.model).num_layers
+    summary = summarize(method.records, settings, num_layers)
+    del summary["arguments"]
+    return {"method": method.name, "checkpoint": method.checkpoint, **summary}
+
+
+def show_samples(methods: list[Method], count: int = 3) -> list[Any]:
+    """A few sentences as CALM and FREE decoded them, each token coloured by its exit."""
+    lines: list[Any] = []
+    shown = [method for method in methods if method.name in ("FREE, fixed", "CALM")]
+    longest = sorted(range(len(shown[0].records)), key=lambda i: -shown[0].records[i]["tokens"])[:count]
+    for index in longest:
+        lines.append(f"\nreference  {shown[0].records[index]['reference']}")
+        for method in shown:
+            record = method.records[index]
+            pieces = [piece.replace("▁", " ") for piece in record["pieces"]]
+            num_layers = view_for(method.loaded.model).num_layers
+            text = color_by_depth(pieces, record["exit_layers"], num_layers)
+            lines.append(Text(f"{method.name:<11}").append_text(text))
+    return lines
+
+
+if __name__ == "__main__":
+    main()

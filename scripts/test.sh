@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint and test: makes .venv if need be, then runs ruff and pytest. Flags go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+ruff check .
+ruff format --check .
+python -m pytest "$@"
