@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -44,7 +45,7 @@ def run(arguments: Arguments) -> None:
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
     if arguments.training.do_train:
-        train(arguments, loaded)
+        train(arguments, exit_flags, loaded)
     stages = {"eval": arguments.training.do_eval, "predict": arguments.training.do_predict}
     for stage, wanted in stages.items():
         if wanted and PartialState().is_main_process:
@@ -99,10 +100,12 @@ def build_model(arguments: Arguments) -> LoadedModel:
     return create_model(flags.config_name, flags.tokenizer_name, **hub)
 
 
-def train(arguments: Arguments, loaded: LoadedModel) -> None:
+def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) -> None:
     """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
     loss, exit_config = build_loss(arguments, loaded)
-    trainer = build_trainer(arguments, loaded, loss, exit_config)
+    trainer = build_trainer(arguments, loaded, exit_loss=loss, exit_config=exit_config)
+    if exit_flags.methods:
+        trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
     resume = arguments.training.resume_from_checkpoint
     result = trainer.train(
         resume_from_checkpoint=resume or last_complete_checkpoint(arguments.training.output_dir)
@@ -117,7 +120,11 @@ def build_loss(
 ) -> tuple[ExitLoss | ConfidenceHeadLoss | None, ExitConfig]:
     """The loss that the flags name and the exit configuration to save with the checkpoint."""
     flags = arguments.loss
-    shallow_layer = arguments.exit.shallow_exit_layer or loaded.exit_config.shallow_exit_layer
+    trains_all_layers = flags.intermediate_loss_fn in ("ce", "weighted_ce")
+    inherited_layer = None if trains_all_layers else loaded.exit_config.shallow_exit_layer
+    shallow_layer = arguments.exit.shallow_exit_layer or inherited_layer
+    if flags.intermediate_loss_fn and not trains_all_layers and shallow_layer is None:
+        raise UserError(f"--intermediate_loss_fn {flags.intermediate_loss_fn} needs --shallow_exit_layer.")
     exit_config = ExitConfig(
         flags.intermediate_loss_fn or loaded.exit_config.intermediate_loss_fn,
         shallow_layer,
@@ -139,12 +146,7 @@ def build_loss(
     return loss, exit_config
 
 
-def build_trainer(
-    arguments: Arguments,
-    loaded: LoadedModel,
-    loss: ExitLoss | ConfidenceHeadLoss | None,
-    exit_config: ExitConfig,
-) -> EarlyExitTrainer:
+def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:
     data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
     record = dataset_record(data)
     train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
@@ -163,8 +165,7 @@ def build_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
         compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
-        exit_loss=loss,
-        exit_config=exit_config,
+        **exit_options,
     )
 
 

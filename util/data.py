@@ -127,7 +127,7 @@ def load_file(path: Path) -> Dataset:
         raise UserError(f"There is no file {path}.")
     try:
         return load_dataset(FILE_FORMATS[suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:  # the last: no rows
         if FILE_FORMATS[suffix] == "json":
             raise UserError(describe_bad_json(path)) from error
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
@@ -136,6 +136,7 @@ def load_file(path: Path) -> Dataset:
 def describe_bad_json(path: Path) -> str:
     """Where a JSON-lines file breaks: file and line number."""
     opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf8") as lines:
             for number, line in enumerate(lines, 1):
@@ -145,7 +146,7 @@ def describe_bad_json(path: Path) -> str:
                     return f"{path}, line {number}: not JSON ({error.msg})."
     except (UnicodeDecodeError, OSError) as error:
         return f"{path}: cannot be read as UTF-8 text ({error})."
-    return f"{path}: the rows do not share one set of columns and types."
+    return f"{path}: {'the rows do not share one set of columns and types' if number else 'is empty'}."
 
 
 def check_columns(rows: Dataset, record: DatasetRecord, origin: str) -> None:

@@ -1,7 +1,7 @@
 """EarlyExitTrainer: a Seq2SeqTrainer that minimises an exit loss and logs each of its parts.
 
 `EarlyExitTrainer(..., exit_loss=build_exit_loss(...), exit_config=...)`; without an exit loss it trains as
-its parent does.
+its parent does. Its evaluations generate with `exit_policy`, at full depth if there is none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
 from models.decoder_view import view_for
+from models.decoding import early_exit_decode
 from models.exit_heads import ExitConfig
+from models.exit_policy import ExitPolicy
 from models.losses import ConfidenceHeadLoss, ExitLoss
 
 
@@ -28,9 +30,11 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         *args: Any,
         exit_loss: ExitLoss | ConfidenceHeadLoss | None = None,
         exit_config: ExitConfig | None = None,
+        exit_policy: ExitPolicy | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.exit_policy = exit_policy
         self.exit_loss = exit_loss
         self.exit_config = exit_config
         self.loss_parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -55,6 +59,13 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         for name, value in terms.parts.items():
             self.loss_parts[name].append(value)
         return (terms.total, outputs) if return_outputs else terms.total
+
+    def evaluate(self, *args: Any, **gen_kwargs: Any) -> dict[str, float]:
+        """Evaluate with the engine's loop, also in the middle of training; see Seq2SeqTrainer."""
+        if gen_kwargs.get("num_beams", self.args.generation_num_beams) in (None, 1):
+            engine = {"custom_generate": early_exit_decode, "exit_policy": self.exit_policy}
+            gen_kwargs = engine | gen_kwargs
+        return super().evaluate(*args, **gen_kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each part of the loss since the last log to the training logs."""

@@ -1,0 +1,316 @@
+"""run.py from the outside: bad input, training, evaluation, interruption. Everything runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_t5
+from transformers import T5Tokenizer
+
+import run
+from models.exit_heads import ExitConfig
+from util.evaluation import PredictionLog
+
+ROOT = Path(__file__).resolve().parent.parent
+GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]
+ENGLISH = ["the", "package", "library", "for", "program", "data"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A saved tiny model with a word-level vocabulary, trained (so it says) to exit after layer 2."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary += [(f"▁{word}", -3.0) for word in GERMAN + ENGLISH]
+    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    tiny_t5().save_pretrained(folder)
+    ExitConfig("shallowdeep_ce", 2).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Twelve rows in a .jsonl file."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = []
+    for index in range(12):
+        german, english = GERMAN[index % 5 :][:5], ENGLISH[index % 4 :][:3]
+        row = {"id": f"row-{index}", "translation": {"de": " ".join(german), "en": " ".join(english)}}
+        lines.append(json.dumps(row | {"seen_in_train": index % 4 == 0}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def base(checkpoint, rows, tmp_path):
+    return {
+        "model_name_or_path": str(checkpoint),
+        "task": "translation",
+        "train_file": str(rows),
+        "validation_file": str(rows),
+        "test_file": str(rows),
+        "source_lang": "de",
+        "target_lang": "en",
+        "output_dir": str(tmp_path / "out"),
+        "max_target_length": "10",
+        "use_cpu": "True",
+        "report_to": "none",
+        "disable_tqdm": "True",
+    }
+
+
+def as_argv(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def results_of(flags, stage="eval"):
+    return json.loads(Path(flags["output_dir"], f"{stage}_results.json").read_text())
+
+
+FREE = {"use_shallow_deep": True}
+BAD_FLAGS = {
+    "nothing to do": ({"do_eval": False}, "--do_train"),
+    "two methods": (FREE | {"static_exit_layer": 2}, "--static_exit_layer and --use_shallow_deep"),
+    "layer too deep": ({"static_exit_layer": 6}, "--static_exit_layer must lie in 1..5"),
+    "layer zero": ({"static_exit_layer": 0}, "--static_exit_layer must be positive"),
+    "latency with a batch": ({"deploy_scenario": True}, "--per_device_eval_batch_size 1"),
+    "threshold above one": (FREE | {"shallow2deep_conf_threshold": 1.5}, "--shallow2deep_conf_threshold"),
+    "threshold below zero": ({"use_early_exit": True, "exit_conf_threshold": -0.1}, "--exit_conf_threshold"),
+    "no confidence head": ({"use_early_exit": True, "exit_conf_type": "meta"}, "--train_meta_cm_head"),
+    "idle flag": ({"use_adapt_threshold": True}, "--use_shallow_deep True"),
+    "rollback without a pass": (
+        FREE | {"rollback_conf_threshold": 1.0, "copy_skipped_hidden_states": True},
+        "--rollback_conf_threshold",
+    ),
+    "no keys for skipped tokens": (FREE | {"parallel_gen_token": False}, "--copy_skipped_hidden_states"),
+    "beams": (FREE | {"num_beams": 4}, "--num_beams"),
+    "unknown flag": ({"shalow_exit_layer": 2}, "shalow_exit_layer"),
+    "unknown choice": ({"intermediate_loss_fn": "kd"}, "intermediate_loss_fn"),
+    "missing file": ({"validation_file": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "missing model": ({"model_name_or_path": "./nowhere"}, "./nowhere"),
+    "wrong language": ({"source_lang": "fr"}, "found ['de', 'en']"),
+    "distillation without a layer": (
+        {"do_train": True, "intermediate_loss_fn": "shallowdeep_ce", "model_name_or_path": "PLAIN"},
+        "--shallow_exit_layer",
+    ),
+    "FREE without a layer": (FREE | {"model_name_or_path": "PLAIN"}, "--shallow_exit_layer"),
+    "loss without a name": ({"output_hidden_states_decoder": True}, "--intermediate_loss_fn"),
+}
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(checkpoint, tmp_path_factory):
+    """The same model, saved by someone who knows nothing of exits."""
+    folder = tmp_path_factory.mktemp("plain")
+    for file in checkpoint.iterdir():
+        if file.name != "exit_config.json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_get_one_line(base, plain_checkpoint, capsys, name):
+    changes, expected = BAD_FLAGS[name]
+    flags = base | {"do_eval": True} | changes
+    if flags["model_name_or_path"] == "PLAIN":
+        flags["model_name_or_path"] = str(plain_checkpoint)
+    with pytest.raises(SystemExit) as stop:
+        run.main(as_argv(flags))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2
+    assert len(errors) == 1 and expected in errors[0]
+
+
+BAD_FILES = {
+    "not JSON": ('{"translation": {"de": "a", "en": "b"}}\n{"translation": \n', "line 2"),
+    "no such column": ('{"text": "a"}\n', "found text"),
+    "empty": ("", "empty"),
+    "not text": (b"\xff\xfe\x00\x01\x02\n", "bad.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_get_one_line(base, tmp_path, capsys, name):
+    content, expected = BAD_FILES[name]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as stop:
+        run.main(as_argv(base | {"do_eval": True, "validation_file": path}))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2
+    assert len(errors) == 1 and expected in errors[0] and "bad.jsonl" in errors[0]
+
+
+def test_bad_input_shows_no_traceback(base):
+    command = [sys.executable, str(ROOT / "run.py"), *as_argv(base | {"do_eval": True, "source_lang": "fr"})]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr and "error: " in finished.stderr
+
+
+METHODS = {
+    "full": {},
+    "static": {"static_exit_layer": 3},
+    "calm": {"use_early_exit": True, "exit_conf_threshold": 0.3, "exit_position_temp": 4.0},
+    "free": FREE | {"shallow2deep_conf_threshold": 0.3},
+    "free-adaptive": FREE | {"use_adapt_threshold": True},
+    "free-copy": FREE | {"copy_skipped_hidden_states": True, "shallow2deep_conf_threshold": 0.3},
+    "free-rollback": FREE | {"rollback_conf_threshold": 2.0, "shallow2deep_conf_threshold": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_of_every_method(base, name):
+    flags = base | METHODS[name]
+    flags |= {"do_eval": True, "do_predict": True, "deploy_scenario": True, "per_device_eval_batch_size": 1}
+    run.main(as_argv(flags))
+    results = results_of(flags)
+    predictions = Path(flags["output_dir"], "predictions.jsonl").read_text().splitlines()
+    first = json.loads(predictions[0])
+    assert results["samples"] == len(predictions) == 12
+    assert results["tokens_per_second"] > 0 and {"bleu", "chrf", "bleu_unseen"} <= results.keys()
+    assert first["id"] == "row-0" and len(first["exit_layers"]) == first["tokens"] == len(first["pieces"])
+    assert 1 <= results["average_layers"] <= 6 * 10
+    assert results_of(flags, "predict")["samples"] == 12
+
+
+def test_exit_layer_of_the_checkpoint_is_the_default(base):
+    flags = base | FREE | {"do_eval": True, "shallow2deep_conf_threshold": 0.0}
+    run.main(as_argv(flags))
+    first = json.loads(Path(flags["output_dir"], "predictions.jsonl").read_text().splitlines()[0])
+    assert set(first["exit_layers"]) == {2}
+
+
+def test_batches_and_argument_files_give_the_same_text(base, tmp_path):
+    texts = []
+    for size in (1, 5):
+        flags = base | FREE | {"do_eval": True, "per_device_eval_batch_size": size}
+        flags |= {"shallow2deep_conf_threshold": 0.3, "output_dir": str(tmp_path / f"batch{size}")}
+        file = tmp_path / f"arguments{size}.yaml"
+        file.write_text("\n".join(f"{name}: {value}" for name, value in flags.items()))
+        run.main([str(file)])
+        lines = Path(flags["output_dir"], "predictions.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["prediction"] for line in lines])
+    assert texts[0] == texts[1]
+
+
+LOSSES = {
+    "ce": {"intermediate_loss_fn": "weighted_ce"},
+    "distillation": {"intermediate_loss_fn": "shallowdeep_kd_dyna", "do_layer_transformation": True},
+    "head": {"train_meta_cm_head": True},
+    "plain": {},
+    "muon": {"intermediate_loss_fn": "shallowdeep_ce", "use_muon": True},
+}
+TRAINING = {
+    "do_train": True,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 2,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_train_save_reload_evaluate(base, name):
+    train = base | TRAINING | LOSSES[name] | {"shallow_exit_layer": 2}
+    evaluation = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 3, "predict_with_generate": True}
+    run.main(as_argv(train | evaluation))
+    trained = results_of(train)
+    history = json.loads(Path(train["output_dir"], "trainer_state.json").read_text())["log_history"]
+    assert any("eval_bleu" in entry for entry in history)
+    parts = {"ce": "ce_layer_1", "distillation": "distillation", "head": "cm_layer_2", "muon": "ce_layer_6"}
+    assert name not in parts or sum(parts[name] in entry for entry in history) == 6
+    again = base | {"model_name_or_path": train["output_dir"], "do_eval": True}
+    again["output_dir"] += "-again"
+    run.main(as_argv(again))
+    assert results_of(again)["bleu"] == trained["bleu"]
+    if name == "head":
+        meta = again | FREE | {"shallow2deep_conf_type": "meta", "shallow2deep_conf_threshold": 0.5}
+        run.main(as_argv(meta))
+
+
+def start(flags):
+    command = [sys.executable, str(ROOT / "run.py"), *as_argv(flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_when(process, condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def losses_of(folder):
+    history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_killed_training_continues_with_the_same_losses(base, tmp_path):
+    flags = (
+        base | TRAINING | {"max_steps": 40, "save_steps": 5, "intermediate_loss_fn": "shallowdeep_kd_unif"}
+    )
+    flags |= {"shallow_exit_layer": 2}
+    killed = flags | {"output_dir": str(tmp_path / "killed")}
+    kill_when(
+        start(killed), lambda: Path(killed["output_dir"], "checkpoint-10", "trainer_state.json").exists()
+    )
+    steps = [int(path.name[11:]) for path in Path(killed["output_dir"]).glob("checkpoint-*")]
+    newest = Path(killed["output_dir"], f"checkpoint-{max(steps)}")
+    (newest / "trainer_state.json").write_text('{"half": ')  # as if killed while this was written
+    for folder in (flags, killed):
+        run.main(as_argv(folder))
+    expected, continued = losses_of(flags["output_dir"]), losses_of(killed["output_dir"])
+    assert len(continued) == 40 and continued == pytest.approx(expected, rel=1e-6)
+
+
+def test_killed_evaluation_continues_to_the_same_result(base, rows, tmp_path):
+    many = tmp_path / "many.jsonl"
+    lines = rows.read_text().splitlines() * 12
+    many.write_text("\n".join(json.dumps(json.loads(line) | {"id": str(i)}) for i, line in enumerate(lines)))
+    flags = base | FREE | {"use_adapt_threshold": True, "do_eval": True, "validation_file": str(many)}
+    flags |= {"per_device_eval_batch_size": 1, "resume_eval": True, "adapt_zeta": 0.1}
+    killed = flags | {"output_dir": str(tmp_path / "killed")}
+    log = Path(killed["output_dir"], "predictions.jsonl")
+    kill_when(start(killed), lambda: log.is_file() and log.read_text().count("\n") > 20)
+    done = log.read_text().splitlines()
+    assert len(done) < len(lines)
+    log.write_text("\n".join(done[:20]) + "\n" + done[20][:30])  # a line cut in half
+    for settings in (flags, killed):
+        run.main(as_argv(settings))
+    timed = ("seconds", "seconds_per_sample_median", "tokens_per_second", "ms_per_token")
+    results = [
+        {name: value for name, value in results_of(settings).items() if name not in timed}
+        for settings in (flags, killed)
+    ]
+    assert results[0] == results[1]
+    assert log.read_text().splitlines()[:20] == done[:20]
+
+
+def test_resuming_with_other_flags_is_refused(base, capsys):
+    flags = base | {"do_eval": True, "resume_eval": True}
+    run.main(as_argv(flags))
+    with pytest.raises(SystemExit):
+        run.main(as_argv(flags | {"static_exit_layer": 2}))
+    assert "static_exit_layer" in capsys.readouterr().err
+
+
+def test_log_drops_only_the_line_that_was_cut(tmp_path):
+    log = PredictionLog(tmp_path / "predictions.jsonl", {"a": 1})
+    log.keep(log.start())
+    log.append([{"id": "1"}, {"id": "2"}])
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"id": "3"')
+    assert [record["id"] for record in log.reopen()] == ["1", "2"]
