@@ -151,17 +151,19 @@ def describe_bad_json(path: Path) -> str:
 
 def check_columns(rows: Dataset, record: DatasetRecord, origin: str) -> None:
     """Raise UserError if a column or language that the record names is missing."""
+    found = ", ".join(rows.column_names)
     for flag, column in (("--source_column", record.source), ("--target_column", record.target)):
         if column not in rows.column_names:
-            found = ", ".join(rows.column_names)
             raise UserError(f"{origin}: no column {column!r}; found {found}. Name yours with {flag}.")
+    if record.task == "question_answering" and "context" not in rows.column_names:
+        raise UserError(f"{origin}: no column 'context'; found {found}. Rename yours to it.")
     if record.task == "translation" and record.source == record.target:
-        found = sorted(rows[0][record.source])
         languages = record.languages or (None, None)
         for flag, language in zip(("--source_lang", "--target_lang"), languages, strict=True):
-            if language not in found:
+            known = sorted(rows[0][record.source])
+            if language not in known:
                 raise UserError(
-                    f"{origin}: no language {language!r} in {record.source!r}; found {found}. Use {flag}."
+                    f"{origin}: no language {language!r} in {record.source!r}; found {known}. Use {flag}."
                 )
 
 
@@ -173,15 +175,23 @@ class RowReader:
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         record = self.record
-        source, target = row[record.source], row[record.target]
-        if isinstance(source, dict) and record.languages:
-            source, target = source[record.languages[0]], target[record.languages[1]]
+        source, target = self._texts(row)
         example = {
             "id": str(row.get("id", index)),
             "source": record.prefix + (source or ""),
             "target": target or "",
         }
         return example | ({SEEN_COLUMN: bool(row[SEEN_COLUMN])} if SEEN_COLUMN in row else {})
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str | None, str | None]:
+        record = self.record
+        source, target = row[record.source], row[record.target]
+        if record.task == "question_answering":
+            answers = target["text"] if isinstance(target, dict) else [target]
+            return f"question: {source} context: {row['context']}", next(iter(answers), None)
+        if record.languages and record.source == record.target:
+            return source[record.languages[0]], target[record.languages[1]]
+        return source, target
 
 
 def tokenize(

@@ -63,7 +63,7 @@ def token_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of token precision and recall of two normalized answers."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
     shared = sum((Counter(predicted) & Counter(expected)).values())
-    if shared == 0:
+    if shared == 0:  # also for two empty answers, as in the official script
         return 0.0
     return 2 * shared / (len(predicted) + len(expected))
 
