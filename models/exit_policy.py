@@ -138,6 +138,7 @@ class PendingToken(NamedTuple):
 
     hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
     confidence: list[float]  # (B,)
+    active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
 
 
@@ -198,11 +199,12 @@ class Free:
         logits = measured.logits
         if logits is None and (exits or any(sure) or self.calibrates):
             logits = view.project(normalized)
-        token = PendingToken(hidden, confidence, logits if self.calibrates or self.retracts else None)
+        compared = logits if self.calibrates or self.retracts else None
+        token = PendingToken(hidden, confidence, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if exits:
             return self._stop(view, state, token, logits)
-        result = self._go_deep(view, state, token, active)
+        result = self._go_deep(view, state, token)
         if any(sure):
             result.logits = choose_rows(sure, logits, result.logits)
             result.exit_layers = [self.shallow_layer if row else view.num_layers for row in sure]
@@ -213,7 +215,7 @@ class Free:
         if not (self.pending and self.calibrates) or self.threshold.as_released:
             return None
         *self.pending, last = self.pending
-        return self._go_deep(view, state, last, [True] * len(last.confidence), shallow_calls=0)
+        return self._go_deep(view, state, last, shallow_calls=0)
 
     def _stop(
         self, view: DecoderView, state: DecoderState, token: PendingToken, logits: Tensor
@@ -230,7 +232,6 @@ class Free:
         view: DecoderView,
         state: DecoderState,
         token: PendingToken,
-        active: list[bool],
         shallow_calls: int | None = None,
     ) -> StepResult:
         """Run layers S+1..L on the waiting tokens and `token`, W together; compare and roll back if asked."""
@@ -243,34 +244,32 @@ class Free:
         calls = start if shallow_calls is None else shallow_calls
         result = StepResult(
             logits[:, -1],
-            [stop] * len(active),
+            [stop] * len(token.active),
             layer_calls=calls + stop - start,
             layer_tokens=calls + (stop - start) * len(window),
             confidences=[token.confidence],
             deep_pass=True,
         )
         if self.calibrates:
-            result.calibration = self._calibrate(window, logits, active)
+            result.calibration = self._calibrate(window, logits)
         if self.retracts:
             self._roll_back(view, state, window, logits, result)
         return result
 
-    def _calibrate(
-        self, window: list[PendingToken], deep_logits: Tensor, active: list[bool]
-    ) -> list[tuple[float, bool]]:
+    def _calibrate(self, window: list[PendingToken], deep_logits: Tensor) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
         alone = len(window) == 1 and not self.copy_skipped
         if self.threshold.as_released and alone:  # the original counts only tokens that had company
             return []
         shallow = torch.stack([waiting.logits.argmax(-1) for waiting in window], dim=1)  # (B, W)
         right = (shallow == deep_logits.argmax(-1)).tolist()
-        rows = [row for row, running in enumerate(active) if running]
         pairs = [
             (waiting.confidence[row], right[row][index])
-            for row in rows
             for index, waiting in enumerate(window)
+            for row, running in enumerate(waiting.active)
+            if running
         ]
-        self.threshold.observe(*map(list, zip(*pairs, strict=True)))
+        self.threshold.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
         return pairs
 
     def _roll_back(

@@ -157,9 +157,9 @@ def test_dynamic_alignment(deep_model, index):
     batch = {key: torch.tensor(rows) for key, rows in LOSSES["batches"][index].items()}
     with torch.no_grad():
         states = view.training_states(model(**batch, output_hidden_states=True))
-    teachers = [normalized_state(view, states, layer) for layer in uniform_teachers(24, 6)]
-    students = [normalized_state(view, states, layer) for layer in range(1, 7)]
-    distances = torch.tensor([[(t - s).square().mean() for s in students] for t in teachers])
+        teachers = [normalized_state(view, states, layer) for layer in uniform_teachers(24, 6)]
+        students = [normalized_state(view, states, layer) for layer in range(1, 7)]
+        distances = torch.tensor([[(t - s).square().mean() for s in students] for t in teachers])
     assert align_closest(distances) == LOSSES["losses"]["6"]["alignment"][index]
 
 

@@ -161,6 +161,9 @@ class ExitArguments:
     )
     use_adapt_threshold: bool = flag(False, "FREE: fit the threshold to the parallel passes (beta mixture).")
 
+    adapt_threshold_file: str | None = flag(
+        None, "FREE: continue from the adaptive_threshold.json of an earlier evaluation."
+    )
     adapt_zeta: float = flag(0.4, "FREE: how probably right an exit must be under the adaptive threshold.")
 
     def __post_init__(self) -> None:
@@ -198,6 +201,12 @@ class ExitArguments:
         require(len(self.methods) <= 1, f"{' and '.join(self.methods)} contradict: choose one method.")
 
     def _refuse_idle_free_flags(self) -> None:
+        file = self.adapt_threshold_file
+        require(file is None or Path(file).is_file(), f"--adapt_threshold_file: there is no file {file}.")
+        require(
+            file is None or self.use_adapt_threshold,
+            "--adapt_threshold_file needs --use_adapt_threshold True.",
+        )
         idle = {
             "--use_adapt_threshold": self.use_adapt_threshold,
             "--rollback_conf_threshold": self.rollback_conf_threshold is not None,

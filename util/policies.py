@@ -52,7 +52,6 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
         measure = build_measure("--exit_conf_type", flags.exit_conf_type, loaded)
         return Calm(measure, threshold, flags.exit_min_layer or 1)
     if flags.use_shallow_deep:
-        value = flags.shallow2deep_conf_threshold
         return Free(
             flags.shallow_exit_layer,
             build_measure("--shallow2deep_conf_type", flags.shallow2deep_conf_type, loaded),
