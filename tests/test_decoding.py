@@ -289,6 +289,14 @@ def test_adaptive_threshold_learns_from_the_tail_of_a_sequence():
     assert stats.deep_passes == 1
 
 
+def test_adaptive_threshold_ignores_finished_rows():
+    model, inputs = tiny_t5(seed=4), padded_inputs(batch=5)
+    threshold, stats = AdaptiveThreshold(-1.0), DecodeStats()
+    decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats)
+    assert len(set(map(len, stats.exit_layers))) > 1
+    assert len(threshold.confidences) == stats.tokens
+
+
 def test_nothing_survives_on_the_model():
     model, inputs = tiny_t5(), padded_inputs()
     before = {name: set(vars(module)) for name, module in model.named_modules()}

@@ -181,6 +181,17 @@ def test_evaluation_of_every_method(base, name):
     assert results_of(flags, "predict")["samples"] == 12
 
 
+def test_adaptive_threshold_is_carried_over(base):
+    flags = base | FREE | {"do_eval": True, "use_adapt_threshold": True, "adapt_zeta": 0.9}
+    run.main(as_argv(flags))
+    saved = Path(flags["output_dir"], "adaptive_threshold.json")
+    before = json.loads(saved.read_text())["observed"]
+    run.main(as_argv(flags | {"adapt_threshold_file": str(saved)}))
+    after = json.loads(saved.read_text())["observed"]
+    assert after["num_sequences"] == 2 * before["num_sequences"]
+    assert after["confidences"][: len(before["confidences"])] == before["confidences"]
+
+
 def test_exit_layer_of_the_checkpoint_is_the_default(base):
     flags = base | FREE | {"do_eval": True, "shallow2deep_conf_threshold": 0.0}
     run.main(as_argv(flags))

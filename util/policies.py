@@ -55,14 +55,20 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
         return Free(
             flags.shallow_exit_layer,
             build_measure("--shallow2deep_conf_type", flags.shallow2deep_conf_type, loaded),
-            AdaptiveThreshold(value, flags.adapt_zeta)
-            if flags.use_adapt_threshold
-            else FixedThreshold(value),
+            free_threshold(flags),
             flags.copy_skipped_hidden_states,
             flags.rollback_conf_threshold,
             flags.parallel_causal_mask,
         )
     return FullDepth()
+
+
+def free_threshold(flags: ExitArguments) -> Threshold:
+    if not flags.use_adapt_threshold:
+        return FixedThreshold(flags.shallow2deep_conf_threshold)
+    if flags.adapt_threshold_file is not None:
+        return AdaptiveThreshold.load(flags.adapt_threshold_file)
+    return AdaptiveThreshold(flags.shallow2deep_conf_threshold, flags.adapt_zeta)
 
 
 def calm_threshold(flags: ExitArguments, max_length: int) -> Threshold:
