@@ -138,6 +138,7 @@ class PendingToken(NamedTuple):
 
     hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
     confidence: list[float]  # (B,)
+    sure: list[bool]  # (B,)
     active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
 
@@ -200,7 +201,7 @@ class Free:
         if logits is None and (exits or any(sure) or self.calibrates):
             logits = view.project(normalized)
         compared = logits if self.calibrates or self.retracts else None
-        token = PendingToken(hidden, confidence, active, compared)
+        token = PendingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if exits:
             return self._stop(view, state, token, logits)
@@ -236,9 +237,8 @@ class Free:
     ) -> StepResult:
         """Run layers S+1..L on the waiting tokens and `token`, W together; compare and roll back if asked."""
         window, self.pending = [*self.pending, token], []
-        hidden = torch.cat([waiting.hidden for waiting in window], dim=1)  # (B, W, D)
         start, stop = self.shallow_layer, view.num_layers
-        hidden = view.run_layers(state, hidden, start, stop, causal=self.causal_catch_up)
+        hidden = self._run_deep_layers(view, state, window)
         compares = self.calibrates or self.retracts
         logits = view.project(view.normalize(hidden if compares else hidden[:, -1:]))  # (B, W or 1, V)
         calls = start if shallow_calls is None else shallow_calls
@@ -255,6 +255,19 @@ class Free:
         if self.retracts:
             self._roll_back(view, state, window, logits, result)
         return result
+
+    def _run_deep_layers(self, view: DecoderView, state: DecoderState, window: list[PendingToken]) -> Tensor:
+        """Layers S+1..L on a parallel window: (B, W, D). Under `copy_skipped`, where W is 1, sure rows keep
+        their shallow state, as they would alone."""
+        hidden = torch.cat([token.hidden for token in window], dim=1)
+        if self.copy_skipped and any(window[-1].sure):
+            unsure = [not row for row in window[-1].sure]
+            for layer in range(self.shallow_layer + 1, view.num_layers + 1):
+                hidden = run_undecided(view, state, hidden, layer, unsure)
+            return hidden
+        return view.run_layers(
+            state, hidden, self.shallow_layer, view.num_layers, causal=self.causal_catch_up
+        )
 
     def _calibrate(self, window: list[PendingToken], deep_logits: Tensor) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""

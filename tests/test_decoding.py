@@ -16,6 +16,8 @@ from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.threshold import AdaptiveThreshold, FixedThreshold
 
 LENGTH = 20
+# Random models repeat themselves; these settings make the rows of a batch end at different lengths.
+MANY_ENDS = {"eos_token_id": list(range(1, 12)), "no_repeat_ngram_size": 1}
 NEVER, ALWAYS = FixedThreshold(2.0), FixedThreshold(-1.0)
 
 
@@ -200,10 +202,12 @@ POLICIES = {
 def test_rows_of_a_batch_decode_as_they_do_alone(name):
     model, inputs = tiny_t5(seed=4).double(), padded_inputs(batch=5)
     policy, stats = POLICIES[name](sometimes(model, inputs)), DecodeStats()
-    together = decode(model, inputs, policy, stats)
+    together = decode(model, inputs, policy, stats, **MANY_ENDS)
+    assert len(set(map(len, stats.exit_layers))) > 1
     assert name in ("full", "static") or 0 < stats.exit_share < 1
     for row in range(5):
-        alone = decode(model, {key: value[row : row + 1] for key, value in inputs.items()}, policy)
+        source = {key: value[row : row + 1] for key, value in inputs.items()}
+        alone = decode(model, source, policy, **MANY_ENDS)
         assert together[row, : alone.shape[1]].tolist() == alone[0].tolist()
         assert (together[row, alone.shape[1] :] == model.config.pad_token_id).all()
 
@@ -292,7 +296,7 @@ def test_adaptive_threshold_learns_from_the_tail_of_a_sequence():
 def test_adaptive_threshold_ignores_finished_rows():
     model, inputs = tiny_t5(seed=4), padded_inputs(batch=5)
     threshold, stats = AdaptiveThreshold(-1.0), DecodeStats()
-    decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats)
+    decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1
     assert len(threshold.confidences) == stats.tokens
 
