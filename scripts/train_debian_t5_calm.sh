@@ -11,9 +11,9 @@ launch run.py \
   --drop_long_samples True --max_source_length 28 --max_target_length 28 \
   --do_train --output_dir save/debian-t5-calm \
   --intermediate_loss_fn weighted_ce \
-  --max_steps 600 --per_device_train_batch_size 48 --train_sampling_strategy group_by_length \
+  --max_steps 300 --per_device_train_batch_size 48 --train_sampling_strategy group_by_length \
   --use_muon True --learning_rate 1e-3 --weight_decay 0.01 --adam_beta2 0.98 \
-  --lr_scheduler_type cosine --warmup_steps 50 --label_smoothing_factor 0.1 --bf16 \
+  --lr_scheduler_type cosine --warmup_steps 30 --label_smoothing_factor 0.1 --bf16 \
   --seed 42 --ddp_find_unused_parameters False \
-  --logging_steps 50 --eval_strategy steps --eval_steps 200 --per_device_eval_batch_size 64 \
-  --save_steps 200 --save_total_limit 2 --report_to tensorboard --disable_tqdm True "$@"
+  --logging_steps 50 --eval_strategy steps --eval_steps 100 --per_device_eval_batch_size 64 \
+  --save_steps 100 --save_total_limit 2 --report_to tensorboard --disable_tqdm True "$@"
