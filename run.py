@@ -30,6 +30,8 @@ from util.policies import build_policy, resolve_exit_arguments
 from util.report import comparison_table, print_report, write_json
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -61,15 +63,17 @@ def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, 
     }[stage]
     examples = load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
     place(loaded, training)
+    max_length = training.generation_max_length or data.val_max_target_length
     settings = EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
-        max_length=training.generation_max_length or data.val_max_target_length,
+        max_length=max_length,
         batch_size=training.per_device_eval_batch_size,
         num_beams=data.num_beams,
         synchronize=exit_flags.use_synchronize,
         predictions_file=Path(training.output_dir, predictions),
-        arguments=non_default_settings(arguments.model, data, exit_flags),
+        arguments=non_default_settings(arguments.model, data, exit_flags)
+        | {"batch_size": training.per_device_eval_batch_size, "max_length": max_length},
         resume=data.resume_eval,
     )
     policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
@@ -87,7 +91,8 @@ def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:
 
 def place(loaded: LoadedModel, training: Seq2SeqTrainingArguments) -> None:
     """Put the model on the run's device, in the precision asked for, ready to decode."""
-    dtype = torch.bfloat16 if training.bf16_full_eval else None
+    halves = {torch.bfloat16: training.bf16_full_eval, torch.float16: training.fp16_full_eval}
+    dtype = next((dtype for dtype, wanted in halves.items() if wanted), torch.float32)
     loaded.model.to(device=training.device, dtype=dtype).eval()
 
 
@@ -107,12 +112,22 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     if exit_flags.methods:
         trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
     resume = arguments.training.resume_from_checkpoint
-    result = trainer.train(
-        resume_from_checkpoint=resume or last_complete_checkpoint(arguments.training.output_dir)
-    )
+    resume = resume or last_complete_checkpoint(arguments.training.output_dir)
+    if resume is not None:
+        refuse_other_exits(resume, exit_config)
+        logger.info("Continuing from %s.", resume)
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+
+
+def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
+    """Raise UserError if a training run to continue was begun with another exit loss or layer."""
+    if ExitConfig.load(checkpoint) != exit_config:
+        raise UserError(
+            f"{checkpoint} was begun with other exit settings: use its flags, or another --output_dir."
+        )
 
 
 def build_loss(
@@ -125,12 +140,14 @@ def build_loss(
     shallow_layer = arguments.exit.shallow_exit_layer or inherited_layer
     if flags.intermediate_loss_fn and not trains_all_layers and shallow_layer is None:
         raise UserError(f"--intermediate_loss_fn {flags.intermediate_loss_fn} needs --shallow_exit_layer.")
+    before = loaded.exit_config
+    distils = (flags.intermediate_loss_fn or "").startswith("shallowdeep_kd")
     exit_config = ExitConfig(
-        flags.intermediate_loss_fn or loaded.exit_config.intermediate_loss_fn,
+        flags.intermediate_loss_fn or before.intermediate_loss_fn,
         shallow_layer,
-        flags.distill_layer_alpha,
-        flags.do_layer_transformation,
-        flags.train_meta_cm_head or loaded.exit_config.train_meta_cm_head,
+        flags.distill_layer_alpha if distils else None,
+        flags.do_layer_transformation or before.do_layer_transformation,
+        flags.train_meta_cm_head or before.train_meta_cm_head,
     )
     attach_exit_heads(loaded.model, exit_config)
     view = view_for(loaded.model)
@@ -170,5 +187,4 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     main()

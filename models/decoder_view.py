@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from models.errors import UserError
+
 DecoderState = Any
 """Per-generation state of a view: cache, encoder memory, masks. Policies hand it through, unopened."""
 
@@ -61,14 +63,14 @@ def view_for(model: nn.Module) -> DecoderView:
     """Return the view that serves `model`.
 
     Raises:
-        ValueError: the model's family has no view; the message lists those that have one.
+        UserError: the model's family has no view; the message lists those that have one.
     """
     from models.t5 import T5View
 
     families = {"t5": T5View, "mt5": T5View}
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family not in families:
-        raise ValueError(
+        raise UserError(
             f"No decoder view for model family {family!r} (supported: {', '.join(sorted(families))}). "
             "To add one, implement models.decoder_view.DecoderView and list it in view_for."
         )

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
 from models.decoder_view import DecoderState, DecoderView, view_for
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth, StepResult
 
 
@@ -58,9 +59,12 @@ class DecodeStats:
         early = sum(layer < self.num_layers for row in self.exit_layers for layer in row)
         return early / max(self.tokens, 1)
 
+    def reset(self, num_layers: int, batch_size: int) -> None:
+        """Forget an earlier generation."""
+        self.__init__(num_layers, [[] for _ in range(batch_size)])
+
     def record(self, result: StepResult, active: list[bool]) -> None:
         """Add one step, taken for the active rows."""
-        self.exit_layers = self.exit_layers or [[] for _ in active]
         self.steps += 1
         for row, (layers, running) in enumerate(zip(self.exit_layers, active, strict=True)):
             if running:
@@ -104,14 +108,14 @@ def early_exit_decode(
         (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
 
     Raises:
-        ValueError: beam search, or a policy whose layers the model does not have.
+        UserError: beam search, or a policy whose layers the model does not have.
     """
     if generation_config.num_beams > 1:
-        raise ValueError("early_exit_decode decodes one beam: set num_beams=1.")
+        raise UserError("early_exit_decode decodes one beam: set num_beams=1.")
     view = view_for(model)
     policy = exit_policy or FullDepth()
     stats = decode_stats if decode_stats is not None else DecodeStats()
-    stats.num_layers = view.num_layers
+    stats.reset(view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
@@ -143,7 +147,7 @@ def decode_tokens(
         stream.show(input_ids, result.deep_pass)
     trailing = policy.finish(view, state)
     if trailing is not None:
-        stats.record_cost(trailing, [True])
+        stats.record_cost(trailing, [True] * len(input_ids))
     stream.end(input_ids)
     return input_ids
 
@@ -169,7 +173,7 @@ class TokenChooser:
 
     def append(self, input_ids: Tensor, logits: Tensor, active: list[bool]) -> tuple[Tensor, list[bool]]:
         """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
-        logits = logits.float()
+        logits = logits.to(torch.float32, copy=True)  # processors may write into it
         scores = self.processor(input_ids, logits)
         self._keep(logits, scores)
         if self.config.do_sample:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.errors import UserError
+
 EXIT_CONFIG_NAME = "exit_config.json"
 HEAD_NAMES = ("cm_head", "layer_transformation")
 
@@ -40,7 +42,10 @@ class ExitConfig:
         names = {field.name for field in fields(cls)}
         for file in (Path(folder, EXIT_CONFIG_NAME), Path(folder, "config.json")):
             if file.is_file():
-                settings = json.loads(file.read_text(encoding="utf8"))
+                try:
+                    settings = json.loads(file.read_text(encoding="utf8"))
+                except ValueError as error:
+                    raise UserError(f"{file} is not JSON: {error}") from error
                 return cls(**{name: settings[name] for name in names if settings.get(name) is not None})
         return cls()
 
@@ -83,12 +88,12 @@ def load_exit_heads(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Copy checkpoint entries into the attached heads.
 
     Raises:
-        ValueError: an attached head is missing from `weights`, or a shape differs.
+        UserError: an attached head is missing from `weights`, or a shape differs.
     """
     wanted = exit_head_weights(model.state_dict())
     missing = sorted(set(wanted) - set(weights))
     misfits = sorted(name for name in set(wanted) & set(weights) if wanted[name].shape != weights[name].shape)
     if missing or misfits:
-        raise ValueError(f"Exit heads do not fit the checkpoint: missing {missing}, wrong shape {misfits}.")
+        raise UserError(f"Exit heads do not fit the checkpoint: missing {missing}, wrong shape {misfits}.")
     for name, target in wanted.items():
         target.copy_(weights[name])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
+from models.errors import UserError
 from models.threshold import AdaptiveThreshold, Threshold
 
 
@@ -37,7 +38,7 @@ class ExitPolicy(Protocol):
     """Whether steps may take tokens back."""
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        """Reset what belongs to one generation; raise ValueError for layers the decoder does not have."""
+        """Reset what belongs to one generation; raise UserError for layers the decoder does not have."""
 
     def step(
         self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
@@ -165,7 +166,7 @@ class Free:
         causal_catch_up: bool = True,
     ) -> None:
         if copy_skipped and rollback_threshold is not None:
-            raise ValueError("rollback_threshold needs the parallel pass that copy_skipped removes.")
+            raise UserError("rollback_threshold needs the parallel pass that copy_skipped removes.")
         self.shallow_layer = shallow_layer
         self.confidence = confidence
         self.threshold = threshold
@@ -183,7 +184,7 @@ class Free:
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         if self.retracts and batch_size > 1:
-            raise ValueError("Free with a rollback_threshold decodes one sequence at a time.")
+            raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
         self.pending = []
         self.threshold.start_sequence()
 
@@ -331,4 +332,4 @@ def choose_rows(rows: list[bool], new: Tensor, old: Tensor | None) -> Tensor:
 
 def check_layer(name: str, layer: int, num_layers: int) -> None:
     if not 1 <= layer <= num_layers:
-        raise ValueError(f"{name} must lie in 1..{num_layers}, got {layer}.")
+        raise UserError(f"{name} must lie in 1..{num_layers}, got {layer}.")

@@ -6,11 +6,13 @@ checkpoints; `create_model(config, tokenizer)` starts from random weights.
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -32,6 +34,7 @@ from models.exit_heads import (
     load_exit_heads,
 )
 
+LOADING_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,9 +53,11 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str, tokenizer_name: str | None = None, dtype: torch.dtype | str = "auto", **hub: Any
+    name_or_path: str, tokenizer_name: str | None = None, dtype: torch.dtype = torch.float32, **hub: Any
 ) -> LoadedModel:
-    """Load a checkpoint with everything it knows about exiting; `hub` takes cache_dir, revision, token.
+    """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
+
+    `hub` takes cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
@@ -62,13 +67,16 @@ def load_model(
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **hub
         )
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a model from {name_or_path}: {first_line(error)}") from error
     refuse_misfits(name_or_path, report)
     attach_exit_heads(model, exit_config)
     if any(hasattr(model, name) for name in HEAD_NAMES):
         load_exit_heads(model, exit_head_weights(read_weights(name_or_path, **hub)))
-    return LoadedModel(model.eval(), load_tokenizer(tokenizer_name or name_or_path, **hub), exit_config)
+    if tokenizer_name not in (None, name_or_path):
+        hub = {**hub, "revision": "main"}  # the revision is the model's
+    tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
+    return LoadedModel(model.eval(), tokenizer, exit_config)
 
 
 def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedModel:
@@ -77,23 +85,29 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
         config = AutoConfig.from_pretrained(config_name, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a config from {config_name}: {first_line(error)}") from error
-    tokenizer = load_tokenizer(tokenizer_name, **hub)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{tokenizer_name} has {len(tokenizer)} tokens, but {config_name} a vocab_size of only "
-            f"{config.vocab_size}."
-        )
-    return LoadedModel(AutoModelForSeq2SeqLM.from_config(config), tokenizer, ExitConfig())
+    tokenizer = load_tokenizer(tokenizer_name, config.vocab_size, **hub)
+    try:
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{config_name}: {first_line(error)}") from error
+    return LoadedModel(model, tokenizer, ExitConfig())
 
 
-def load_tokenizer(name: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, also from the lone `spiece.model` of original FREE checkpoints."""
+def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, also from the lone `spiece.model` of original FREE checkpoints.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model's vocabulary.
+    """
     if not any(find_file(name, file, **hub) for file in TOKENIZER_FILES):  # else an empty one would load
         raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"{name} has {len(tokenizer)} tokens, but the model a vocab_size of {vocab_size}.")
+    return tokenizer
 
 
 def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:

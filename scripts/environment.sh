@@ -9,14 +9,13 @@ fi
 source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
+GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+PROCESSES=$((GPUS > 0 ? GPUS : $(nproc)))
+
 launch() {
-  local gpus
-  gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-  if [ "$gpus" -gt 1 ]; then
-    torchrun --standalone --nproc_per_node "$gpus" "$@"
-  elif [ "$gpus" -eq 1 ]; then
-    python "$@"
+  if [ "$GPUS" -gt 0 ]; then
+    torchrun --standalone --nproc_per_node "$PROCESSES" "$@"
   else # one thread a process: small models scale better over processes than over threads
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node "$(nproc)" "$@" --use_cpu --ddp_backend gloo
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node "$PROCESSES" "$@" --use_cpu --ddp_backend gloo
   fi
 }

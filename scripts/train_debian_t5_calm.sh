@@ -11,7 +11,7 @@ launch run.py \
   --drop_long_samples True --max_source_length 28 --max_target_length 28 \
   --do_train --output_dir save/debian-t5-calm \
   --intermediate_loss_fn weighted_ce \
-  --max_steps 300 --per_device_train_batch_size 48 --train_sampling_strategy group_by_length \
+  --max_steps 300 --per_device_train_batch_size $((96 / PROCESSES)) --train_sampling_strategy group_by_length \
   --use_muon True --learning_rate 1e-3 --weight_decay 0.01 --adam_beta2 0.98 \
   --lr_scheduler_type cosine --warmup_steps 30 --label_smoothing_factor 0.1 --bf16 \
   --seed 42 --ddp_find_unused_parameters False \

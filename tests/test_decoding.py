@@ -301,6 +301,26 @@ def test_adaptive_threshold_ignores_finished_rows():
     assert len(threshold.confidences) == stats.tokens
 
 
+def test_stats_can_be_used_again():
+    model, stats = tiny_t5(), DecodeStats()
+    for batch in (1, 3):
+        sequence = decode(model, padded_inputs(batch), FullDepth(), stats, max_length=6)
+        assert stats.tokens == batch * (sequence.shape[1] - 1) == 5 * batch
+        assert stats.average_layers == 6
+
+
+def test_processors_that_write_in_place_do_no_harm():
+    """The adaptive threshold compares what the model predicted, not what a processor made of it."""
+    model, inputs = tiny_t5(), padded_inputs()
+    calibrations = []
+    for processor in (lambda ids, scores: scores.mul_(-1), lambda ids, scores: -scores):
+        stats = DecodeStats()
+        policy = Free(2, SoftmaxGap(), AdaptiveThreshold(-1.0))
+        decode(model, inputs, policy, stats, logits_processor=LogitsProcessorList([processor]))
+        calibrations.append(stats.calibration)
+    assert calibrations[0] == calibrations[1]
+
+
 def test_nothing_survives_on_the_model():
     model, inputs = tiny_t5(), padded_inputs()
     before = {name: set(vars(module)) for name, module in model.named_modules()}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -18,6 +19,24 @@ from models.errors import UserError
 from models.losses import INTERMEDIATE_LOSSES
 from util.tasks import DATASETS, TASKS
 
+WITHOUT_EFFECT = ("resume_eval", "preprocessing_num_workers", "token", "cache_dir")  # on results
+CALM_FLAGS = (
+    "exit_conf_type",
+    "exit_conf_threshold",
+    "exit_position_temp",
+    "exit_decay_form",
+    "exit_min_layer",
+)
+FREE_FLAGS = (
+    "shallow2deep_conf_type",
+    "shallow2deep_conf_threshold",
+    "parallel_gen_token",
+    "copy_skipped_hidden_states",
+    "parallel_causal_mask",
+    "rollback_conf_threshold",
+    "use_adapt_threshold",
+)
+ADAPTIVE_FLAGS = ("adapt_threshold_file", "adapt_zeta")
 CONFIDENCE_TYPES = ("softmax", "meta")
 
 
@@ -95,6 +114,9 @@ class DataArguments:
             require(path is None or Path(path).is_file(), f"--{name}: there is no file {path}.")
         for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams"):
             require_positive(name, getattr(self, name))
+        for name in ("max_target_length", "val_max_target_length"):
+            length = getattr(self, name)
+            require(length is None or length > 1, f"--{name} must leave room for a token: at least 2.")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             require_positive(name, getattr(self, name))
         if self.val_max_target_length is None:
@@ -124,6 +146,10 @@ class LossArguments:
         require(
             not (self.train_meta_cm_head and self.intermediate_loss_fn),
             "--train_meta_cm_head freezes the model: it contradicts --intermediate_loss_fn.",
+        )
+        require(
+            not (self.train_meta_cm_head and self.use_muon),
+            "--use_muon is for training from scratch: it contradicts --train_meta_cm_head.",
         )
         distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
         require(
@@ -176,7 +202,9 @@ class ExitArguments:
             self.rollback_conf_threshold is None or self.rollback_conf_threshold >= 0,
             f"--rollback_conf_threshold is a cross-entropy, got {self.rollback_conf_threshold}.",
         )
-        self._refuse_idle_free_flags()
+        self._refuse_idle_flags()
+        file = self.adapt_threshold_file
+        require(file is None or Path(file).is_file(), f"--adapt_threshold_file: there is no file {file}.")
         require(
             self.parallel_gen_token or self.copy_skipped_hidden_states or not self.use_shallow_deep,
             "--parallel_gen_token False needs --copy_skipped_hidden_states True: skipped tokens would have "
@@ -200,20 +228,17 @@ class ExitArguments:
     def _refuse_two_methods(self) -> None:
         require(len(self.methods) <= 1, f"{' and '.join(self.methods)} contradict: choose one method.")
 
-    def _refuse_idle_free_flags(self) -> None:
-        file = self.adapt_threshold_file
-        require(file is None or Path(file).is_file(), f"--adapt_threshold_file: there is no file {file}.")
-        require(
-            file is None or self.use_adapt_threshold,
-            "--adapt_threshold_file needs --use_adapt_threshold True.",
-        )
-        idle = {
-            "--use_adapt_threshold": self.use_adapt_threshold,
-            "--rollback_conf_threshold": self.rollback_conf_threshold is not None,
-            "--copy_skipped_hidden_states": self.copy_skipped_hidden_states,
+    def _refuse_idle_flags(self) -> None:
+        """Refuse flags of a method, or of the adaptive threshold, that is not switched on."""
+        groups = {
+            "use_early_exit": (self.use_early_exit, CALM_FLAGS),
+            "use_shallow_deep": (self.use_shallow_deep, FREE_FLAGS),
+            "use_adapt_threshold": (self.use_adapt_threshold, ADAPTIVE_FLAGS),
         }
-        for name, on in idle.items():
-            require(self.use_shallow_deep or not on, f"{name} belongs to FREE: add --use_shallow_deep True.")
+        for switch, (on, names) in groups.items():
+            for name in names:
+                changed = getattr(self, name) != self.__dataclass_fields__[name].default
+                require(on or not changed, f"--{name} has no effect here: add --{switch} True.")
 
 
 @dataclass
@@ -234,6 +259,9 @@ class Arguments:
             training.do_train or self.model.model_name_or_path is not None,
             "--config_name starts from random weights: add --do_train or give --model_name_or_path.",
         )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            require_positive(name, getattr(training, name))
+        self._make_output_dir()
         evaluates = training.do_eval or training.do_predict
         require(
             not (exits.deploy_scenario and evaluates and training.per_device_eval_batch_size > 1),
@@ -242,6 +270,20 @@ class Arguments:
         require(
             self.data.num_beams == 1 or not exits.methods,
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
+        )
+
+    def _make_output_dir(self) -> None:
+        """Find out now, not after hours, whether results can be written."""
+        folder = Path(self.training.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+        require(os.access(folder, os.W_OK), f"--output_dir {folder} is not writable.")
+        resume = self.training.resume_from_checkpoint
+        require(
+            resume is None or Path(resume).is_dir(),
+            f"--resume_from_checkpoint: there is no folder {resume}; by default the newest is used.",
         )
 
 
@@ -264,7 +306,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
     except UserError:
         raise
-    except ValueError as error:  # raised by TrainingArguments' own checks, and by unknown flags
+    except (ValueError, ImportError) as error:  # from TrainingArguments' own checks, and unknown flags
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -277,7 +319,7 @@ def expand_argument_file(argv: list[str]) -> list[str]:
     try:
         loader = json.loads if path.suffix == ".json" else yaml.safe_load
         settings = loader(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} is not valid {path.suffix[1:].upper()}: {error}".replace("\n", " ")
         ) from error
@@ -295,10 +337,12 @@ def as_flags(name: str, value: Any) -> list[str]:
 
 
 def non_default_settings(*groups: Any) -> dict[str, Any]:
-    """The settings of argument dataclasses that differ from their defaults, for records and model cards."""
+    """The settings of argument dataclasses that differ from their defaults and can change a result."""
     settings = {}
     for group in groups:
         for name, spec in group.__dataclass_fields__.items():
+            if name in WITHOUT_EFFECT:
+                continue
             default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
             value = getattr(group, name)
             if value != default and isinstance(value, (str, int, float, bool, list, dict)):

@@ -44,14 +44,15 @@ def dataset_record(data_args: DataArguments) -> DatasetRecord:
     record = DATASETS.get(data_args.dataset_name, hub)
     if record.task != data_args.task:
         raise UserError(f"--dataset_name {data_args.dataset_name} is for --task {record.task}.")
-    languages = (data_args.source_lang, data_args.target_lang)
+    known = record.languages or (None, None)
+    languages = (data_args.source_lang or known[0], data_args.target_lang or known[1])
     overrides = {
         "source": data_args.source_column,
         "target": data_args.target_column,
         "prefix": data_args.source_prefix,
         "config": data_args.dataset_config_name,
         "revision": data_args.dataset_revision,
-        "languages": languages if all(languages) else None,
+        "languages": languages if any(languages) else None,
     }
     return replace(record, **{name: value for name, value in overrides.items() if value is not None})
 
@@ -74,6 +75,8 @@ def load_examples(
     if len(rows) == 0:
         raise UserError(f"{origin}: the {split} split is empty.")
     check_columns(rows, record, origin)
+    if max_samples is not None and not data_args.drop_long_samples:
+        rows = rows.select(range(min(max_samples, len(rows))))
     reader = RowReader(record)
     examples = rows.map(
         reader, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
@@ -81,6 +84,8 @@ def load_examples(
     kept = examples.filter(lambda row: bool(row["source"].strip() and row["target"].strip()))
     if len(kept) < len(examples):
         logger.warning("%s: skipped %d rows without text.", origin, len(examples) - len(kept))
+    if len(kept) == 0:
+        raise UserError(f"{origin}: no row of the {split} split has both a source and a target.")
     if data_args.drop_long_samples and tokenizer is not None:
         kept = drop_long(kept, tokenizer, data_args)
     return kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
@@ -113,9 +118,12 @@ def load_rows(record: DatasetRecord, data_args: DataArguments, split: str) -> tu
     if record.hub_id is None:
         raise UserError(f"There is no {split} split: give --{SPLIT_FILES[split]} or --dataset_name.")
     origin = f"{record.hub_id} [{split}]"
-    return load_dataset(
-        record.hub_id, record.config, split=record.splits[split], revision=record.revision
-    ), origin
+    hub = {"split": record.splits[split], "revision": record.revision}
+    try:
+        return load_dataset(record.hub_id, record.config, **hub), origin
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--dataset_name {origin} cannot be loaded: {reason}") from error
 
 
 def load_file(path: Path) -> Dataset:
@@ -175,23 +183,31 @@ class RowReader:
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         record = self.record
-        source, target = self._texts(row)
+        try:
+            source, target = self._texts(row)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"Row {index} has an unexpected form: {error!r}.") from error
         example = {
             "id": str(row.get("id", index)),
-            "source": record.prefix + (source or ""),
-            "target": target or "",
+            "source": record.prefix + as_text(source),
+            "target": as_text(target),
         }
         return example | ({SEEN_COLUMN: bool(row[SEEN_COLUMN])} if SEEN_COLUMN in row else {})
 
-    def _texts(self, row: dict[str, Any]) -> tuple[str | None, str | None]:
+    def _texts(self, row: dict[str, Any]) -> tuple[Any, Any]:
         record = self.record
         source, target = row[record.source], row[record.target]
         if record.task == "question_answering":
-            answers = target["text"] if isinstance(target, dict) else [target]
+            answers = target["text"] if isinstance(target, dict) else target
+            answers = answers if isinstance(answers, list) else [answers]
             return f"question: {source} context: {row['context']}", next(iter(answers), None)
         if record.languages and record.source == record.target:
             return source[record.languages[0]], target[record.languages[1]]
         return source, target
+
+
+def as_text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def tokenize(

@@ -6,6 +6,7 @@ which an interrupted evaluation continues.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def evaluate(
     Raises:
         UserError: asked to continue an evaluation that had other settings.
     """
-    log = PredictionLog(settings.predictions_file, settings.arguments)
+    log = PredictionLog(settings.predictions_file, settings.arguments | {"weights": fingerprint(loaded)})
     done = log.reopen() if settings.resume else log.start()
     done = log.keep(done[: len(done) // settings.batch_size * settings.batch_size])
     replay_calibration(policy, done)
@@ -78,6 +79,12 @@ def evaluate(
     log.close()
     num_layers = view_for(loaded.model).num_layers
     return summarize(done, settings, num_layers) | {"environment": environment(loaded.model)}
+
+
+def fingerprint(loaded: LoadedModel) -> str:
+    """Tells weights (and their precision) from others: sums that any training step changes."""
+    sums = [weight.double().sum().item() for weight in loaded.model.parameters()]
+    return f"{loaded.model.dtype}:{hashlib.sha256(repr(sums).encode()).hexdigest()[:16]}"
 
 
 def batch_indices(start: int, stop: int, size: int) -> Iterator[range]:
@@ -99,7 +106,7 @@ def decode_batch(
         return_tensors="pt",
     ).to(loaded.model.device)
     stats = DecodeStats()
-    options: dict[str, Any] = {"max_length": settings.max_length, "num_beams": settings.num_beams}
+    options = {"max_length": settings.max_length, "num_beams": settings.num_beams, "do_sample": False}
     if policy is not None:
         options |= {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
@@ -169,22 +176,18 @@ class PredictionLog:
         self.arguments = json.loads(json.dumps(arguments))
 
     def start(self) -> list[dict[str, Any]]:
-        """Begin a new file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Begin a new file; the old predictions go first, so that no kill leaves them under new settings."""
+        self.path.unlink(missing_ok=True)
         write_json(self.settings_path, self.arguments)
         return []
 
     def reopen(self) -> list[dict[str, Any]]:
         """Records of an interrupted evaluation; a line cut off by the interruption is dropped."""
-        if not self.path.is_file() or not self.settings_path.is_file():
+        if not self.path.is_file():
             return self.start()
         self._refuse_other_settings()
-        records = []
-        for line in self.path.read_text(encoding="utf8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            records.append(json.loads(line))
-        return records
+        *lines, _ = self.path.read_bytes().split(b"\n")  # what follows the last newline was cut off
+        return [json.loads(line) for line in lines]
 
     def keep(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave exactly these records in the file and open it for more."""
@@ -204,6 +207,8 @@ class PredictionLog:
         self.file.close()
 
     def _refuse_other_settings(self) -> None:
+        if not self.settings_path.is_file():
+            raise UserError(f"--resume_eval: {self.settings_path} is missing; set --resume_eval False.")
         before = json.loads(self.settings_path.read_text(encoding="utf8"))
         changed = sorted(
             name for name in {*before, *self.arguments} if before.get(name) != self.arguments.get(name)

@@ -50,9 +50,13 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        if self.exit_loss is None or not model.training:
+        if self.exit_loss is None or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, output_hidden_states=True, use_cache=False)
+        # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
+        if isinstance(self.exit_loss, ConfidenceHeadLoss):
+            model.eval()  # the head has no dropout; the frozen model must predict as it will when deployed
+        features = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        outputs = model(**features, output_hidden_states=True, use_cache=False)
         view = view_for(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
             terms = self.exit_loss(view, outputs, inputs["labels"])
