@@ -65,9 +65,11 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, help="default: all")
     parser.add_argument("--max_source_length", type=int, default=28, help="longer sources are left out")
     parser.add_argument("--max_target_length", type=int, default=28, help="longer targets are left out")
-    parser.add_argument("--free_threshold", type=float, default=0.5)
+    parser.add_argument("--free_threshold", type=float, default=0.4)
     parser.add_argument("--calm_threshold", type=float, default=0.5)
-    parser.add_argument("--adapt_zeta", type=float, default=0.4)
+    parser.add_argument("--adapt_zeta", type=float, default=0.8, help="of the adaptive threshold")
+    parser.add_argument("--eager_threshold", type=float, default=0.05, help="of FREE with rollback")
+    parser.add_argument("--rollback_threshold", type=float, default=3.0, help="of FREE with rollback")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output_dir", type=Path, default=Path("save/compare"))
     return parser.parse_args()
@@ -123,12 +125,15 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
     middle = view_for(checkpoints["calm"].model).num_layers // 2
     fixed = FixedThreshold(flags.free_threshold)
     adaptive = AdaptiveThreshold(flags.free_threshold, flags.adapt_zeta)
+    eager = FixedThreshold(flags.eager_threshold)
+    rollback = Free(shallow, SoftmaxGap(), eager, rollback_threshold=flags.rollback_threshold)
     chosen = [
         ("HF generate", "free", None),
         (BASELINE, "free", FullDepth()),
         (f"Static, layer {shallow}", "free", StaticExit(shallow)),
         ("FREE, fixed", "free", Free(shallow, SoftmaxGap(), fixed)),
         ("FREE, adaptive", "free", Free(shallow, SoftmaxGap(), adaptive)),
+        ("FREE, rollback", "free", rollback),
         (BASELINE, "calm", FullDepth()),
         (f"Static, layer {middle}", "calm", StaticExit(middle)),
         ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
@@ -144,7 +149,7 @@ def warm_up(methods: list[Method], examples: Dataset, settings: EvaluationSettin
 
 def decode_interleaved(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:
     """All methods on one sentence before the next, each sentence starting with another method."""
-    for index in tqdm(range(len(examples)), desc="Decoding", unit="sentence"):
+    for index in tqdm(range(len(examples)), desc="Decoding", unit="sentence", disable=None):
         sample = examples.select([index])
         start = index % len(methods)
         for method in methods[start:] + methods[:start]:
@@ -160,6 +165,7 @@ def report(flags: argparse.Namespace, methods: list[Method], settings: Evaluatio
         baseline = baselines[row["checkpoint"]]
         row["quality_share"] = 100 * row[quality] / baseline[quality] if baseline[quality] else None
         row["speedup"] = baseline["seconds"] / row["seconds"]
+        row["speedup_median"] = baseline["seconds_per_sample_median"] / row["seconds_per_sample_median"]
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(flags).items()}
     context = {"arguments": arguments, "environment": environment(methods[0].loaded.model)}
@@ -192,11 +198,15 @@ def describe(method: Method, settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def show_samples(methods: list[Method], count: int = 3) -> list[Any]:
-    """A few sentences as CALM and FREE decoded them, each token coloured by its exit."""
+    """A few sentences of mixed depth as FREE and CALM decoded them, each token coloured by its exit."""
     lines: list[Any] = []
     shown = [method for method in methods if method.name in ("FREE, fixed", "CALM")]
-    longest = sorted(range(len(shown[0].records)), key=lambda i: -shown[0].records[i]["tokens"])[:count]
-    for index in longest:
+    mixed = [
+        i
+        for i, record in enumerate(shown[0].records)
+        if len(set(record["pieces"])) > 4 and len(set(record["exit_layers"])) == 2 and record["tokens"] <= 20
+    ]
+    for index in mixed[:count]:
         lines.append(f"\nreference  {shown[0].records[index]['reference']}")
         for method in shown:
             record = method.records[index]

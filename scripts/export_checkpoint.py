@@ -29,11 +29,11 @@ pipeline_tag: translation
 # {title}
 
 {parameters:.1f}M parameters, {layers} encoder and {layers} decoder layers, width {width}, a vocabulary of
-{vocabulary} pieces, trained from scratch on short German-English package descriptions (`data/debian`, sources
-and targets of at most 28 tokens). A demonstration of early exiting, not a translator for other text.
+{vocabulary} pieces, trained on short German-English package descriptions (`data/debian`, sources and targets
+of at most 28 tokens). A demonstration of early exiting, not a translator for other text.
 
-- Training: `bash {script}`, seed {seed}, {steps} steps, {epochs:.1f} epochs; loss `{loss}`, exit after layer
-  {shallow}.
+- Training: `bash {script}`: seed {seed}, {steps} steps, {epochs:.1f} epochs, starting from {origin}.
+- Loss: `{loss}`, exit layer: {shallow}.
 - Stored in bfloat16; decoded in float32.
 
 | step | training loss | validation loss |
@@ -50,6 +50,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--title", required=True)
     parser.add_argument("--train_script", required=True)
+    parser.add_argument("--origin", default="random weights", help="what the training started from")
     parser.add_argument("--report", type=Path, help="report.json of scripts/compare.py, for the scores")
     parser.add_argument("--model", help="the report's name of this checkpoint: free or calm")
     return parser.parse_args()
@@ -70,11 +71,12 @@ def main() -> None:
         width=config.d_model,
         vocabulary=config.vocab_size,
         script=flags.train_script,
+        origin=flags.origin,
         seed=torch.load(flags.run / "training_args.bin", weights_only=False).seed,
         steps=state["global_step"],
         epochs=state["epoch"],
         loss=loaded.exit_config.intermediate_loss_fn,
-        shallow=loaded.exit_config.shallow_exit_layer,
+        shallow=loaded.exit_config.shallow_exit_layer or "all",
         curve="\n".join(curve_rows(state["log_history"])),
         scores="\n".join(score_rows(flags)) if flags.report else "",
     )

@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 python scripts/compare.py --free checkpoints/debian-t5-free --calm checkpoints/debian-t5-calm \
-  --output_dir save/quickstart "$@"
+  --num_samples 300 --threads 1 --output_dir save/quickstart "$@"

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+MARKERS = "os^DvP*X<>"
 PLAIN_WIDTH = 120
 DEPTH_STYLES = ("green", "yellow", "red")  # shallow, middle, deep
 
@@ -86,18 +87,14 @@ def format_figure(value: Any) -> str:
 
 def plot_trade_off(path: Path, rows: list[dict[str, Any]], quality: str, baseline: dict[str, Any]) -> None:
     """Scatter of quality against speed-up, with the baseline's quality as a line."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.axhline(baseline[quality], color="0.7", linewidth=1, linestyle="--", zorder=1)
     for index, row in enumerate(rows):
-        axes.scatter(row["speedup"], row[quality], s=55, color=f"C{index % 10}", zorder=2)
-        axes.annotate(
-            row["method"],
-            (row["speedup"], row[quality]),
-            xytext=(7, 5),
-            textcoords="offset points",
-            fontsize=9,
-        )
-    axes.margins(x=0.18, y=0.12)
+        label = f"{row['method']} ({row['checkpoint']})" if "checkpoint" in row else row["method"]
+        style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
+        axes.scatter(row["speedup"], row[quality], s=60, label=label, zorder=2, **style)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    axes.margins(0.08)
     axes.set_xlabel("speed-up over full depth (measured)")
     axes.set_ylabel(quality.replace("_", " ").upper())
     axes.grid(alpha=0.25)

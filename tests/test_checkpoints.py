@@ -1,0 +1,45 @@
+"""The embedded checkpoints: they load, say how they exit, and decode as plain `generate` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.confidence import SoftmaxGap
+from models.decoding import DecodeStats, early_exit_decode
+from models.exit_policy import Free, FullDepth
+from models.loading import load_model
+from models.threshold import FixedThreshold
+
+FOLDER = Path(__file__).resolve().parent.parent / "checkpoints"
+SENTENCES = ["Entwicklungsdateien für die Bibliothek", "Dieses Paket enthält die Dokumentation."]
+
+
+@pytest.mark.parametrize("name", ["debian-t5-free", "debian-t5-calm"])
+def test_full_depth_equals_generate(name):
+    loaded = load_model(str(FOLDER / name))
+    inputs = loaded.tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    ours = loaded.model.generate(
+        **inputs, max_length=30, custom_generate=early_exit_decode, exit_policy=FullDepth()
+    )
+    assert ours.tolist() == loaded.model.generate(**inputs, max_length=30).tolist()
+    text = loaded.tokenizer.decode(ours[0], skip_special_tokens=True).lower()
+    assert "development" in text or "library" in text
+    assert (FOLDER / name / "model.safetensors").stat().st_size < 40e6
+
+
+def test_checkpoints_know_their_training():
+    free = load_model(str(FOLDER / "debian-t5-free")).exit_config
+    calm = load_model(str(FOLDER / "debian-t5-calm")).exit_config
+    assert (free.intermediate_loss_fn, free.shallow_exit_layer) == ("shallowdeep_kd_dyna", 2)
+    assert (calm.intermediate_loss_fn, calm.shallow_exit_layer) == ("weighted_ce", None)
+
+
+def test_free_exits_on_easy_tokens_only():
+    loaded, stats = load_model(str(FOLDER / "debian-t5-free")), DecodeStats()
+    inputs = loaded.tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    policy = Free(2, SoftmaxGap(), FixedThreshold(0.4))
+    options = {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
+    loaded.model.generate(**inputs, max_length=30, **options)
+    assert 0 < stats.exit_share < 1 and stats.deep_passes > 0
