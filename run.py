@@ -15,10 +15,11 @@ import torch
 from accelerate import PartialState
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
 
-from models.decoder_view import view_for
+from models.decoder_view import DecoderView, view_for
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
-from models.loading import LoadedModel, create_model, load_model
+from models.loading import LoadedModel, cast_model, create_model, load_model
+from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
@@ -31,6 +32,8 @@ from util.report import comparison_table, print_report, write_json
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
+
+FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,7 +96,7 @@ def place(loaded: LoadedModel, training: Seq2SeqTrainingArguments) -> None:
     """Put the model on the run's device, in the precision asked for, ready to decode."""
     halves = {torch.bfloat16: training.bf16_full_eval, torch.float16: training.fp16_full_eval}
     dtype = next((dtype for dtype, wanted in halves.items() if wanted), torch.float32)
-    loaded.model.to(device=training.device, dtype=dtype).eval()
+    cast_model(loaded.model.to(training.device), dtype).eval()
 
 
 def build_model(arguments: Arguments) -> LoadedModel:
@@ -101,13 +104,21 @@ def build_model(arguments: Arguments) -> LoadedModel:
     flags = arguments.model
     hub = {"cache_dir": flags.cache_dir, "revision": flags.model_revision, "token": flags.token}
     if flags.model_name_or_path:
-        return load_model(flags.model_name_or_path, flags.tokenizer_name, **hub)
+        return load_model(
+            flags.model_name_or_path, flags.tokenizer_name, merge_adapter=not arguments.lora.use_lora, **hub
+        )
     return create_model(flags.config_name, flags.tokenizer_name, **hub)
 
 
 def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) -> None:
     """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
     loss, exit_config = build_loss(arguments, loaded)
+    if arguments.training.fp16 and loaded.model.config.model_type in FP16_OVERFLOWS:
+        raise UserError(f"{loaded.model.config.model_type} overflows when trained in fp16: use --bf16.")
+    if arguments.lora.use_lora and not is_adapted(loaded.model):
+        flags = arguments.lora
+        settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
+        loaded.model = add_lora(loaded.model, *settings)
     trainer = build_trainer(arguments, loaded, exit_loss=loss, exit_config=exit_config)
     if exit_flags.methods:
         trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
@@ -120,6 +131,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    loaded.model = merge_lora(loaded.model)
 
 
 def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
@@ -148,9 +160,11 @@ def build_loss(
         flags.distill_layer_alpha if distils else None,
         flags.do_layer_transformation or before.do_layer_transformation,
         flags.train_meta_cm_head or before.train_meta_cm_head,
+        flags.per_exit_head or before.per_exit_head,
     )
     attach_exit_heads(loaded.model, exit_config)
     view = view_for(loaded.model)
+    keep_all_layers(view)
     if flags.train_meta_cm_head:
         freeze_backbone(loaded.model)
         return build_confidence_head_loss(view, shallow_layer), exit_config
@@ -158,9 +172,21 @@ def build_loss(
         return None, exit_config
     smoothing = arguments.training.label_smoothing_factor
     loss = build_exit_loss(
-        view, flags.intermediate_loss_fn, shallow_layer, flags.distill_layer_alpha, smoothing
+        view,
+        flags.intermediate_loss_fn,
+        shallow_layer,
+        flags.distill_layer_alpha,
+        smoothing,
+        shallow_weight=flags.shallow_loss_weight,
     )
     return loss, exit_config
+
+
+def keep_all_layers(view: DecoderView) -> None:
+    """Switch LayerDrop off: exit losses need every layer's state at its place."""
+    if getattr(view.decoder, "layerdrop", 0) > 0:
+        logger.warning("Training without decoder_layerdrop: exit losses need every layer.")
+        view.decoder.layerdrop = 0.0
 
 
 def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:

@@ -6,6 +6,7 @@ losses see models only through it. What belongs to one generation lives in the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,10 @@ from models.errors import UserError
 
 DecoderState = Any
 """Per-generation state of a view: cache, encoder memory, masks. Policies hand it through, unopened."""
+
+
+REGISTERED_VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {}
+"""Families that `register_view` added to those that come with the package."""
 
 
 class DecoderView(Protocol):
@@ -48,8 +53,11 @@ class DecoderView(Protocol):
     def truncate(self, state: DecoderState, length: int) -> None:
         """Forget the self-attention keys/values of every layer beyond the first `length` tokens."""
 
-    def normalize(self, hidden: Tensor) -> Tensor:
-        """Final norm: (..., D) -> (..., D); identity for families without one."""
+    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).
+
+        The final norm, or the identity for families without one, after the layer's own head if it has one.
+        """
 
     def project(self, normalized: Tensor) -> Tensor:
         """LM head with the family's output scaling: (..., D) -> (..., V)."""
@@ -65,16 +73,39 @@ def view_for(model: nn.Module) -> DecoderView:
     Raises:
         UserError: the model's family has no view; the message lists those that have one.
     """
-    from models.t5 import T5View
-
-    families = {"t5": T5View, "mt5": T5View}
+    families = view_families() | REGISTERED_VIEWS
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family not in families:
         raise UserError(
             f"No decoder view for model family {family!r} (supported: {', '.join(sorted(families))}). "
-            "To add one, implement models.decoder_view.DecoderView and list it in view_for."
+            "To add one, implement models.decoder_view.DecoderView and pass it to register_view: "
+            "docs/add_a_model_family.md shows how."
         )
     return families[family](model)
+
+
+def register_view(family: str, view: Callable[[PreTrainedModel], DecoderView]) -> None:
+    """Let `view_for` serve models whose `config.model_type` is `family` by `view`."""
+    REGISTERED_VIEWS[family] = view
+
+
+def view_families() -> dict[str, Callable[[PreTrainedModel], DecoderView]]:
+    """The view of each `config.model_type`; imported late, as views import this module."""
+    from models.bart import BartView
+    from models.t5 import T5View
+    from models.umt5 import UMT5View
+
+    return {
+        "bart": BartView,
+        "longt5": T5View,
+        "marian": BartView,
+        "mbart": BartView,
+        "mt5": T5View,
+        "pegasus": BartView,
+        "t5": T5View,
+        "umt5": UMT5View,
+    }
 
 
 def causal_mask_(mask: Tensor, past: int) -> Tensor:

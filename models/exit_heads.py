@@ -7,17 +7,22 @@ FREE checkpoints (`cm_head`, `layer_transformation`), so that `save_pretrained` 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.decoder_view import view_for
 from models.errors import UserError
 
+T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"
-HEAD_NAMES = ("cm_head", "layer_transformation")
+HEAD_NAMES = ("cm_head", "layer_transformation", "per_exit_heads")
+PER_EXIT_HEADS = ("norm", "projection")
 
 
 @dataclass
@@ -32,6 +37,7 @@ class ExitConfig:
     distill_layer_alpha: float | None = None
     do_layer_transformation: bool = False
     train_meta_cm_head: bool = False
+    per_exit_head: str | None = None
 
     def save(self, folder: str | Path) -> None:
         Path(folder, EXIT_CONFIG_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf8")
@@ -61,6 +67,26 @@ class ConfidenceHead(nn.Sequential):
         super().__init__(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, 2, bias=False))
 
 
+class ExitProjection(nn.Module):
+    """Residual linear map, at first the identity, before a layer norm: (..., D) -> (..., D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden + self.linear(hidden))
+
+
+def make_per_exit_heads(kind: str, layers: Iterable[int], width: int) -> nn.ModuleDict:
+    """One head of its own for each exit, keyed by the layer's number."""
+    head = {"norm": nn.LayerNorm, "projection": ExitProjection}[kind]
+    return nn.ModuleDict({str(layer): head(width) for layer in layers})
+
+
 def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig) -> None:
     """Add the heads that `exit_config` asks for and `model` lacks, freshly initialised."""
     width = model.config.d_model
@@ -70,11 +96,21 @@ def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig) -> None:
         model.layer_transformation = nn.Linear(width, width).to(model.device, model.dtype)
         nn.init.eye_(model.layer_transformation.weight)
         nn.init.zeros_(model.layer_transformation.bias)
+    if exit_config.per_exit_head and not hasattr(model, "per_exit_heads"):
+        shallow = exit_config.shallow_exit_layer
+        layers = [shallow] if shallow else range(1, view_for(model).num_layers)
+        heads = make_per_exit_heads(exit_config.per_exit_head, layers, width)
+        model.per_exit_heads = heads.to(model.device, model.dtype)
 
 
-def exit_head_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a checkpoint that belong to exit heads."""
-    return {name: weight for name, weight in state_dict.items() if name.split(".")[0] in HEAD_NAMES}
+def exit_head_weights(state_dict: dict[str, T]) -> dict[str, T]:
+    """The entries of a checkpoint that belong to exit heads; the original hangs some on the decoder."""
+    entries = {name.removeprefix("decoder."): weight for name, weight in state_dict.items()}
+    return {name: weight for name, weight in entries.items() if is_head_weight(name)}
+
+
+def is_head_weight(name: str) -> bool:
+    return name.removeprefix("decoder.").split(".")[0] in HEAD_NAMES
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
@@ -83,17 +119,18 @@ def freeze_backbone(model: PreTrainedModel) -> None:
     model.cm_head.requires_grad_(True)
 
 
+def head_misfits(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Weights of the attached heads that `weights` lacks or has in another shape."""
+    wanted = exit_head_weights(model.state_dict())
+    shared = set(wanted) & set(weights)
+    return {
+        "missing": sorted(set(wanted) - set(weights)),
+        "wrong shape": sorted(name for name in shared if wanted[name].shape != weights[name].shape),
+    }
+
+
 @torch.no_grad()
 def load_exit_heads(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Copy checkpoint entries into the attached heads.
-
-    Raises:
-        UserError: an attached head is missing from `weights`, or a shape differs.
-    """
-    wanted = exit_head_weights(model.state_dict())
-    missing = sorted(set(wanted) - set(weights))
-    misfits = sorted(name for name in set(wanted) & set(weights) if wanted[name].shape != weights[name].shape)
-    if missing or misfits:
-        raise UserError(f"Exit heads do not fit the checkpoint: missing {missing}, wrong shape {misfits}.")
-    for name, target in wanted.items():
+    """Copy checkpoint entries into the attached heads, which they must fit."""
+    for name, target in exit_head_weights(model.state_dict()).items():
         target.copy_(weights[name])

@@ -115,7 +115,7 @@ class Calm(SequencePolicy):
             hidden = run_undecided(view, state, hidden, layer, undecided)
             if layer < self.min_layer:
                 continue
-            normalized = view.normalize(hidden[:, -1])
+            normalized = view.normalize(hidden[:, -1], layer)
             confidence, layer_logits = self.confidence(view, normalized)
             tests.append(confidence.tolist())
             exits = [row and value > threshold for row, value in zip(undecided, tests[-1], strict=True)]
@@ -130,7 +130,7 @@ class Calm(SequencePolicy):
                 view.write_kv(state, hidden, layer, num_layers)
                 return StepResult(logits, exit_layers, layer, layer, tests)
         hidden = run_undecided(view, state, hidden, num_layers, undecided)
-        logits = choose_rows(undecided, view.project(view.normalize(hidden[:, -1])), logits)
+        logits = choose_rows(undecided, view.project(view.normalize(hidden[:, -1], num_layers)), logits)
         return StepResult(logits, exit_layers, num_layers, num_layers, tests)
 
 
@@ -193,7 +193,7 @@ class Free:
     ) -> StepResult:
         # Step 1. Run the shallow layers and test their prediction.
         hidden = view.run_layers(state, hidden, 0, self.shallow_layer)
-        normalized = view.normalize(hidden[:, -1])
+        normalized = view.normalize(hidden[:, -1], self.shallow_layer)
         measured = self.confidence(view, normalized)
         confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
         sure = [value > threshold for value in confidence]
@@ -241,7 +241,8 @@ class Free:
         start, stop = self.shallow_layer, view.num_layers
         hidden = self._run_deep_layers(view, state, window)
         compares = self.calibrates or self.retracts
-        logits = view.project(view.normalize(hidden if compares else hidden[:, -1:]))  # (B, W or 1, V)
+        compared = hidden if compares else hidden[:, -1:]
+        logits = view.project(view.normalize(compared, stop))  # (B, W or 1, V)
         calls = start if shallow_calls is None else shallow_calls
         result = StepResult(
             logits[:, -1],
@@ -310,7 +311,7 @@ class Free:
 def static_step(view: DecoderView, state: DecoderState, hidden: Tensor, layers: int) -> StepResult:
     """Run the first `layers` layers and predict from there."""
     hidden = view.run_layers(state, hidden, 0, layers)
-    logits = view.project(view.normalize(hidden[:, -1]))
+    logits = view.project(view.normalize(hidden[:, -1], layers))
     return StepResult(logits, [layers] * len(logits), layers, layers)
 
 

@@ -6,8 +6,10 @@ checkpoints; `create_model(config, tokenizer)` starts from random weights.
 
 from __future__ import annotations
 
+import json
 import pickle
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,15 @@ from models.exit_heads import (
     ExitConfig,
     attach_exit_heads,
     exit_head_weights,
+    head_misfits,
+    is_head_weight,
     load_exit_heads,
 )
+from models.lora import ADAPTER_CONFIG_NAME, EXIT_HEADS_NAME, load_lora
 
 LOADING_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+DECODER_LM_HEAD = "decoder.lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -53,36 +59,90 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str, tokenizer_name: str | None = None, dtype: torch.dtype = torch.float32, **hub: Any
+    name_or_path: str,
+    tokenizer_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    merge_adapter: bool = True,
+    **hub: Any,
 ) -> LoadedModel:
     """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
 
-    `hub` takes cache_dir, revision and token.
+    A folder with a LoRA adapter loads the base model that it names; the adapter is merged into it, or kept
+    apart and trainable with `merge_adapter=False`. `hub` takes cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
     """
+    if find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub) is not None:
+        return load_adapted_model(name_or_path, tokenizer_name, dtype, merge_adapter, **hub)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **hub
+            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub
         )
     except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a model from {name_or_path}: {first_line(error)}") from error
-    refuse_misfits(name_or_path, report)
+    unexpected = set(report["unexpected_keys"])
+    exit_config = with_stored_heads(exit_config, unexpected)
     attach_exit_heads(model, exit_config)
-    if any(hasattr(model, name) for name in HEAD_NAMES):
-        load_exit_heads(model, exit_head_weights(read_weights(name_or_path, **hub)))
+    has_heads = any(hasattr(model, name) for name in HEAD_NAMES)
+    extra = read_extra_weights(name_or_path, **hub) if has_heads or unexpected else {}
+    heads = exit_head_weights(extra)
+    if torch.equal(extra.get(DECODER_LM_HEAD, torch.empty(0)), model.lm_head.weight):
+        unexpected.discard(DECODER_LM_HEAD)  # the original saves the LM head a second time
+    refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
+    load_exit_heads(model, heads)
     if tokenizer_name not in (None, name_or_path):
         hub = {**hub, "revision": "main"}  # the revision is the model's
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
 
 
+def load_adapted_model(
+    name_or_path: str, tokenizer_name: str | None, dtype: torch.dtype, merge: bool, **hub: Any
+) -> LoadedModel:
+    """The base model that a LoRA adapter names, with the adapter and the exit heads saved beside it."""
+    from peft import PeftConfig
+
+    folder = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub).parent
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    loaded = load_model(base, tokenizer_name, dtype, **{**hub, "revision": "main"})
+    exit_config = load_exit_config(name_or_path, **hub)
+    attach_exit_heads(loaded.model, exit_config)
+    heads_file = find_file(name_or_path, EXIT_HEADS_NAME, **hub)
+    heads = load_file(heads_file) if heads_file is not None else {}
+    refuse_misfits(name_or_path, {}, head_misfits(loaded.model, heads))
+    load_exit_heads(loaded.model, heads)
+    model = load_lora(loaded.model, folder, merge)
+    return LoadedModel(model.eval(), loaded.tokenizer, exit_config)
+
+
+def with_stored_heads(exit_config: ExitConfig, unexpected_keys: Iterable[str]) -> ExitConfig:
+    """The configuration, extended by heads that a checkpoint holds but does not announce."""
+    stored = {key.removeprefix("decoder.").split(".")[0] for key in unexpected_keys}
+    return replace(
+        exit_config,
+        train_meta_cm_head=exit_config.train_meta_cm_head or "cm_head" in stored,
+        do_layer_transformation=exit_config.do_layer_transformation or "layer_transformation" in stored,
+    )
+
+
+def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Change the precision in place. In float16 the projections that overflow in T5 stay in float32, as
+    `from_pretrained` keeps them."""
+    model.to(dtype)
+    if dtype == torch.float16:
+        kept = set(model._keep_in_fp32_modules or ())
+        for name, module in model.named_modules():
+            if kept & set(name.split(".")):
+                module.float()
+    return model
+
+
 def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedModel:
     """A model with random weights from a config (hub id, folder or .json file)."""
     try:
-        config = AutoConfig.from_pretrained(config_name, **hub)
+        config = AutoConfig.from_pretrained(config_name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a config from {config_name}: {first_line(error)}") from error
     tokenizer = load_tokenizer(tokenizer_name, config.vocab_size, **hub)
@@ -102,7 +162,7 @@ def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> PreTrainedTokenize
     if not any(find_file(name, file, **hub) for file in TOKENIZER_FILES):  # else an empty one would load
         raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
     if len(tokenizer) > vocab_size:
@@ -117,14 +177,31 @@ def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:
     return next((ExitConfig.load(path.parent) for path in paths if path is not None), ExitConfig())
 
 
-def read_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
-    """All weights of a single-file checkpoint, on the CPU."""
+def read_extra_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
+    """The weights of a checkpoint that belong to exit heads or to a second LM head, from one file or from
+    shards, on the CPU."""
     for file in WEIGHT_FILES:
-        path = find_file(name_or_path, file, **hub)
-        if path is not None:
-            is_safe = path.suffix == ".safetensors"
-            return load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    raise UserError(f"{name_or_path} has exit heads, but neither of {', '.join(WEIGHT_FILES)}.")
+        index = find_file(name_or_path, f"{file}.index.json", **hub)
+        if index is not None:
+            places = json.loads(index.read_text(encoding="utf8"))["weight_map"]
+            shards = {shard for name, shard in places.items() if is_extra_weight(name)}
+            paths = [find_file(name_or_path, shard, **hub) for shard in sorted(shards)]
+        else:
+            paths = [find_file(name_or_path, file, **hub)]
+        weights = {name: tensor for path in paths if path for name, tensor in read_weights(path).items()}
+        if weights:
+            return {name: tensor for name, tensor in weights.items() if is_extra_weight(name)}
+    return {}
+
+
+def is_extra_weight(name: str) -> bool:
+    return is_head_weight(name) or name == DECODER_LM_HEAD
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def find_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
@@ -136,13 +213,13 @@ def find_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
     return None if path is None else Path(path)
 
 
-def refuse_misfits(name_or_path: str, report: dict[str, Any]) -> None:
-    """Raise UserError if weights are missing, mis-shaped or unknown; exit heads are read separately."""
-    unexpected = [key for key in report["unexpected_keys"] if key.split(".")[0] not in HEAD_NAMES]
+def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, list[str]]) -> None:
+    """Raise UserError, naming all of them, if weights are missing, mis-shaped or unknown."""
+    unexpected = [key for key in report.get("unexpected_keys", ()) if not is_head_weight(key)]
     problems = {
-        "missing": sorted(report["missing_keys"]),
+        "missing": sorted(report.get("missing_keys", ())) + heads["missing"],
         "unexpected": sorted(unexpected),
-        "wrong shape": sorted(str(key) for key in report["mismatched_keys"]),
+        "wrong shape": sorted(map(str, report.get("mismatched_keys", ()))) + heads["wrong shape"],
     }
     found = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
     if found:

@@ -56,7 +56,7 @@ class TargetTokens:
 
 def normalized_state(view: DecoderView, states: tuple[Tensor, ...], layer: int) -> Tensor:
     """Output of `layer` after the final norm; the decoder has already normalized its last: (B, T, D)."""
-    return states[layer] if layer == view.num_layers else view.normalize(states[layer])
+    return states[layer] if layer == view.num_layers else view.normalize(states[layer], layer)
 
 
 def full_precision(logits: Tensor) -> Tensor:
@@ -106,18 +106,22 @@ class ExitCrossEntropy:
         return chunked_cross_entropy(view, selected, tokens.labels, self.label_smoothing)
 
 
-def exit_layer_weights(name: str, num_layers: int, shallow_layer: int | None) -> dict[int, float]:
+def exit_layer_weights(
+    name: str, num_layers: int, shallow_layer: int | None, shallow_weight: float | None = None
+) -> dict[int, float]:
     """Weight of each exit's cross-entropy under an `--intermediate_loss_fn`; they sum to 1.
 
     `ce` weighs all layers alike, `weighted_ce` layer i by i (CALM, eq. 6), every `shallowdeep_*` layers S
-    and L by S and L (FREE, eq. 1).
+    and L by S and L (FREE, eq. 1), or by `shallow_weight` and the rest.
     """
     if name == "ce":
         raw = dict.fromkeys(range(1, num_layers + 1), 1)
     elif name == "weighted_ce":
         raw = {layer: layer for layer in range(1, num_layers + 1)}
-    else:
+    elif shallow_weight is None:
         raw = {layer: layer for layer in (shallow_layer, num_layers)}
+    else:
+        raw = {shallow_layer: shallow_weight, num_layers: 1 - shallow_weight}
     return {layer: weight / sum(raw.values()) for layer, weight in raw.items()}
 
 
@@ -263,9 +267,10 @@ def build_exit_loss(
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
     mask_padding: bool = True,
+    shallow_weight: float | None = None,
 ) -> ExitLoss:
     """The loss object of an `--intermediate_loss_fn` (one of `INTERMEDIATE_LOSSES`)."""
-    weights = exit_layer_weights(name, view.num_layers, shallow_layer)
+    weights = exit_layer_weights(name, view.num_layers, shallow_layer, shallow_weight)
     cross_entropy = ExitCrossEntropy(weights, label_smoothing)
     aligners = {"last": align_last, "unif": align_uniform, "dyna": align_closest}
     align = aligners.get(name.removeprefix("shallowdeep_kd_"))

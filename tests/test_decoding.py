@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import T5_SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_t5
+from tiny_models import SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 from transformers.generation import BaseStreamer
 
@@ -57,9 +57,9 @@ def sometimes(model, inputs, layer=2):
 
 @pytest.mark.parametrize("policy", ["full", "static", "calm", "free"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", T5_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_never_exiting_equals_generate(shape, dtype, policy):
-    model, inputs = tiny_t5(shape).to(dtype), padded_inputs()
+    model, inputs = tiny_model(shape).to(dtype), padded_inputs()
     assert torch.equal(
         decode(model, inputs, never_exiting(6)[policy]), greedy(model, inputs, max_length=LENGTH)
     )
@@ -67,29 +67,29 @@ def test_never_exiting_equals_generate(shape, dtype, policy):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations_agree_with_generate(attention):
-    model, inputs = tiny_t5(attn_implementation=attention), padded_inputs()
+    model, inputs = tiny_model(attn_implementation=attention), padded_inputs()
     assert torch.equal(decode(model, inputs), greedy(model, inputs, max_length=LENGTH))
 
 
 def test_attention_implementations_agree_on_the_parallel_pass():
     inputs, outputs = padded_inputs(), []
     for attention in ("eager", "sdpa"):
-        model, stats = tiny_t5(attn_implementation=attention).double(), DecodeStats()
+        model, stats = tiny_model(attn_implementation=attention).double(), DecodeStats()
         outputs.append(decode(model, inputs, Free(2, SoftmaxGap(), EveryThirdDeep()), stats))
         assert stats.deep_passes == (LENGTH - 1) // 3
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("shape", T5_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layer", [1, 3, 5])
 def test_free_always_exiting_equals_static(shape, layer):
-    model, inputs = tiny_t5(shape), padded_inputs()
+    model, inputs = tiny_model(shape), padded_inputs()
     free = decode(model, inputs, Free(layer, SoftmaxGap(), ALWAYS))
     assert torch.equal(free, decode(model, inputs, StaticExit(layer)))
 
 
 def test_static_exit_equals_a_truncated_model():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     static = decode(model, inputs, StaticExit(3))
     model.decoder.block = model.decoder.block[:3]
     assert torch.equal(static, greedy(model, inputs, max_length=LENGTH))
@@ -111,9 +111,9 @@ class DeepLogits(Free):
         return result
 
 
-@pytest.mark.parametrize("shape", T5_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_deep_logits_equal_the_full_model_on_the_same_prefix(shape):
-    model, inputs = tiny_t5(shape).double(), padded_inputs()
+    model, inputs = tiny_model(shape).double(), padded_inputs()
     policy = DeepLogits([True, True, False, True, False, False, *[True] * 5, False, *[True] * LENGTH])
     sequence = decode(model, inputs, policy, min_length=LENGTH)
     expected = model(**inputs, decoder_input_ids=sequence).logits[0]
@@ -123,11 +123,11 @@ def test_deep_logits_equal_the_full_model_on_the_same_prefix(shape):
         assert error < 1e-9
 
 
-@pytest.mark.parametrize("shape", T5_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_write_kv_equals_the_layers_own(shape):
-    model, inputs = tiny_t5(shape).double(), padded_inputs()
+    model, inputs = tiny_model(shape).double(), padded_inputs()
     view = view_for(model)
-    memory = {"encoder_outputs": model.encoder(**inputs), "attention_mask": inputs["attention_mask"]}
+    memory = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
     tokens = torch.tensor([[5, 9, 23]])
     run, written = view.begin(None, **memory), view.begin(None, **memory)
     hidden = view.embed(run, tokens)
@@ -140,9 +140,9 @@ def test_write_kv_equals_the_layers_own(shape):
 
 
 def test_calm_copies_the_exit_state_to_deeper_layers():
-    model, inputs = tiny_t5().double(), padded_inputs()
+    model, inputs = tiny_model().double(), padded_inputs()
     view = view_for(model)
-    memory = {"encoder_outputs": model.encoder(**inputs), "attention_mask": inputs["attention_mask"]}
+    memory = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
     state, policy = view.begin(None, **memory), Calm(SoftmaxGap(), ALWAYS, min_layer=2)
     hidden = view.embed(state, torch.tensor([[0]]))
     result = policy.step(view, state, hidden, 0, [True])
@@ -151,14 +151,14 @@ def test_calm_copies_the_exit_state_to_deeper_layers():
 
 
 def test_position_bias_grows_with_long_outputs():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     options = {"max_length": 150, "min_length": 150}
     ours = decode(model, inputs, Free(2, SoftmaxGap(), NEVER), **options)
     assert torch.equal(ours, greedy(model, inputs, **options))
 
 
 def test_generation_settings_of_generate_hold():
-    model, inputs = tiny_t5(seed=3), padded_inputs()
+    model, inputs = tiny_model(seed=3), padded_inputs()
     options = {"min_length": 8, "repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "max_length": LENGTH}
     assert torch.equal(decode(model, inputs, **options), greedy(model, inputs, **options))
     processors = LogitsProcessorList([MinLengthLogitsProcessor(12, 1)])
@@ -167,14 +167,14 @@ def test_generation_settings_of_generate_hold():
 
 
 def test_decoder_prompt_runs_at_full_depth():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     prompt = {"decoder_input_ids": torch.tensor([[0, 7, 12, 3]])}
     ours = decode(model, inputs | prompt, Free(2, SoftmaxGap(), NEVER))
     assert torch.equal(ours, greedy(model, inputs | prompt, max_length=LENGTH))
 
 
 def test_sampling_follows_the_seed_of_generate():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     torch.manual_seed(5)
     ours = decode(model, inputs, do_sample=True, temperature=0.7)
     torch.manual_seed(5)
@@ -183,7 +183,7 @@ def test_sampling_follows_the_seed_of_generate():
 
 
 def test_output_object_carries_logits():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     output = decode(model, inputs, return_dict_in_generate=True, output_logits=True, output_scores=True)
     assert len(output.logits) == len(output.scores) == output.sequences.shape[1] - 1
     assert output.logits[0].shape == (1, VOCABULARY)
@@ -200,7 +200,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_rows_of_a_batch_decode_as_they_do_alone(name):
-    model, inputs = tiny_t5(seed=4).double(), padded_inputs(batch=5)
+    model, inputs = tiny_model(seed=4).double(), padded_inputs(batch=5)
     policy, stats = POLICIES[name](sometimes(model, inputs)), DecodeStats()
     together = decode(model, inputs, policy, stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1
@@ -213,9 +213,9 @@ def test_rows_of_a_batch_decode_as_they_do_alone(name):
 
 
 def test_finished_rows_trigger_no_deep_pass():
-    model, inputs = tiny_t5(), padded_inputs(batch=2)
+    model, inputs = tiny_model(), padded_inputs(batch=2)
     view = view_for(model)
-    memory = {"encoder_outputs": model.encoder(**inputs), "attention_mask": inputs["attention_mask"]}
+    memory = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
     state, measure = view.begin(None, **memory), SoftmaxGap()
 
     def first_row_is_sure(*states):
@@ -228,7 +228,7 @@ def test_finished_rows_trigger_no_deep_pass():
 
 
 def test_stats_count_the_work_that_ran():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     stats = DecodeStats()
     policy = DeepLogits([True, True, False, True, False, True])
     decode(model, inputs, policy, stats, max_length=7, min_length=7)
@@ -242,7 +242,7 @@ def test_stats_count_the_work_that_ran():
 
 
 def test_meta_confidence_saves_the_projection_of_undecided_layers(monkeypatch):
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     attach_exit_heads(model, ExitConfig(train_meta_cm_head=True))
     calls = []
     head = type(model.lm_head).forward
@@ -265,7 +265,7 @@ class Recorder(BaseStreamer):
 
 @pytest.mark.parametrize("rollback", [None, 0.0, 1.0])
 def test_streamer_sees_exactly_the_output(rollback):
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     policy = Free(2, SoftmaxGap(), EveryThirdDeep(), rollback_threshold=rollback)
     streamer, stats = Recorder(), DecodeStats()
     sequence = decode(model, inputs, policy, stats, token_streamer=streamer)
@@ -276,7 +276,7 @@ def test_streamer_sees_exactly_the_output(rollback):
 
 def test_strict_rollback_decodes_what_the_full_model_prefers():
     """With a zero threshold every waiting token is taken back, so that only deep tokens remain."""
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     policy = Free(2, SoftmaxGap(), EveryThirdDeep(), rollback_threshold=0.0)
     sequence = decode(model, inputs, policy, min_length=LENGTH)
     full = greedy(model, inputs, max_length=LENGTH, min_length=LENGTH)
@@ -285,7 +285,7 @@ def test_strict_rollback_decodes_what_the_full_model_prefers():
 
 
 def test_adaptive_threshold_learns_from_the_tail_of_a_sequence():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     threshold = AdaptiveThreshold(-1.0)
     stats = DecodeStats()
     sequence = decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats)
@@ -294,7 +294,7 @@ def test_adaptive_threshold_learns_from_the_tail_of_a_sequence():
 
 
 def test_adaptive_threshold_ignores_finished_rows():
-    model, inputs = tiny_t5(seed=4), padded_inputs(batch=5)
+    model, inputs = tiny_model(seed=4), padded_inputs(batch=5)
     threshold, stats = AdaptiveThreshold(-1.0), DecodeStats()
     decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1
@@ -302,7 +302,7 @@ def test_adaptive_threshold_ignores_finished_rows():
 
 
 def test_stats_can_be_used_again():
-    model, stats = tiny_t5(), DecodeStats()
+    model, stats = tiny_model(), DecodeStats()
     for batch in (1, 3):
         sequence = decode(model, padded_inputs(batch), FullDepth(), stats, max_length=6)
         assert stats.tokens == batch * (sequence.shape[1] - 1) == 5 * batch
@@ -311,7 +311,7 @@ def test_stats_can_be_used_again():
 
 def test_processors_that_write_in_place_do_no_harm():
     """The adaptive threshold compares what the model predicted, not what a processor made of it."""
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     calibrations = []
     for processor in (lambda ids, scores: scores.mul_(-1), lambda ids, scores: -scores):
         stats = DecodeStats()
@@ -322,7 +322,7 @@ def test_processors_that_write_in_place_do_no_harm():
 
 
 def test_nothing_survives_on_the_model():
-    model, inputs = tiny_t5(), padded_inputs()
+    model, inputs = tiny_model(), padded_inputs()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     decode(model, inputs, Free(2, SoftmaxGap(), EveryThirdDeep()))
     assert before == {name: set(vars(module)) for name, module in model.named_modules()}
@@ -331,9 +331,9 @@ def test_nothing_survives_on_the_model():
 @pytest.mark.parametrize("policy", [StaticExit(7), StaticExit(0), Free(9, SoftmaxGap(), NEVER)])
 def test_layers_the_decoder_lacks_are_refused(policy):
     with pytest.raises(ValueError, match=r"must lie in 1\.\.6"):
-        decode(tiny_t5(), padded_inputs(), policy)
+        decode(tiny_model(), padded_inputs(), policy)
 
 
 def test_beam_search_is_refused():
     with pytest.raises(ValueError, match="num_beams"):
-        decode(tiny_t5(), padded_inputs(), num_beams=3)
+        decode(tiny_model(), padded_inputs(), num_beams=3)

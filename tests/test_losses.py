@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import padded_inputs, tiny_t5
+from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models import losses
 from models.decoder_view import view_for
@@ -17,6 +17,7 @@ from models.losses import (
     build_confidence_head_loss,
     build_exit_loss,
     exit_layer_weights,
+    normalized_state,
     uniform_teachers,
 )
 
@@ -41,7 +42,7 @@ def test_layer_weights():
 
 
 def test_cross_entropies_equal_those_of_truncated_models():
-    model, batch = tiny_t5().double(), labelled_batch()
+    model, batch = tiny_model().double(), labelled_batch()
     parts = loss_of(model, batch, "weighted_ce").parts
     for layer in (6, 4, 1):
         model.decoder.block = model.decoder.block[:layer]
@@ -58,7 +59,7 @@ def test_teachers_fit_any_depth_pair(num_layers, shallow):
 @pytest.mark.parametrize("name", INTERMEDIATE_LOSSES)
 @pytest.mark.parametrize("shallow", [1, 4])
 def test_every_loss_trains_every_depth(name, shallow):
-    model = tiny_t5(num_layers=5)
+    model = tiny_model(num_layers=5)
     model.train()
     loss_of(model, labelled_batch(), name, shallow).total.backward()
     assert model.decoder.block[0].layer[-1].DenseReluDense.wo.weight.grad.norm() > 0
@@ -72,7 +73,7 @@ def test_alignment_is_monotonic_from_the_top():
 
 @pytest.mark.parametrize("name", INTERMEDIATE_LOSSES)
 def test_padding_does_not_count(name):
-    model, batch = tiny_t5().double(), labelled_batch()
+    model, batch = tiny_model().double(), labelled_batch()
     longer = dict(batch, labels=F.pad(batch["labels"], (0, 5), value=-100))
     assert loss_of(model, batch, name).total.item() == pytest.approx(
         loss_of(model, longer, name).total.item()
@@ -80,7 +81,7 @@ def test_padding_does_not_count(name):
 
 
 def test_distillation_teaches_the_shallow_layers_only():
-    model = tiny_t5()
+    model = tiny_model()
     view = view_for(model)
     batch = labelled_batch()
     loss = build_exit_loss(view, "shallowdeep_kd_last", 2)
@@ -95,7 +96,7 @@ def test_chunks_do_not_change_value_or_gradient(monkeypatch):
     gradients, values = [], []
     for size in (10_000, 3):
         monkeypatch.setattr(losses, "TOKENS_PER_CHUNK", size)
-        model = tiny_t5().double()
+        model = tiny_model().double()
         total = loss_of(model, labelled_batch(), "weighted_ce", label_smoothing=0.1).total
         total.backward()
         values.append(total.item())
@@ -109,7 +110,7 @@ def test_logits_of_all_layers_are_never_alive_together(monkeypatch):
     import weakref
 
     monkeypatch.setattr(losses, "TOKENS_PER_CHUNK", 8)
-    model = tiny_t5(num_layers=12)
+    model = tiny_model(num_layers=12)
     model.train()
     alive, peak = weakref.WeakSet(), []
     model.lm_head.register_forward_hook(
@@ -120,7 +121,7 @@ def test_logits_of_all_layers_are_never_alive_together(monkeypatch):
 
 
 def test_label_smoothing_matches_torch():
-    model, batch = tiny_t5(), labelled_batch()
+    model, batch = tiny_model(), labelled_batch()
     parts = loss_of(model, batch, "shallowdeep_ce", label_smoothing=0.2).parts
     logits = model(**batch).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.2)
@@ -128,7 +129,7 @@ def test_label_smoothing_matches_torch():
 
 
 def test_layer_transformation_starts_as_identity():
-    model, batch = tiny_t5(), labelled_batch()
+    model, batch = tiny_model(), labelled_batch()
     plain = loss_of(model, batch, "shallowdeep_kd_unif").total.item()
     attach_exit_heads(model, ExitConfig(do_layer_transformation=True))
     assert loss_of(model, batch, "shallowdeep_kd_unif").total.item() == pytest.approx(plain, rel=1e-5)
@@ -136,7 +137,7 @@ def test_layer_transformation_starts_as_identity():
 
 @pytest.mark.parametrize("shallow", [None, 2])
 def test_confidence_head_learns_with_the_backbone_frozen(shallow):
-    model, batch = tiny_t5(), labelled_batch()
+    model, batch = tiny_model(), labelled_batch()
     attach_exit_heads(model, ExitConfig(train_meta_cm_head=True))
     freeze_backbone(model)
     view = view_for(model)
@@ -161,3 +162,23 @@ def test_classes_weigh_alike_and_one_class_is_finite():
     expected = (F.cross_entropy(logits[:1], labels[:1]) + F.cross_entropy(logits[9:], labels[9:])) / 2
     assert balanced_cross_entropy(logits, labels).item() == pytest.approx(expected.item())
     assert torch.isfinite(balanced_cross_entropy(logits[:9], labels[:9]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_states_are_the_layers_outputs(shape):
+    """Layer by layer, the states that losses read equal those that decoding makes."""
+    model, tokens = tiny_model(shape).double(), torch.tensor([[0, 5, 9, 23]])
+    view, inputs = view_for(model), padded_inputs()
+    with torch.no_grad():
+        outputs = model(**inputs, decoder_input_ids=tokens, output_hidden_states=True)
+        memory = {
+            "encoder_outputs": model.get_encoder()(**inputs),
+            "attention_mask": inputs["attention_mask"],
+        }
+        state = view.begin(None, **memory)
+        hidden, states = view.embed(state, tokens), view.training_states(outputs)
+        for layer in range(1, view.num_layers + 1):
+            hidden = view.run_layers(state, hidden, layer - 1, layer)
+            expected = view.normalize(hidden, layer)
+            torch.testing.assert_close(normalized_state(view, states, layer), expected)
+        torch.testing.assert_close(view.project(expected), outputs.logits)

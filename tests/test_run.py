@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_t5
+from tiny_models import tiny_model
 from transformers import BartConfig, BartForConditionalGeneration, T5Tokenizer
 
 import run
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(f"▁{word}", -3.0) for word in GERMAN + ENGLISH]
     T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
-    tiny_t5().save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
     ExitConfig("shallowdeep_ce", 2).save(folder)
     return folder
 
@@ -337,7 +337,7 @@ def test_resuming_with_other_weights_is_refused(base, tmp_path, capsys):
     run.main(as_argv(base | {"do_eval": True}))
     other = tmp_path / "other"
     shutil.copytree(base["model_name_or_path"], other)
-    tiny_t5(seed=9).save_pretrained(other)
+    tiny_model(seed=9).save_pretrained(other)
     with pytest.raises(SystemExit):
         run.main(as_argv(base | {"do_eval": True, "resume_eval": True, "model_name_or_path": str(other)}))
     assert "weights" in capsys.readouterr().err

@@ -16,10 +16,11 @@ import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from models.errors import UserError
+from models.exit_heads import PER_EXIT_HEADS
 from models.losses import INTERMEDIATE_LOSSES
 from util.tasks import DATASETS, TASKS
 
-WITHOUT_EFFECT = ("resume_eval", "preprocessing_num_workers", "token", "cache_dir")  # on results
+WITHOUT_EFFECT = ("resume_eval", "preprocessing_num_workers", "token", "cache_dir", "hub")  # on results
 CALM_FLAGS = (
     "exit_conf_type",
     "exit_conf_threshold",
@@ -102,6 +103,7 @@ class DataArguments:
     num_beams: int = flag(1, "Beams of an evaluation at full depth; early exits are greedy.")
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize.")
     resume_eval: bool = flag(False, "Continue an interrupted evaluation from its predictions.jsonl.")
+    hub: dict[str, Any] = field(default_factory=dict, init=False)  # --token and --cache_dir, for downloads
 
     def __post_init__(self) -> None:
         local = [self.train_file, self.validation_file, self.test_file]
@@ -131,8 +133,14 @@ class LossArguments:
     intermediate_loss_fn: str | None = flag(
         None, "Early-exit loss: which exits are trained, and how they are distilled.", INTERMEDIATE_LOSSES
     )
+    shallow_loss_weight: float | None = flag(
+        None, "Share of the shallow exit in the cross-entropy of shallowdeep_* (default: S / (S + L))."
+    )
     distill_layer_alpha: float = flag(0.5, "Weight of the distillation loss of shallowdeep_kd_*.")
     do_layer_transformation: bool = flag(False, "Map shallow states linearly before they are distilled.")
+    per_exit_head: str | None = flag(
+        None, "Give each exit a norm, or a projection and a norm, of its own.", PER_EXIT_HEADS
+    )
     use_muon: bool = flag(False, "Train hidden matrices with Muon instead of AdamW (from scratch).")
     train_meta_cm_head: bool = flag(False, "Freeze the model and train the confidence head alone.")
 
@@ -143,6 +151,11 @@ class LossArguments:
                 "--output_hidden_states_decoder needs an --intermediate_loss_fn.",
             )
         require(self.distill_layer_alpha >= 0, "--distill_layer_alpha must not be negative.")
+        require_unit_interval("shallow_loss_weight", self.shallow_loss_weight)
+        require(
+            self.shallow_loss_weight is None or (self.intermediate_loss_fn or "").startswith("shallowdeep_"),
+            "--shallow_loss_weight needs --intermediate_loss_fn shallowdeep_*.",
+        )
         require(
             not (self.train_meta_cm_head and self.intermediate_loss_fn),
             "--train_meta_cm_head freezes the model: it contradicts --intermediate_loss_fn.",
@@ -151,11 +164,34 @@ class LossArguments:
             not (self.train_meta_cm_head and self.use_muon),
             "--use_muon is for training from scratch: it contradicts --train_meta_cm_head.",
         )
+        require(
+            self.per_exit_head is None or self.intermediate_loss_fn is not None,
+            "--per_exit_head needs an --intermediate_loss_fn that trains it.",
+        )
         distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
         require(
             distils or not self.do_layer_transformation,
             "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
         )
+
+
+@dataclass
+class LoraArguments:
+    use_lora: bool = flag(False, "Train low-rank adapters (PEFT) and exit heads instead of all weights.")
+    lora_rank: int = flag(16, "Rank of the adapters.")
+    lora_alpha: int = flag(32, "Their scale: the update is multiplied by alpha / rank.")
+    lora_dropout: float = flag(0.05, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the linear layers adapted (default: queries and values)."}
+    )
+
+    def __post_init__(self) -> None:
+        require_positive("lora_rank", self.lora_rank)
+        require_positive("lora_alpha", self.lora_alpha)
+        require_unit_interval("lora_dropout", self.lora_dropout)
+        for name, spec in self.__dataclass_fields__.items():
+            changed = getattr(self, name) != spec.default
+            require(self.use_lora or not changed, f"--{name} has no effect here: add --use_lora True.")
 
 
 @dataclass
@@ -248,16 +284,27 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     loss: LossArguments
+    lora: LoraArguments
     exit: ExitArguments
     training: Seq2SeqTrainingArguments
 
     def __post_init__(self) -> None:
         training, exits = self.training, self.exit
+        self.data.hub = {"token": self.model.token, "cache_dir": self.model.cache_dir}
         stages = (training.do_train, training.do_eval, training.do_predict)
         require(any(stages), "Nothing to do: add --do_train, --do_eval or --do_predict.")
         require(
             training.do_train or self.model.model_name_or_path is not None,
             "--config_name starts from random weights: add --do_train or give --model_name_or_path.",
+        )
+        require(
+            training.do_train or not self.lora.use_lora,
+            "--use_lora is for training: a saved adapter is recognised where it is loaded.",
+        )
+        other = [name for name in ("use_muon", "train_meta_cm_head") if getattr(self.loss, name)]
+        require(
+            not (self.lora.use_lora and other),
+            f"--use_lora and --{' --'.join(other)} contradict: choose one.",
         )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             require_positive(name, getattr(training, name))
@@ -300,7 +347,16 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     Raises:
         UserError: unknown, missing, malformed or contradictory flags.
     """
-    parser = Parser((ModelArguments, DataArguments, LossArguments, ExitArguments, Seq2SeqTrainingArguments))
+    parser = Parser(
+        (
+            ModelArguments,
+            DataArguments,
+            LossArguments,
+            LoraArguments,
+            ExitArguments,
+            Seq2SeqTrainingArguments,
+        )
+    )
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
     try:
         return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))

@@ -118,9 +118,9 @@ def load_rows(record: DatasetRecord, data_args: DataArguments, split: str) -> tu
     if record.hub_id is None:
         raise UserError(f"There is no {split} split: give --{SPLIT_FILES[split]} or --dataset_name.")
     origin = f"{record.hub_id} [{split}]"
-    hub = {"split": record.splits[split], "revision": record.revision}
+    hub = {"revision": record.revision} | data_args.hub
     try:
-        return load_dataset(record.hub_id, record.config, **hub), origin
+        return load_dataset(record.hub_id, record.config, split=record.splits[split], **hub), origin
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--dataset_name {origin} cannot be loaded: {reason}") from error

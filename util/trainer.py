@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
 from models.decoder_view import view_for
 from models.decoding import early_exit_decode
-from models.exit_heads import ExitConfig
+from models.exit_heads import ExitConfig, load_exit_heads
 from models.exit_policy import ExitPolicy
+from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
 from models.losses import ConfidenceHeadLoss, ExitLoss
 
 
@@ -81,8 +83,17 @@ class EarlyExitTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if is_adapted(model) and self.args.should_save:
+            save_exit_heads(model, output_dir or self.args.output_dir)
         if self.exit_config is not None and self.args.should_save:  # every process comes here, one writes
             self.exit_config.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        heads = Path(resume_from_checkpoint, EXIT_HEADS_NAME)
+        if heads.is_file():
+            load_exit_heads((model or self.model).get_base_model(), load_file(heads))
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

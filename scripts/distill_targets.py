@@ -1,0 +1,89 @@
+"""Sequence-level distillation: replace training targets by a model's own hypotheses.
+
+    python scripts/distill_targets.py --model_name_or_path save/teacher --dataset_name debian_de_en \
+        --max_length 28 --output_file save/distilled.jsonl.gz
+
+Of each source's beam the hypothesis closest to the reference is kept (sequence-level interpolation, Kim and
+Rush, 2016). Such targets have fewer ways to be right, which shallow exits learn better than references.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from sacrebleu.metrics import CHRF
+from tqdm import tqdm
+from transformers import set_seed
+
+from models.loading import LoadedModel, load_model
+from util.arguments import DataArguments
+from util.data import dataset_record, load_examples
+from util.tasks import DATASETS
+
+
+def main() -> None:
+    flags = parse_flags()
+    set_seed(0)
+    loaded = load_model(flags.model_name_or_path)
+    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    examples = load_training_rows(flags, loaded)
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
+    flags.output_file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
+        for start in tqdm(range(0, len(order), flags.batch_size), unit="batch"):
+            rows = examples.select(order[start : start + flags.batch_size])
+            for row, hypotheses in zip(rows, decode_beams(loaded, rows["source"], flags), strict=True):
+                target = closest(hypotheses, row["target"])
+                out.write(json.dumps({"source": row["source"], "target": target}, ensure_ascii=False) + "\n")
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_name_or_path", required=True, help="The teacher.")
+    parser.add_argument("--dataset_name", required=True, help="Whose training split is distilled.")
+    parser.add_argument("--output_file", type=Path, required=True, help="A .jsonl.gz: source, target.")
+    parser.add_argument("--max_length", type=int, default=128, help="Longer rows are left out (tokens).")
+    parser.add_argument("--num_beams", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=64)
+    return parser.parse_args()
+
+
+def load_training_rows(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
+    data = DataArguments(
+        task=DATASETS[flags.dataset_name].task,
+        dataset_name=flags.dataset_name,
+        drop_long_samples=True,
+        max_source_length=flags.max_length,
+        max_target_length=flags.max_length,
+    )
+    return load_examples(dataset_record(data), data, "train", loaded.tokenizer)
+
+
+@torch.inference_mode()
+def decode_beams(loaded: LoadedModel, sources: list[str], flags: argparse.Namespace) -> list[list[str]]:
+    """All finished beams of each source."""
+    inputs = loaded.tokenizer(sources, padding=True, return_tensors="pt").to(loaded.model.device)
+    outputs = loaded.model.generate(
+        **inputs,
+        num_beams=flags.num_beams,
+        num_return_sequences=flags.num_beams,
+        max_length=flags.max_length + 4,
+        do_sample=False,
+    )
+    texts = loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    return [texts[row : row + flags.num_beams] for row in range(0, len(texts), flags.num_beams)]
+
+
+def closest(hypotheses: list[str], reference: str) -> str:
+    """The hypothesis with the highest chrF against the reference."""
+    chrf = CHRF()
+    return max(hypotheses, key=lambda text: chrf.sentence_score(text, [reference]).score)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Checkpoints of every origin: the original FREE layout, plain saves, shards; and those to refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from tiny_models import padded_inputs, tiny_model
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from models.errors import UserError
+from models.exit_heads import ExitConfig, attach_exit_heads
+from models.loading import cast_model, load_model
+
+CHECKPOINT = "checkpoints/debian-t5-free"
+FREE_KEYS = {  # as the original wrote its flags into config.json
+    "shallow_exit_layer": 2,
+    "intermediate_loss_fn": "shallowdeep_kd_dyna",
+    "distill_layer_alpha": 0.5,
+    "do_layer_transformation": True,
+    "train_meta_cm_head": True,
+    "use_shallow_deep": True,
+    "use_early_exit": False,
+    "rollback_conf_threshold": None,
+    "exit_conf_type": "softmax",
+}
+SENTENCES = ["ein Werkzeug", "eine Bibliothek", "Entwicklungsdateien", "gemeinsam genutzte Dateien"] * 5
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    """A sentencepiece vocabulary, which is all that an original checkpoint has for a tokenizer."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        vocab_size=30,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def save_as_original(model, folder, spiece, **config):
+    """The layout of transformers 4.28: FREE's keys in config.json, pytorch_model.bin, no tokenizer.json."""
+    settings = json.loads(model.config.to_json_string()) | FREE_KEYS | config
+    settings.pop("scale_decoder_outputs", None)  # unknown then: derived from tie_word_embeddings
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_version": "4.28.1"}))
+    weights = model.state_dict()
+    if config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["shared.weight"]
+    weights["decoder.lm_head.weight"] = weights["lm_head.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "spiece.model").write_bytes(spiece)
+    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(params=["t5-tied", "t5-untied"])
+def original(request, tmp_path, spiece):
+    """An original checkpoint with both heads, and the model that it was saved from."""
+    model = tiny_model(request.param, seed=3)
+    attach_exit_heads(model, ExitConfig(do_layer_transformation=True, train_meta_cm_head=True))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    tied = request.param == "t5-tied"
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    save_as_original(model, tmp_path, spiece, tie_word_embeddings=tied)
+    return tmp_path, model
+
+
+def test_original_checkpoint_loads_whole(original):
+    folder, model = original
+    loaded = load_model(str(folder))
+    inputs = padded_inputs() | {"decoder_input_ids": torch.tensor([[0, 4, 9]])}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(**inputs).logits, model(**inputs).logits)
+    for head in ("cm_head", "layer_transformation"):
+        expected = getattr(model, head).state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in
+                   getattr(loaded.model, head).state_dict().items())  # fmt: skip
+    assert loaded.exit_config.shallow_exit_layer == 2
+    assert loaded.exit_config.intermediate_loss_fn == "shallowdeep_kd_dyna"
+    assert loaded.tokenizer.decode(loaded.tokenizer("ein Werkzeug").input_ids[:-1]) == "ein Werkzeug"
+
+
+def test_original_checkpoint_survives_our_save(original, tmp_path):
+    folder, _ = original
+    loaded = load_model(str(folder))
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(tmp_path / "ours")
+    loaded.exit_config.save(tmp_path / "ours")
+    again = load_model(str(tmp_path / "ours"))
+    assert again.exit_config == loaded.exit_config
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_heads_that_the_config_does_not_announce_are_found(original):
+    folder, model = original
+    config = json.loads((folder / "config.json").read_text())
+    del config["train_meta_cm_head"], config["do_layer_transformation"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(str(folder))
+    assert loaded.exit_config.train_meta_cm_head and loaded.exit_config.do_layer_transformation
+    assert torch.equal(loaded.model.cm_head[0].weight, model.cm_head[0].weight)
+
+
+def test_all_misfits_are_named_in_one_message(original):
+    folder, model = original
+    weights = model.state_dict()
+    weights.pop("decoder.final_layer_norm.weight")
+    weights.pop("layer_transformation.bias")
+    weights["cm_head.0.weight"] = torch.zeros(3, 3)
+    weights["decoder.surprise"] = torch.zeros(1)
+    weights["decoder.lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    for name in (
+        "final_layer_norm",
+        "layer_transformation.bias",
+        "cm_head.0.weight",
+        "decoder.surprise",
+        "decoder.lm_head",
+    ):
+        assert name in str(caught.value)
+
+
+def test_sharded_checkpoint_with_heads(tmp_path):
+    loaded = load_model(CHECKPOINT)
+    attach_exit_heads(loaded.model, ExitConfig(train_meta_cm_head=True))
+    loaded.model.save_pretrained(tmp_path, max_shard_size="8MB")
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    again = load_model(str(tmp_path))
+    assert torch.equal(again.model.cm_head[0].weight, loaded.model.cm_head[0].weight)
+
+
+def test_plain_save_has_no_heads(tmp_path):
+    loaded = load_model(CHECKPOINT)
+    assert not any(hasattr(loaded.model, name) for name in ("cm_head", "layer_transformation"))
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).exit_config == ExitConfig()
+
+
+class Exploit:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_pickled_code_is_not_run(original, capsys):
+    folder, _ = original
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": Exploit()}))
+    with pytest.raises(UserError, match="Cannot load a model"):
+        load_model(str(folder))
+    assert "must never run" not in capsys.readouterr().out
+
+
+def test_remote_code_is_refused(tmp_path):
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForSeq2SeqLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "evil.py").write_text("print('this must never run')")
+    with pytest.raises(UserError, match=r"evil|custom code|trust_remote_code"):
+        load_model(str(tmp_path))
+
+
+def test_half_precision_keeps_what_overflows(tmp_path):
+    AutoModelForSeq2SeqLM.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    ours = cast_model(load_model(str(tmp_path)).model, torch.float16)
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    kinds = {name: weight.dtype for name, weight in theirs.state_dict().items()}
+    assert {weight.dtype for weight in theirs.state_dict().values()} == {torch.float16, torch.float32}
+    assert kinds == {name: weight.dtype for name, weight in ours.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["t5_tiny_tied", "tiny24"])
+def test_checkpoints_that_the_original_wrote_load(name, tmp_path, spiece):
+    for file in ("config.json", "pytorch_model.bin"):
+        shutil.copy(Path("tests/golden", name, file), tmp_path)
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    loaded = load_model(str(tmp_path))
+    for key, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, weights[key].float()), key
