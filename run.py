@@ -6,14 +6,22 @@ Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_ea
 
 from __future__ import annotations
 
+import errno
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, set_seed
+from safetensors import SafetensorError
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput
 
 from models.decoder_view import DecoderView, view_for
 from models.errors import UserError
@@ -23,7 +31,7 @@ from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
-from util.data import dataset_record, load_examples, tokenize
+from util.data import dataset_record, load_examples, stream_training_rows, tokenize
 from util.evaluation import EvaluationSettings, evaluate
 from util.metrics import token_metrics
 from util.optimizer import build_muon
@@ -53,7 +61,7 @@ def run(arguments: Arguments) -> None:
         train(arguments, exit_flags, loaded)
     stages = {"eval": arguments.training.do_eval, "predict": arguments.training.do_predict}
     for stage, wanted in stages.items():
-        if wanted and PartialState().is_main_process:
+        if wanted:
             evaluate_stage(stage, arguments, exit_flags, loaded)
 
 
@@ -78,9 +86,12 @@ def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, 
         arguments=non_default_settings(arguments.model, data, exit_flags)
         | {"batch_size": training.per_device_eval_batch_size, "max_length": max_length},
         resume=data.resume_eval,
+        baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
     )
     policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
     results = evaluate(loaded, policy, examples, settings)
+    if results is None:  # another process gathers and reports
+        return
     write_json(Path(training.output_dir, f"{stage}_results.json"), results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
@@ -127,11 +138,29 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     if resume is not None:
         refuse_other_exits(resume, exit_config)
         logger.info("Continuing from %s.", resume)
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = train_or_explain(trainer, resume)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     loaded.model = merge_lora(loaded.model)
+
+
+def train_or_explain(trainer: EarlyExitTrainer, resume: str | None) -> TrainOutput:
+    """Train; a full disk is answered by one line, as nothing is lost."""
+    try:
+        return trainer.train(resume_from_checkpoint=resume)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = trainer.args.output_dir
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or is_full(folder):
+            raise UserError(
+                f"--output_dir {folder}: no space left on the disk. Free some and run the same command: it "
+                "continues from the newest whole checkpoint."
+            ) from error
+        raise
+
+
+def is_full(folder: str) -> bool:
+    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
@@ -192,22 +221,28 @@ def keep_all_layers(view: DecoderView) -> None:
 def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:
     data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
     record = dataset_record(data)
-    train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
+    if data.streaming:
+        train_rows = stream_training_rows(record, data, tokenizer, training.seed)
+    else:
+        train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
+        train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
     eval_rows = None
     if training.eval_strategy != "no":
         eval_rows = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
         eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
     if training.generation_max_length is None:
         training.generation_max_length = data.val_max_target_length
+    patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
         model=loaded.model,
         args=training,
-        train_dataset=tokenize(train_rows, tokenizer, data, data.max_target_length),
+        train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
         compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         **exit_options,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from datasets import Dataset
 from sacrebleu.metrics import CHRF
 from tqdm import tqdm
 from transformers import set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments

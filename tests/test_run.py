@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model
-from transformers import BartConfig, BartForConditionalGeneration, T5Tokenizer
+from transformers import PLBartConfig, PLBartForConditionalGeneration, T5Tokenizer
 
 import run
 from models.exit_heads import ExitConfig
@@ -352,12 +352,12 @@ def test_continuing_a_training_with_another_loss_is_refused(base, capsys):
 
 
 def test_unsupported_families_get_one_line(base, tmp_path, capsys):
-    config = BartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=8)
+    config = PLBartConfig(vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=8)
     config.decoder_ffn_dim, config.encoder_attention_heads, config.decoder_attention_heads = 8, 2, 2
-    shutil.copytree(base["model_name_or_path"], tmp_path / "bart")
-    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    shutil.copytree(base["model_name_or_path"], tmp_path / "plbart")
+    PLBartForConditionalGeneration(config).save_pretrained(tmp_path / "plbart")
     with pytest.raises(SystemExit) as stop:
-        run.main(as_argv(base | {"do_eval": True, "model_name_or_path": str(tmp_path / "bart")}))
+        run.main(as_argv(base | {"do_eval": True, "model_name_or_path": str(tmp_path / "plbart")}))
     assert stop.value.code == 2 and "view" in capsys.readouterr().err
 
 

@@ -20,7 +20,15 @@ from models.exit_heads import PER_EXIT_HEADS
 from models.losses import INTERMEDIATE_LOSSES
 from util.tasks import DATASETS, TASKS
 
-WITHOUT_EFFECT = ("resume_eval", "preprocessing_num_workers", "token", "cache_dir", "hub")  # on results
+WITHOUT_EFFECT = (  # on predictions
+    "resume_eval",
+    "preprocessing_num_workers",
+    "token",
+    "cache_dir",
+    "hub",
+    "report_dir",
+    "baseline_predictions",
+)
 CALM_FLAGS = (
     "exit_conf_type",
     "exit_conf_threshold",
@@ -91,8 +99,19 @@ class DataArguments:
     source_lang: str | None = flag(None, "Key of the source language in a `translation` column.")
     target_lang: str | None = flag(None, "Key of the target language in a `translation` column.")
     source_prefix: str | None = flag(None, "Text put before every source (default: the data set's).")
-    max_source_length: int = flag(512, "Sources are cut to this many tokens.")
-    max_target_length: int = flag(128, "Training targets are cut to this many tokens.")
+    data_dir: str | None = flag(
+        None, "Folder of local files, named <split> or <data set>.<split>, read instead of the hub."
+    )
+    streaming: bool = flag(False, "Read training rows as they are needed; needs --max_steps.")
+    max_source_length: int | None = flag(
+        None, "Sources are cut to this many tokens (default: the data set's)."
+    )
+    max_target_length: int | None = flag(
+        None, "Training targets are cut to this many tokens (default: the data set's)."
+    )
+    doc_stride: int = flag(
+        128, "Question answering: tokens that neighbouring windows of a long context share."
+    )
     val_max_target_length: int | None = flag(
         None, "Longest output of an evaluation (default: --max_target_length)."
     )
@@ -103,17 +122,33 @@ class DataArguments:
     num_beams: int = flag(1, "Beams of an evaluation at full depth; early exits are greedy.")
     preprocessing_num_workers: int | None = flag(None, "Processes that tokenize.")
     resume_eval: bool = flag(False, "Continue an interrupted evaluation from its predictions.jsonl.")
+    baseline_predictions: str | None = flag(
+        None, "Full depth's predictions.jsonl: test whether quality differs (paired bootstrap)."
+    )
+    report_dir: str | None = field(default=None, init=False)  # where skipped rows are listed
     hub: dict[str, Any] = field(default_factory=dict, init=False)  # --token and --cache_dir, for downloads
 
     def __post_init__(self) -> None:
         local = [self.train_file, self.validation_file, self.test_file]
         require(
-            bool(self.dataset_name or any(local)),
-            "No data: give --dataset_name, or --train_file / --validation_file / --test_file.",
+            bool(self.dataset_name or self.data_dir or any(local)),
+            "No data: give --dataset_name, --data_dir, or --train_file / --validation_file / --test_file.",
         )
         for name in ("train_file", "validation_file", "test_file"):
             path = getattr(self, name)
             require(path is None or Path(path).is_file(), f"--{name}: there is no file {path}.")
+        known = DATASETS.get(self.dataset_name)
+        if self.max_source_length is None:
+            self.max_source_length = known.max_source_length if known else 512
+        if self.max_target_length is None:
+            self.max_target_length = known.max_target_length if known else 128
+        require(
+            0 < self.doc_stride < self.max_source_length or self.task != "question_answering",
+            f"--doc_stride must be below --max_source_length {self.max_source_length}.",
+        )
+        for name in ("train_file", "data_dir", "baseline_predictions"):
+            path = getattr(self, name)
+            require(path is None or Path(path).exists(), f"--{name}: there is no {path}.")
         for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams"):
             require_positive(name, getattr(self, name))
         for name in ("max_target_length", "val_max_target_length"):
@@ -141,6 +176,10 @@ class LossArguments:
     per_exit_head: str | None = flag(
         None, "Give each exit a norm, or a projection and a norm, of its own.", PER_EXIT_HEADS
     )
+    early_stopping_patience: int | None = flag(
+        None, "Stop after this many evaluations without a better --metric_for_best_model."
+    )
+    paper_settings: bool = flag(False, "Start from the FREE paper's hyper-parameters for --dataset_name.")
     use_muon: bool = flag(False, "Train hidden matrices with Muon instead of AdamW (from scratch).")
     train_meta_cm_head: bool = flag(False, "Freeze the model and train the confidence head alone.")
 
@@ -290,6 +329,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         training, exits = self.training, self.exit
+        self.data.report_dir = training.output_dir
+        self._check_training()
         self.data.hub = {"token": self.model.token, "cache_dir": self.model.cache_dir}
         stages = (training.do_train, training.do_eval, training.do_predict)
         require(any(stages), "Nothing to do: add --do_train, --do_eval or --do_predict.")
@@ -319,6 +360,28 @@ class Arguments:
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
         )
 
+    def _check_training(self) -> None:
+        training, data = self.training, self.data
+        require(
+            not data.streaming or training.max_steps > 0 or not training.do_train,
+            "--streaming does not know how long an epoch is: add --max_steps.",
+        )
+        patience = self.loss.early_stopping_patience
+        require_positive("early_stopping_patience", patience)
+        require(
+            patience is None or training.load_best_model_at_end,
+            "--early_stopping_patience needs --load_best_model_at_end True, --eval_strategy and "
+            "--save_strategy.",
+        )
+        by_task = training.load_best_model_at_end and training.predict_with_generate
+        if by_task and training.metric_for_best_model in (None, "loss"):
+            training.metric_for_best_model = TASKS[data.task].main_score
+            training.greater_is_better = True
+        require(
+            not (self.exit.deploy_scenario and int(os.environ.get("WORLD_SIZE", 1)) > 1),
+            "--deploy_scenario measures latency in one process: start run.py without torchrun.",
+        )
+
     def _make_output_dir(self) -> None:
         """Find out now, not after hours, whether results can be written."""
         folder = Path(self.training.output_dir)
@@ -332,6 +395,14 @@ class Arguments:
             resume is None or Path(resume).is_dir(),
             f"--resume_from_checkpoint: there is no folder {resume}; by default the newest is used.",
         )
+
+
+@dataclass
+class PaperSettings:
+    """The two flags that are read before all others."""
+
+    paper_settings: bool = False
+    dataset_name: str | None = None
 
 
 class Parser(HfArgumentParser):
@@ -358,6 +429,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         )
     )
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
+    argv = expand_paper_settings(argv)
     try:
         return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
     except UserError:
@@ -381,6 +453,21 @@ def expand_argument_file(argv: list[str]) -> list[str]:
         ) from error
     require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
     return [text for name, value in settings.items() for text in as_flags(name, value)] + argv[1:]
+
+
+def expand_paper_settings(argv: list[str]) -> list[str]:
+    """Put the paper's hyper-parameters before the other flags, which override them, if they are wanted."""
+    wanted = HfArgumentParser((PaperSettings,)).parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )[0]
+    if not wanted.paper_settings:
+        return argv
+    record = DATASETS.get(wanted.dataset_name)
+    require(
+        record is not None and bool(record.training),
+        f"--paper_settings: the paper has no data set {wanted.dataset_name!r}.",
+    )
+    return [text for name, value in record.training.items() for text in as_flags(name, value)] + argv
 
 
 def as_flags(name: str, value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +31,9 @@ DEFAULT_COLUMNS = {
     "question_answering": ("question", "answers"),
 }
 SEEN_COLUMN = "seen_in_train"
+QUESTION = "question: {question} context: {context}"
+QUESTION_COLUMNS = ("id", "window", "source", "target", "references")
+SHUFFLE_BUFFER = 10_000
 
 
 def dataset_record(data_args: DataArguments) -> DatasetRecord:
@@ -64,12 +67,14 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_samples: int | None = None,
 ) -> Dataset:
-    """Rows of a split as columns id (str), source, target and, where the data set knows it, seen_in_train.
+    """Rows of a split as columns id (str), source, target; seen_in_train where the data set knows it.
 
-    The tokenizer is needed for --drop_long_samples.
+    Question answering has the columns references (all right answers) and window as well: contexts too long
+    for --max_source_length become several rows of one id. The tokenizer is needed for that and for
+    --drop_long_samples. Rows that cannot be used are counted, and listed in skipped_rows.jsonl.
 
     Raises:
-        UserError: there is no such split, file, column or language, or a row cannot be read.
+        UserError: there is no such split, file, column or language, or no row can be used.
     """
     rows, origin = load_rows(record, data_args, split)
     if len(rows) == 0:
@@ -81,14 +86,118 @@ def load_examples(
     examples = rows.map(
         reader, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
     )
-    kept = examples.filter(lambda row: bool(row["source"].strip() and row["target"].strip()))
-    if len(kept) < len(examples):
-        logger.warning("%s: skipped %d rows without text.", origin, len(examples) - len(kept))
-    if len(kept) == 0:
-        raise UserError(f"{origin}: no row of the {split} split has both a source and a target.")
+    kept = number_repeated_ids(skip_bad_rows(examples, origin, split, data_args), origin)
     if data_args.drop_long_samples and tokenizer is not None:
         kept = drop_long(kept, tokenizer, data_args)
-    return kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
+    kept = kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
+    if record.task == "question_answering":
+        return split_contexts(kept, record, data_args, split, tokenizer)
+    return kept
+
+
+def skip_bad_rows(examples: Dataset, origin: str, split: str, data_args: DataArguments) -> Dataset:
+    """Rows that can be used; the others are counted in a warning and listed with their reasons."""
+    problems = examples["problem"]
+    bad = [row for row, problem in enumerate(problems) if problem]
+    examples = examples.remove_columns("problem")
+    if not bad:
+        return examples
+    if len(bad) == len(problems):
+        raise UserError(f"{origin}: none of {len(bad)} rows can be used; row 0: {problems[0]}.")
+    place = "not listed"
+    if data_args.report_dir is not None:
+        path = Path(data_args.report_dir, f"skipped_rows.{split}.jsonl")
+        with path.open("w", encoding="utf8") as file:
+            for row in bad:
+                entry = {"origin": origin, "row": row, "id": examples[row]["id"], "reason": problems[row]}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        place = f"listed in {path}"
+    logger.warning("%s: skipped %d of %d rows (%s).", origin, len(bad), len(problems), place)
+    return examples.select(sorted(set(range(len(problems))) - set(bad)))
+
+
+def number_repeated_ids(examples: Dataset, origin: str) -> Dataset:
+    """Row numbers instead of ids that are not unique."""
+    first_rows: dict[str, int] = {}
+    for row, name in enumerate(examples["id"]):
+        if first_rows.setdefault(name, row) != row:
+            first = first_rows[name]
+            logger.warning("%s: rows %d and %d share the id %r; using row numbers.", origin, first, row, name)
+            numbers = [str(number) for number in range(len(examples))]
+            return examples.remove_columns("id").add_column("id", numbers)
+    return examples
+
+
+def split_contexts(
+    examples: Dataset,
+    record: DatasetRecord,
+    data_args: DataArguments,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Dataset:
+    """One row for each window of a question's context; for training, only windows that hold the answer."""
+
+    def windows(row: dict[str, Any]) -> list[str]:
+        if tokenizer is None:
+            return [row["context"]]
+        question = record.prefix + QUESTION.format(question=row["question"], context="")
+        room = data_args.max_source_length - len(tokenizer(question).input_ids) - 1
+        if room <= data_args.doc_stride:
+            raise UserError(
+                f"Question {row['id']} leaves {room} tokens for its context: raise --max_source_length or "
+                "lower --doc_stride."
+            )
+        return split_text(row["context"], tokenizer, room, data_args.doc_stride)
+
+    def expand(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        expanded = [
+            {
+                "id": row["id"],
+                "window": index,
+                "source": record.prefix + QUESTION.format(question=row["question"], context=text),
+                "target": row["target"],
+                "references": row["references"],
+            }
+            for row in rows
+            for index, text in enumerate(windows(row))
+            if split != "train" or any(answer in text for answer in row["references"])
+        ]
+        return {name: [row[name] for row in expanded] for name in QUESTION_COLUMNS}
+
+    return examples.map(expand, batched=True, remove_columns=examples.column_names)
+
+
+def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> list[str]:
+    """Pieces of at most `length` tokens, neighbours sharing `stride` of them."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    if len(offsets) <= length:
+        return [text]
+    starts = range(0, len(offsets) - stride, length - stride)
+    return [text[offsets[start][0] : offsets[min(start + length, len(offsets)) - 1][1]] for start in starts]
+
+
+def stream_training_rows(
+    record: DatasetRecord, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> IterableDataset:
+    """Tokenized training rows, read, shuffled and encoded as they are needed.
+
+    Bad rows are passed over; long contexts are cut, not split.
+    """
+    rows, origin = load_rows(record, data_args, "train", streaming=True)
+    first = next(iter(rows), None)
+    if first is None:
+        raise UserError(f"{origin}: the train split is empty.")
+    if data_args.max_train_samples is not None:
+        rows = rows.take(data_args.max_train_samples)
+    examples = rows.map(RowReader(record), with_indices=True, remove_columns=list(first))
+    examples = examples.filter(lambda row: not row["problem"])
+    encode = Encoder(tokenizer, data_args.max_source_length, data_args.max_target_length)
+    encoded = examples.map(encode, batched=True, remove_columns=list(RowReader(record)(first, 0)))
+    if data_args.drop_long_samples:
+        raise UserError("--drop_long_samples needs all rows at once: leave --streaming out.")
+    return encoded.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
 def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
@@ -108,17 +217,21 @@ def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: 
     return kept
 
 
-def load_rows(record: DatasetRecord, data_args: DataArguments, split: str) -> tuple[Dataset, str]:
+def load_rows(
+    record: DatasetRecord, data_args: DataArguments, split: str, streaming: bool = False
+) -> tuple[Dataset | IterableDataset, str]:
     """Raw rows of a split and a name for error messages; a local file wins over the data set's own."""
     local = getattr(data_args, SPLIT_FILES[split])
+    if local is None and data_args.data_dir is not None:
+        local = find_split_file(Path(data_args.data_dir), data_args.dataset_name, split)
     if local is None and record.folder is not None:
         local = record.folder / f"{split}.jsonl.gz"
     if local is not None:
-        return load_file(Path(local)), str(local)
+        return load_file(Path(local), streaming), str(local)
     if record.hub_id is None:
         raise UserError(f"There is no {split} split: give --{SPLIT_FILES[split]} or --dataset_name.")
     origin = f"{record.hub_id} [{split}]"
-    hub = {"revision": record.revision} | data_args.hub
+    hub = {"revision": record.revision, "streaming": streaming} | data_args.hub
     try:
         return load_dataset(record.hub_id, record.config, split=record.splits[split], **hub), origin
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -126,7 +239,19 @@ def load_rows(record: DatasetRecord, data_args: DataArguments, split: str) -> tu
         raise UserError(f"--dataset_name {origin} cannot be loaded: {reason}") from error
 
 
-def load_file(path: Path) -> Dataset:
+def find_split_file(folder: Path, dataset_name: str | None, split: str) -> Path:
+    """`<split>.<format>` or `<data set>.<split>.<format>` in a folder, gzipped or not."""
+    stems = [split] if dataset_name is None else [f"{dataset_name}.{split}", split]
+    names = [
+        f"{stem}.{suffix}{zipped}" for stem in stems for suffix in FILE_FORMATS for zipped in ("", ".gz")
+    ]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"--data_dir {folder} has no {split} split: no file like {names[0]} or {names[1]}.")
+    return found[0]
+
+
+def load_file(path: Path, streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of a local .json/.jsonl/.csv/.parquet file, gzipped or not."""
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in FILE_FORMATS:
@@ -134,7 +259,7 @@ def load_file(path: Path) -> Dataset:
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        return load_dataset(FILE_FORMATS[suffix], data_files=str(path), split="train")
+        return load_dataset(FILE_FORMATS[suffix], data_files=str(path), split="train", streaming=streaming)
     except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:  # the last: no rows
         if FILE_FORMATS[suffix] == "json":
             raise UserError(describe_bad_json(path)) from error
@@ -182,52 +307,100 @@ class RowReader:
         self.record = record
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        record = self.record
+        """Columns id, source, target and problem, which is empty where the row can be used."""
+        name = str(row.get("id", index))
         try:
-            source, target = self._texts(row)
+            example = self._read(row)
+            problem = find_problem(example)
         except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"Row {index} has an unexpected form: {error!r}.") from error
-        example = {
-            "id": str(row.get("id", index)),
-            "source": record.prefix + as_text(source),
-            "target": as_text(target),
-        }
-        return example | ({SEEN_COLUMN: bool(row[SEEN_COLUMN])} if SEEN_COLUMN in row else {})
+            example, problem = dict.fromkeys(self._columns()), f"unexpected form: {error!r}"
+        if problem:  # columns need one type
+            example = {column: [] if column == "references" else "" for column in self._columns()}
+        example = {column: as_text(value) for column, value in example.items()}
+        seen = {SEEN_COLUMN: bool(row[SEEN_COLUMN])} if SEEN_COLUMN in row else {}
+        return {"id": name, **example, "problem": problem} | seen
 
-    def _texts(self, row: dict[str, Any]) -> tuple[Any, Any]:
+    def _columns(self) -> tuple[str, ...]:
+        if self.record.task == "question_answering":
+            return ("source", "target", "question", "context", "references")
+        return ("source", "target")
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         record = self.record
         source, target = row[record.source], row[record.target]
         if record.task == "question_answering":
             answers = target["text"] if isinstance(target, dict) else target
             answers = answers if isinstance(answers, list) else [answers]
-            return f"question: {source} context: {row['context']}", next(iter(answers), None)
+            parts = {"question": source, "context": row["context"]}
+            whole = record.prefix + QUESTION.format(**parts)
+            return {"source": whole, "target": next(iter(answers), None), **parts, "references": answers}
         if record.languages and record.source == record.target:
-            return source[record.languages[0]], target[record.languages[1]]
-        return source, target
+            source, target = source[record.languages[0]], target[record.languages[1]]
+        return {"source": with_prefix(record.prefix, source), "target": target}
 
 
-def as_text(value: Any) -> str:
-    return "" if value is None else str(value)
+def with_prefix(prefix: str, text: Any) -> Any:
+    """Prefixed text; what holds no text stays as it is, to be found by `find_problem`."""
+    return prefix + as_text(text) if isinstance(text, (str, int, float)) and str(text).strip() else text
 
 
-def tokenize(
-    examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, max_target_length: int
-) -> Dataset:
-    """Columns input_ids, attention_mask, labels: lists of token ids, cut to the given lengths."""
+def find_problem(example: dict[str, Any]) -> str:
+    """Why a row cannot be used; empty if it can. Numbers, as CSV readers make them, count as text."""
+    for column in ("question", "context", "source", "target"):
+        if column not in example:
+            continue
+        value = example[column]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return f"empty {column}"
+        if not isinstance(value, (str, int, float)):
+            return f"{column} is of type {type(value).__name__}, not text"
+    return ""
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch["source"], max_length=data_args.max_source_length, truncation=True)
-        targets = tokenizer(text_target=batch["target"], max_length=max_target_length, truncation=True)
+
+def as_text(value: Any) -> str | list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else str(value)
+
+
+class Encoder:
+    """Maps a batch of sources and targets to token ids of at most the given lengths; picklable."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_source_length = max_source_length
+        self.max_target_length = max_target_length
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = self.tokenizer(batch["source"], max_length=self.max_source_length, truncation=True)
+        targets = self.tokenizer(
+            text_target=batch["target"], max_length=self.max_target_length, truncation=True
+        )
         return {
             "input_ids": encoded["input_ids"],
             "attention_mask": encoded["attention_mask"],
             "labels": targets["input_ids"],
         }
 
+
+def tokenize(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, max_target_length: int
+) -> Dataset:
+    """Columns input_ids, attention_mask, labels: lists of token ids, cut to the given lengths."""
+    cut = count_long_sources(examples, tokenizer, data_args.max_source_length)
+    if cut:
+        limit = data_args.max_source_length
+        logger.warning("%d of %d sources are cut to --max_source_length %d.", cut, len(examples), limit)
     return examples.map(
-        encode,
+        Encoder(tokenizer, data_args.max_source_length, max_target_length),
         batched=True,
         remove_columns=examples.column_names,
         num_proc=data_args.preprocessing_num_workers,
         desc="Tokenizing",
     )
+
+
+def count_long_sources(examples: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
+    """How many sources have more than `limit` tokens."""
+    encoded = tokenizer(list(examples["source"]), verbose=False).input_ids
+    return sum(len(token_ids) > limit for token_ids in encoded)

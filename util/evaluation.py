@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.generation import GenerateEncoderDecoderOutput
 
 from models.decoder_view import view_for
 from models.decoding import DecodeStats, early_exit_decode
@@ -24,9 +27,10 @@ from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
-from util.data import SEEN_COLUMN
-from util.metrics import METRICS
+from util.data import SEEN_COLUMN, count_long_sources
+from util.metrics import METRICS, Reference, compute_scores
 from util.report import environment, write_json
+from util.significance import confidence_intervals, paired_bootstrap
 from util.tasks import TASKS
 from util.timing import Stopwatch
 
@@ -44,6 +48,7 @@ class EvaluationSettings:
     num_beams: int = 1
     synchronize: bool = True
     resume: bool = False
+    baseline_predictions: Path | None = None
 
 
 @dataclass
@@ -53,17 +58,49 @@ class Decoded:
     sequences: list[list[int]]
     seconds: float
     stats: DecodeStats
+    scores: list[float] | None = None  # mean log-probability of each sequence, where windows compete
 
 
 def evaluate(
     loaded: LoadedModel, policy: ExitPolicy | None, examples: Dataset, settings: EvaluationSettings
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
+
+    Under torchrun every process decodes its share, with batches as one process would form them; the first
+    one gathers them in order and returns the results, the others None. (An adaptive threshold then learns
+    from its own share.)
 
     Raises:
         UserError: asked to continue an evaluation that had other settings.
     """
-    log = PredictionLog(settings.predictions_file, settings.arguments | {"weights": fingerprint(loaded)})
+    processes = PartialState()
+    share = own_share(len(examples), settings.batch_size, processes)
+    path = share_path(settings.predictions_file, processes.process_index, processes.num_processes)
+    identity = {"weights": fingerprint(loaded), "processes": processes.num_processes}
+    log = PredictionLog(path, settings.arguments | identity)
+    records = decode_share(loaded, policy, examples.select(share), settings, log)
+    if processes.num_processes > 1:
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return None
+        records = gather_shares(settings.predictions_file, processes.num_processes)
+    results = summarize(records, settings, view_for(loaded.model).num_layers)
+    samples = best_windows(records) if "window" in records[0] else records
+    scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
+    write_sample_scores(scores_path, samples, settings.task)
+    cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
+    extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
+    return results | judge(samples, settings) | extra
+
+
+def decode_share(
+    loaded: LoadedModel,
+    policy: ExitPolicy | None,
+    examples: Dataset,
+    settings: EvaluationSettings,
+    log: PredictionLog,
+) -> list[dict[str, Any]]:
+    """Records of this process's samples, those of an interrupted evaluation first."""
     done = log.reopen() if settings.resume else log.start()
     done = log.keep(done[: len(done) // settings.batch_size * settings.batch_size])
     replay_calibration(policy, done)
@@ -71,14 +108,31 @@ def evaluate(
     if batches:
         warm_up = None if policy is None else FullDepth()
         decode_batch(loaded, warm_up, examples.select(batches[0]), settings)
-    progress = tqdm(batches, desc="Decoding", unit="batch", disable=None)
-    for indices in progress:
+    for indices in tqdm(batches, desc="Decoding", unit="batch", disable=None):
         batch = examples.select(indices)
         decoded = decode_batch(loaded, policy, batch, settings)
         done += log.append(describe_batch(loaded, batch, decoded))
     log.close()
-    num_layers = view_for(loaded.model).num_layers
-    return summarize(done, settings, num_layers) | {"environment": environment(loaded.model)}
+    return done
+
+
+def own_share(total: int, batch_size: int, processes: PartialState) -> range:
+    """The contiguous samples of this process: whole batches, the last share possibly shorter."""
+    batches = -(-total // batch_size)
+    per_process = -(-batches // processes.num_processes) * batch_size
+    start = min(total, processes.process_index * per_process)
+    return range(start, min(total, start + per_process))
+
+
+def share_path(path: Path, index: int, processes: int) -> Path:
+    return path if processes == 1 else path.with_suffix(f".part{index}.jsonl")
+
+
+def gather_shares(path: Path, processes: int) -> list[dict[str, Any]]:
+    """Records of all processes, in order; also written as one file."""
+    parts = [share_path(path, index, processes).read_text(encoding="utf8") for index in range(processes)]
+    path.write_text("".join(parts), encoding="utf8")
+    return [json.loads(line) for line in "".join(parts).splitlines()]
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -107,11 +161,24 @@ def decode_batch(
     ).to(loaded.model.device)
     stats = DecodeStats()
     options = {"max_length": settings.max_length, "num_beams": settings.num_beams, "do_sample": False}
+    competes = "window" in batch.column_names
+    if competes:
+        options |= {"return_dict_in_generate": True, "output_scores": True}
     if policy is not None:
         options |= {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
-        sequences = loaded.model.generate(**inputs, **options)
-    return Decoded(generated_tokens(loaded, sequences), watch.seconds, stats)
+        output = loaded.model.generate(**inputs, **options)
+    tokens = generated_tokens(loaded, output.sequences if competes else output)
+    scores = sequence_scores(output, tokens) if competes else None
+    return Decoded(tokens, watch.seconds, stats, scores)
+
+
+def sequence_scores(output: GenerateEncoderDecoderOutput, tokens: list[list[int]]) -> list[float]:
+    """Mean log-probability of the tokens of each sequence."""
+    if getattr(output, "sequences_scores", None) is not None:  # beam search has its own
+        return output.sequences_scores.tolist()
+    log_probs = torch.stack([step.float().log_softmax(-1).amax(-1) for step in output.scores])  # (T, B)
+    return [log_probs[: len(row), index].mean().item() for index, row in enumerate(tokens)]
 
 
 def generated_tokens(loaded: LoadedModel, sequences: Tensor) -> list[list[int]]:
@@ -140,12 +207,14 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
         record = {
             "id": example["id"],
             "prediction": texts[row],
-            "reference": example["target"],
+            "reference": example.get("references") or example["target"],
             "tokens": len(decoded.sequences[row]),
             "pieces": loaded.tokenizer.convert_ids_to_tokens(decoded.sequences[row]),
             "exit_layers": stats.exit_layers[row] if stats.exit_layers else None,
             **shared,
         }
+        if decoded.scores is not None:
+            record |= {"window": example["window"], "sequence_score": decoded.scores[row]}
         if SEEN_COLUMN in example:
             record[SEEN_COLUMN] = example[SEEN_COLUMN]
         records.append(record)
@@ -225,9 +294,10 @@ def summarize(records: list[dict[str, Any]], settings: EvaluationSettings, num_l
     tokens = sum(record["tokens"] for record in records)
     seconds = sum(record["seconds"] for record in records)
     exits = [layer for record in records for layer in record["exit_layers"] or ()]
+    samples = best_windows(records) if "window" in records[0] else records
     results = {
-        **score(records, settings.task),
-        "samples": len(records),
+        **score(samples, settings.task),
+        "samples": len(samples),
         "batch_size": settings.batch_size,
         "seconds": seconds,
         "seconds_per_sample_median": statistics.median(record["seconds"] for record in records),
@@ -260,15 +330,65 @@ def summarize_depth(
     }
 
 
-def score(records: list[dict[str, Any]], task: str) -> dict[str, float]:
+def best_windows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a sample: where a long context was split, its most probable answer."""
+    best: dict[str, dict[str, Any]] = {}
+    for record in records:
+        rival = best.get(record["id"])
+        if rival is None or record["sequence_score"] > rival["sequence_score"]:
+            best[record["id"]] = record
+    return list(best.values())
+
+
+def score(records: list[dict[str, Any]], task: str) -> dict[str, Any]:
     """The task's metrics; where the data set marks rows whose target is in train, also without them."""
-    metric = METRICS[TASKS[task].metric]
 
     def of(rows: list[dict[str, Any]]) -> dict[str, float]:
-        return metric([row["prediction"] for row in rows], [row["reference"] for row in rows])
+        return compute_scores(task, *texts_of(rows))
 
     unseen = [row for row in records if not row.get(SEEN_COLUMN, False)]
     scores = of(records)
     if 0 < len(unseen) < len(records):
         scores |= {f"{name}_unseen": value for name, value in of(unseen).items()}
     return scores
+
+
+def judge(records: list[dict[str, Any]], settings: EvaluationSettings) -> dict[str, Any]:
+    """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
+    predictions, references = texts_of(records)
+    results: dict[str, Any] = {
+        "confidence_intervals": confidence_intervals(settings.task, predictions, references)
+    }
+    signatures = METRICS[TASKS[settings.task].metric]().signatures
+    if signatures:
+        results["signatures"] = signatures
+    if settings.baseline_predictions is not None:
+        baseline = read_baseline(settings.baseline_predictions, records)
+        results["vs_baseline"] = paired_bootstrap(settings.task, predictions, baseline, references)
+    return results
+
+
+def texts_of(records: list[dict[str, Any]]) -> tuple[list[str], list[Reference]]:
+    """Predictions and references."""
+    return [row["prediction"] for row in records], [row["reference"] for row in records]
+
+
+def read_baseline(path: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Another system's predictions of the same samples, in the order of `records`."""
+    lines = path.read_text(encoding="utf8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    theirs = {row["id"]: row["prediction"] for row in (best_windows(rows) if "window" in rows[0] else rows)}
+    missing = [record["id"] for record in records if record["id"] not in theirs]
+    if missing:
+        raise UserError(f"--baseline_predictions {path} lacks {len(missing)} samples, such as {missing[0]}.")
+    return [theirs[record["id"]] for record in records]
+
+
+def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str) -> None:
+    """One line a sample: its id and its own scores."""
+    metric = METRICS[TASKS[task].metric]()
+    statistics = metric.statistics(*texts_of(records))
+    with path.open("w", encoding="utf8") as file:
+        for index, record in enumerate(records):
+            scores = metric.scores(statistics[index : index + 1])
+            file.write(json.dumps({"id": record["id"], **scores}) + "\n")

@@ -1,6 +1,7 @@
 """Quality of predictions, without network access: BLEU and chrF, ROUGE, SQuAD's EM and F1.
 
-Every metric maps (predictions, references) to a dict of scores on a 0-100 scale.
+Every metric maps predictions and references to sufficient statistics, one row a sample, and those to scores
+on a 0-100 scale; resampling rows of statistics is all that confidence intervals need.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
-import sacrebleu
 from rouge_score import rouge_scorer
+from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from util.tasks import TASKS
@@ -20,22 +22,85 @@ from util.tasks import TASKS
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+Reference = str | list[str]
+"""One reference text, or several of which the best counts."""
 
 
-def bleu(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Corpus sacreBLEU and chrF (Post, 2018; Popović, 2015)."""
-    return {
-        "bleu": sacrebleu.corpus_bleu(predictions, [references]).score,
-        "chrf": sacrebleu.corpus_chrf(predictions, [references]).score,
-    }
+class Metric(Protocol):
+    names: tuple[str, ...]
+    signatures: dict[str, str]
+
+    def statistics(self, predictions: list[str], references: list[Reference]) -> np.ndarray:
+        """Sufficient statistics: (N, K)."""
+
+    def scores(self, statistics: np.ndarray) -> dict[str, float]:
+        """Scores of a set of samples, each of them a row: (N, K) -> name -> score."""
 
 
-def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Mean ROUGE F1 with stemming (Lin, 2004); for ROUGE-Lsum one sentence is one line."""
+class SampleMean:
+    """A metric whose scores are means over samples: the statistics are the samples' own scores."""
+
+    def __init__(
+        self, names: tuple[str, ...], score_sample: Callable[[str, list[str]], tuple[float, ...]]
+    ) -> None:
+        self.names = names
+        self.signatures: dict[str, str] = {}
+        self.score_sample = score_sample
+
+    def statistics(self, predictions: list[str], references: list[Reference]) -> np.ndarray:
+        pairs = zip(predictions, map(as_list, references), strict=True)
+        return np.array([self.score_sample(*pair) for pair in pairs])
+
+    def scores(self, statistics: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.names, statistics.mean(0).tolist(), strict=True))
+
+
+class CorpusBleu:
+    """sacreBLEU and chrF of a corpus (Post, 2018; Popović, 2015): n-gram counts are the statistics."""
+
+    names = ("bleu", "chrf")
+
+    def __init__(self) -> None:
+        self.bleu, self.chrf = BLEU(), CHRF()
+        self.sentence_bleu = BLEU(effective_order=True)
+        for metric in (self.bleu, self.chrf):
+            metric.num_refs = 1  # for the signatures
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        return {name: str(getattr(self, name).get_signature()) for name in self.names}
+
+    def statistics(self, predictions: list[str], references: list[Reference]) -> np.ndarray:
+        columns = [[as_list(reference)[0] for reference in references]]
+        counts = [
+            metric._extract_corpus_statistics(predictions, columns) for metric in (self.bleu, self.chrf)
+        ]
+        self.width = len(counts[0][0])
+        return np.concatenate([np.array(rows, dtype=float) for rows in counts], axis=1)
+
+    def scores(self, statistics: np.ndarray) -> dict[str, float]:
+        # A single sample without some n-gram order has no corpus BLEU: its effective order counts.
+        bleu = self.bleu if len(statistics) > 1 else self.sentence_bleu
+        total = statistics.sum(0).astype(int).tolist()
+        return {
+            "bleu": bleu._compute_score_from_stats(total[: self.width]).score,
+            "chrf": self.chrf._compute_score_from_stats(total[self.width :]).score,
+        }
+
+
+def as_list(reference: Reference) -> list[str]:
+    return [reference] if isinstance(reference, str) else reference
+
+
+def make_rouge() -> SampleMean:
+    """ROUGE F1 with stemming (Lin, 2004); for ROUGE-Lsum one sentence is one line."""
     scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    pairs = zip(predictions, references, strict=True)
-    scores = [scorer.score(split_sentences(reference), split_sentences(text)) for text, reference in pairs]
-    return {kind: 100 * sum(score[kind].fmeasure for score in scores) / len(scores) for kind in ROUGE_TYPES}
+
+    def score_sample(text: str, references: list[str]) -> tuple[float, ...]:
+        score = scorer.score(split_sentences(references[0]), split_sentences(text))
+        return tuple(100 * score[kind].fmeasure for kind in ROUGE_TYPES)
+
+    return SampleMean(ROUGE_TYPES, score_sample)
 
 
 def split_sentences(text: str) -> str:
@@ -43,14 +108,10 @@ def split_sentences(text: str) -> str:
     return SENTENCE_END.sub("\n", text.strip())
 
 
-def squad(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """SQuAD v1.1 exact match and token F1, one reference each (Rajpurkar et al., 2016)."""
-    pairs = list(zip(predictions, references, strict=True))
-    exact = [normalize_answer(text) == normalize_answer(reference) for text, reference in pairs]
-    return {
-        "exact_match": 100 * sum(exact) / len(pairs),
-        "f1": 100 * sum(token_f1(*pair) for pair in pairs) / len(pairs),
-    }
+def score_answer(text: str, references: list[str]) -> tuple[float, float]:
+    """SQuAD v1.1's exact match and token F1, each against the reference that suits it best."""
+    exact = max(normalize_answer(text) == normalize_answer(reference) for reference in references)
+    return 100.0 * exact, 100 * max(token_f1(text, reference) for reference in references)
 
 
 def normalize_answer(text: str) -> str:
@@ -68,11 +129,17 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(expected))
 
 
-METRICS: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
-    "bleu": bleu,
-    "rouge": rouge,
-    "squad": squad,
+METRICS: dict[str, Callable[[], Metric]] = {
+    "bleu": CorpusBleu,
+    "rouge": make_rouge,
+    "squad": lambda: SampleMean(("exact_match", "f1"), score_answer),
 }
+
+
+def compute_scores(task: str, predictions: list[str], references: list[Reference]) -> dict[str, float]:
+    """The task's scores of a corpus."""
+    metric = METRICS[TASKS[task].metric]()
+    return metric.scores(metric.statistics(predictions, references))
 
 
 def token_metrics(
@@ -86,7 +153,6 @@ def token_metrics(
         )
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        texts, references = decode(prediction.predictions), decode(prediction.label_ids)
-        return METRICS[TASKS[task].metric](texts, references)
+        return compute_scores(task, decode(prediction.predictions), decode(prediction.label_ids))
 
     return compute

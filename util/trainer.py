@@ -7,11 +7,14 @@ its parent does. Its evaluations generate with `exit_policy`, at full depth if t
 from __future__ import annotations
 
 import json
+import logging
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
@@ -22,6 +25,8 @@ from models.exit_heads import ExitConfig, load_exit_heads
 from models.exit_policy import ExitPolicy
 from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
 from models.losses import ConfidenceHeadLoss, ExitLoss
+
+logger = logging.getLogger(__name__)
 
 
 class EarlyExitTrainer(Seq2SeqTrainer):
@@ -97,12 +102,44 @@ class EarlyExitTrainer(Seq2SeqTrainer):
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest `checkpoint-<step>` that was written to its end: the trainer's state comes last."""
+    """The newest `checkpoint-<step>` that is whole; damaged ones are named in a warning and passed over."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name[11:]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(folder)
+        damage = find_damage(folder)
+        if damage is None:
+            return str(folder)
+        logger.warning("%s is damaged (%s): looking for an older checkpoint.", folder, damage)
     return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Name of the first file of a checkpoint that is missing or cut off, if any."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf8"))  # written last
+    except (OSError, ValueError):
+        return "trainer_state.json"
+    weights = [*checkpoint.glob("*.safetensors")]
+    if not weights:
+        return "no weights"
+    for path in [*weights, *checkpoint.glob("*.pt")]:
+        if not (reads_safetensors if path.suffix == ".safetensors" else reads_archive)(path):
+            return path.name
+    return None
+
+
+def reads_safetensors(path: Path) -> bool:
+    """Whether the header is whole and announces as many bytes as there are."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def reads_archive(path: Path) -> bool:
+    """Whether a file of `torch.save` has all its parts, by their checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

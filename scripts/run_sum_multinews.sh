@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Multi-document summarization on Multi-News with LongT5-base.
+# Usage: bash scripts/run_sum_multinews.sh {train|eval|smoke} {free|calm|static|full} [flags of run.py]
+# MODEL=... chooses another checkpoint, DATA_DIR=... local files: see scripts/experiment.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/experiment.sh
+experiment summarization multi_news "${MODEL:-google/long-t5-tglobal-base}" scripts/configs/smoke_longt5.json 6 "$@"
