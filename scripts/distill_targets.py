@@ -40,7 +40,7 @@ def main() -> None:
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
         for start in tqdm(range(0, len(order), flags.batch_size), unit="batch"):
             rows = examples.select(order[start : start + flags.batch_size])
-            for row, hypotheses in zip(rows, decode_beams(loaded, rows["source"], flags), strict=True):
+            for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
                 target = closest(hypotheses, row["target"])
                 out.write(json.dumps({"source": row["source"], "target": target}, ensure_ascii=False) + "\n")
 
