@@ -59,7 +59,9 @@ class Method:
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--free", required=True, help="checkpoint trained with a shallow-deep loss")
-    parser.add_argument("--calm", required=True, help="checkpoint trained with losses at all layers")
+    parser.add_argument(
+        "--calm", help="checkpoint trained with losses at all layers (default: leave CALM out)"
+    )
     parser.add_argument("--dataset_name", default="debian_de_en", choices=tuple(DATASETS))
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--num_samples", type=int, help="default: all")
@@ -89,7 +91,8 @@ def compare(flags: argparse.Namespace) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    checkpoints = {name: load_model(getattr(flags, name)) for name in ("free", "calm")}
+    paths = {"free": flags.free, "calm": flags.calm}
+    checkpoints = {name: load_model(path) for name, path in paths.items() if path is not None}
     for loaded in checkpoints.values():
         loaded.model.to(device)
     examples = load_split(flags, checkpoints["free"])
@@ -122,7 +125,7 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
     shallow = checkpoints["free"].exit_config.shallow_exit_layer
     if shallow is None:
         raise UserError(f"--free {flags.free}: not trained with a --shallow_exit_layer.")
-    middle = view_for(checkpoints["calm"].model).num_layers // 2
+    middle = view_for(checkpoints["free"].model).num_layers // 2
     fixed = FixedThreshold(flags.free_threshold)
     adaptive = AdaptiveThreshold(flags.free_threshold, flags.adapt_zeta)
     eager = FixedThreshold(flags.eager_threshold)
@@ -138,7 +141,7 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
         (f"Static, layer {middle}", "calm", StaticExit(middle)),
         ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
     ]
-    return [Method(name, key, checkpoints[key], policy) for name, key, policy in chosen]
+    return [Method(name, key, checkpoints[key], policy) for name, key, policy in chosen if key in checkpoints]
 
 
 def warm_up(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:

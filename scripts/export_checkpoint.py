@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.decoder_view import view_for
 from models.loading import load_model
 
 CARD = """\
@@ -32,12 +33,12 @@ pipeline_tag: translation
 {vocabulary} pieces, trained on short German-English package descriptions (`data/debian`, sources and targets
 of at most 28 tokens). A demonstration of early exiting, not a translator for other text.
 
-- Training: `bash {script}`: seed {seed}, {steps} steps, {epochs:.1f} epochs, starting from {origin}.
+- Training: `bash {script}`: seed {seed}, {steps} steps, {epochs} epochs, starting from {origin}.
 - Loss: `{loss}`, exit layer: {shallow}.
 - Stored in bfloat16; decoded in float32.
 
-| step | training loss | validation loss |
-|---|---|---|
+| step | training loss | cross-entropy, shallow exit | cross-entropy, last layer |
+|---|---|---|---|
 {curve}
 
 {scores}
@@ -51,6 +52,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--title", required=True)
     parser.add_argument("--train_script", required=True)
     parser.add_argument("--origin", default="random weights", help="what the training started from")
+    parser.add_argument("--earlier_runs", type=Path, nargs="*", default=[], help="what led to the run")
     parser.add_argument("--report", type=Path, help="report.json of scripts/compare.py, for the scores")
     parser.add_argument("--model", help="the report's name of this checkpoint: free or calm")
     return parser.parse_args()
@@ -62,34 +64,38 @@ def main() -> None:
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)
     loaded.exit_config.save(flags.output_dir)
-    state = json.loads((flags.run / "trainer_state.json").read_text(encoding="utf8"))
+    states = [read_state(folder) for folder in (*flags.earlier_runs, flags.run)]
     config = loaded.model.config
     card = CARD.format(
         title=flags.title,
         parameters=sum(weight.numel() for weight in loaded.model.parameters()) / 1e6,
-        layers=config.num_decoder_layers,
+        layers=view_for(loaded.model).num_layers,
         width=config.d_model,
         vocabulary=config.vocab_size,
         script=flags.train_script,
         origin=flags.origin,
         seed=torch.load(flags.run / "training_args.bin", weights_only=False).seed,
-        steps=state["global_step"],
-        epochs=state["epoch"],
+        steps=" + ".join(str(state["global_step"]) for state in states),
+        epochs=" + ".join(f"{state['epoch']:.1f}" for state in states),
         loss=loaded.exit_config.intermediate_loss_fn,
         shallow=loaded.exit_config.shallow_exit_layer or "all",
-        curve="\n".join(curve_rows(state["log_history"])),
+        curve="\n".join(row for state in states for row in curve_rows(state["log_history"])),
         scores="\n".join(score_rows(flags)) if flags.report else "",
     )
     (flags.output_dir / "README.md").write_text(card.rstrip() + "\n", encoding="utf8")
 
 
+def read_state(run: Path) -> dict[str, Any]:
+    return json.loads((run / "trainer_state.json").read_text(encoding="utf8"))
+
+
 def curve_rows(history: list[dict[str, Any]]) -> list[str]:
-    """Training and validation loss at every evaluation."""
-    rows, training_loss = [], None
-    for entry in history:
-        training_loss = entry.get("loss", training_loss)
-        if "eval_loss" in entry and training_loss is not None:
-            rows.append(f"| {entry['step']} | {training_loss:.3f} | {entry['eval_loss']:.3f} |")
+    """About ten points of a run's training losses."""
+    entries = [entry for entry in history if "loss" in entry]
+    rows = []
+    for entry in entries[:: max(1, len(entries) // 10)]:
+        parts = [value for name, value in entry.items() if name.startswith("ce_layer_")]
+        rows.append(f"| {entry['step']} | {entry['loss']:.3f} | {parts[0]:.3f} | {parts[-1]:.3f} |")
     return rows
 
 

@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# Release the two trained Debian runs: compare them, then write checkpoints/ with model cards.
+# Release the trained Debian runs: write checkpoints/, compare the methods on them, write the model cards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 export_run() { # name, title, origin, extra flags
-  python scripts/export_checkpoint.py --run "save/debian-t5-$1" --output_dir "checkpoints/debian-t5-$1" \
-    --title "$2" --train_script "scripts/train_debian_t5_$1.sh" --origin "$3" "${@:4}"
+  python scripts/export_checkpoint.py --run "save/debian-$1" --output_dir "checkpoints/debian-$1" \
+    --title "$2" --train_script "scripts/train_debian_${1//-/_}.sh" --origin "$3" "${@:4}"
 }
 
-release() { # extra flags
-  export_run free "Debian De-En, T5, FREE" "random weights" "$@" ${REPORT:+--model free}
-  export_run calm "Debian De-En, T5, CALM" "debian-t5-free" "$@" ${REPORT:+--model calm}
+release() { # flags for the cards
+  export_run t5-free "Debian De-En, T5, FREE" "save/debian-t5-teacher" \
+    --earlier_runs save/debian-t5-start save/debian-t5-teacher ${1:+--report "$1" --model free}
+  export_run t5-calm "Debian De-En, T5, CALM" "debian-t5-free" ${1:+--report "$1" --model calm}
+  export_run bart-free "Debian De-En, BART, FREE" "random weights" ${2:+--report "$2" --model free}
 }
 
 release
 bash scripts/quickstart.sh
-REPORT=save/quickstart/report.json
-release --report "$REPORT"
+python scripts/compare.py --free checkpoints/debian-bart-free --num_samples 300 --threads 1 \
+  --output_dir save/compare-bart
+release save/quickstart/report.json save/compare-bart/report.json

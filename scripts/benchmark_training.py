@@ -1,0 +1,127 @@
+"""Speed and peak memory of training with each exit loss, each in a process of its own.
+
+    python scripts/benchmark_training.py --train_file samsum.train.json.gz --source_column dialogue \
+        --target_column summary
+
+The model has T5-small's shape and random weights; the last row is as wide as its vocabulary is large: 24
+layers of it, where the logits of all layers at once would not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.decoder_view import view_for
+from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
+from util.arguments import DataArguments
+from util.data import dataset_record, load_examples, tokenize
+from util.report import comparison_table, print_report
+
+SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
+DEEP = SMALL | {"num_layers": 24}
+COLUMNS = {
+    "loss": "loss",
+    "layers": "layers",
+    "steps": "steps",
+    "steps_per_second": "steps/s",
+    "memory_early": "MiB after 10 steps",
+    "memory_peak": "MiB at the end",
+}
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--train_file", help="local rows (default: the embedded synopses)")
+    parser.add_argument("--source_column", default="document")
+    parser.add_argument("--target_column", default="summary")
+    parser.add_argument("--tokenizer", default="checkpoints/debian-t5-free")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--only", help="one loss, in this process: name:layers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_flags()
+    if flags.only:
+        name, layers = flags.only.split(":")
+        print(json.dumps(measure(name, int(layers), flags)))
+        return
+    cases = [f"{name}:6" for name in ("none", *INTERMEDIATE_LOSSES)] + [
+        "weighted_ce:24",
+        "shallowdeep_kd_dyna:24",
+    ]
+    rows = []
+    for case in cases:
+        command = [sys.executable, *sys.argv, "--only", case]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
+        print(f"{case} done", file=sys.stderr)
+    print_report(comparison_table("Training", COLUMNS, rows))
+    print(json.dumps(rows))
+
+
+def measure(name: str, layers: int, flags: argparse.Namespace) -> dict[str, float | str]:
+    """Train some steps; median speed, and the largest resident set early and at the end."""
+    torch.manual_seed(0)
+    settings = (SMALL if layers == 6 else DEEP) | {"decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(**settings)).train()
+    view, loss = view_for(model), None
+    if name != "none":
+        loss = build_exit_loss(view, name, layers // 3 if name.startswith("shallow") else None)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-4)
+    batches, seconds, early = make_batches(flags, model), [], 0.0
+    for step in range(flags.steps):
+        start = time.perf_counter()
+        batch = batches[step % len(batches)]
+        labels = batch["labels"]
+        outputs = model(**batch, output_hidden_states=loss is not None, use_cache=False)
+        total = outputs.loss if loss is None else loss(view, outputs, labels).total
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        early = peak_memory() if step == 9 else early
+    return {
+        "loss": name,
+        "layers": layers,
+        "steps": flags.steps,
+        "steps_per_second": 1 / statistics.median(seconds),
+        "memory_early": early,
+        "memory_peak": peak_memory(),
+    }
+
+
+def make_batches(
+    flags: argparse.Namespace, model: T5ForConditionalGeneration
+) -> list[dict[str, torch.Tensor]]:
+    tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer)
+    names = {"source_column": flags.source_column, "target_column": flags.target_column}
+    where = {"train_file": flags.train_file} if flags.train_file else {"dataset_name": "debian_synopsis"}
+    data = DataArguments(task="summarization", max_source_length=256, max_target_length=64, **names, **where)
+    rows = load_examples(dataset_record(data), data, "train", None, 400)
+    encoded = list(tokenize(rows, tokenizer, data, data.max_target_length))
+    collate = DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
+    starts = range(0, len(encoded) - flags.batch_size, flags.batch_size)
+    return [dict(collate(encoded[start : start + flags.batch_size])) for start in starts]
+
+
+def peak_memory() -> float:
+    """Largest resident set so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
