@@ -116,7 +116,7 @@ def early_exit_decode(
     policy = exit_policy or FullDepth()
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
-    chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
+    chooser = TokenChooser(logits_processor, stopping_criteria, generation_config, policy.retracts)
     stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
@@ -140,16 +140,58 @@ def decode_tokens(
     while any(active):
         position = input_ids.shape[1] - prompt_length
         result = policy.step(view, state, view.embed(state, input_ids[:, -1:]), position, active)
-        if result.retract:
-            input_ids = chooser.retract(input_ids, result.retract)
-        stats.record(result, active)
-        input_ids, active = chooser.append(input_ids, result.logits, active)
+        verify_drafts(view, state, input_ids, chooser, result)
+        input_ids, active = take(input_ids, result, active, chooser, stats)
         stream.show(input_ids, result.deep_pass)
-    trailing = policy.finish(view, state)
-    if trailing is not None:
-        stats.record_cost(trailing, [True] * len(input_ids))
+        if not any(active):
+            input_ids, active = finish(view, state, policy, input_ids, chooser, stats)
     stream.end(input_ids)
     return input_ids
+
+
+def take(
+    input_ids: Tensor, result: StepResult, active: list[bool], chooser: TokenChooser, stats: DecodeStats
+) -> tuple[Tensor, list[bool]]:
+    """Take back what the step retracts and append the token it predicts."""
+    if result.retract:
+        input_ids = chooser.retract(input_ids, result.retract)
+    stats.record(result, active)
+    return chooser.append(input_ids, result.logits, active)
+
+
+def finish(
+    view: DecoderView,
+    state: DecoderState,
+    policy: ExitPolicy,
+    input_ids: Tensor,
+    chooser: TokenChooser,
+    stats: DecodeStats,
+) -> tuple[Tensor, list[bool]]:
+    """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
+    stopped = [False] * len(input_ids)
+    result = policy.finish(view, state)
+    if result is None:
+        return input_ids, stopped
+    verify_drafts(view, state, input_ids, chooser, result)
+    if result.retract:
+        return take(input_ids, result, [True] * len(input_ids), chooser, stats)
+    stats.record_cost(result, [True] * len(input_ids))
+    return input_ids, stopped
+
+
+def verify_drafts(
+    view: DecoderView, state: DecoderState, input_ids: Tensor, chooser: TokenChooser, result: StepResult
+) -> None:
+    """Judge the newest tokens; retract the first rejected one and all after it, with their caches."""
+    if result.drafts is None:
+        return
+    count = result.drafts.shape[1]
+    accepted = chooser.count_accepted(input_ids, result.drafts)
+    if accepted < count:
+        result.retract = count - accepted
+        result.logits = result.drafts[:, accepted]
+        # Inputs up to the rejected token's predecessor stay cached: all tokens but the retracted ones.
+        view.truncate(state, input_ids.shape[1] - result.retract)
 
 
 def prefill(view: DecoderView, state: DecoderState, token_ids: Tensor) -> None:
@@ -162,7 +204,11 @@ class TokenChooser:
     """Picks tokens from logits as `generate` would, and tells which rows go on."""
 
     def __init__(
-        self, processor: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
+        self,
+        processor: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        keeps_drafts: bool = False,
     ) -> None:
         self.processor = processor
         self.criteria = criteria
@@ -170,6 +216,9 @@ class TokenChooser:
         self.pad_token = config._pad_token_tensor
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []
+        self.keeps_drafts = keeps_drafts
+        self.draft_scores: list[Tensor] = []  # (1, V) of tokens since the last verdict, when sampling
+        self.residual: Tensor | None = None  # (1, V) probabilities that replace a rejected draft's
 
     def append(self, input_ids: Tensor, logits: Tensor, active: list[bool]) -> tuple[Tensor, list[bool]]:
         """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
@@ -177,7 +226,11 @@ class TokenChooser:
         scores = self.processor(input_ids, logits)
         self._keep(logits, scores)
         if self.config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)  # (B, 1)
+            probabilities = scores.softmax(-1) if self.residual is None else self.residual
+            tokens = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            self.residual = None
+            if self.keeps_drafts:
+                self.draft_scores.append(scores)
         else:
             tokens = scores.argmax(-1, keepdim=True)
         if not all(active):
@@ -186,6 +239,31 @@ class TokenChooser:
         input_ids = torch.cat([input_ids, tokens], dim=1)
         stopped = self.criteria(input_ids, None).tolist()  # the step's one wait besides the exit test
         return input_ids, [row and not stop for row, stop in zip(active, stopped, strict=True)]
+
+    def count_accepted(self, input_ids: Tensor, deep_logits: Tensor) -> int:
+        """How many of the newest n tokens (1, T) the deep logits (1, n, V) let stand."""
+        count = deep_logits.shape[1]
+        drafts, self.draft_scores = self.draft_scores[len(self.draft_scores) - count :], []
+        start = input_ids.shape[1] - count
+        for index in range(count):
+            prefix, token = input_ids[:, : start + index], input_ids[0, start + index]
+            scores = self.processor(prefix, deep_logits[:, index].to(torch.float32, copy=True))
+            if self.config.do_sample:
+                accepted = self._accept(token, drafts[index].softmax(-1), scores.softmax(-1))
+            else:
+                accepted = bool(scores.argmax(-1) == token)
+            if not accepted:
+                return index
+        return count
+
+    def _accept(self, token: Tensor, draft: Tensor, target: Tensor) -> bool:
+        """Accept with probability min(1, target / draft); else leave the residual to sample from (Leviathan
+        et al., 2023, algorithm 1)."""
+        if torch.rand((), device=target.device) * draft[0, token] <= target[0, token]:
+            return True
+        residual = (target - draft).clamp(min=0)
+        self.residual = residual / residual.sum(-1, keepdim=True)
+        return False
 
     def retract(self, input_ids: Tensor, count: int) -> Tensor:
         """Forget the newest `count` tokens."""

@@ -31,6 +31,7 @@ class StepResult:
     deep_pass: bool = False
     retract: int = 0  # newest tokens to take back before `logits` chooses
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
+    drafts: Tensor | None = None  # (1, n, V) deep logits where the newest n tokens await their verdict
 
 
 class ExitPolicy(Protocol):
@@ -153,6 +154,10 @@ class Free:
     cross-entropy under the deep model exceeds it, and all after it; `causal_catch_up=False` lets the tokens
     of a parallel pass see each other in both directions, as the original's `--parallel_causal_mask False`.
 
+    `lossless` makes every shallow token a draft that the next parallel pass accepts or rejects, as in
+    speculative decoding (Leviathan et al., 2023): output equals full depth's, token for token when greedy,
+    in distribution when sampling. `max_pending` forces a pass once that many tokens wait.
+
     With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token.
     """
 
@@ -164,7 +169,11 @@ class Free:
         copy_skipped: bool = False,
         rollback_threshold: float | None = None,
         causal_catch_up: bool = True,
+        lossless: bool = False,
+        max_pending: int | None = None,
     ) -> None:
+        if lossless and (copy_skipped or rollback_threshold is not None or not causal_catch_up):
+            raise UserError("lossless excludes copy_skipped, rollback_threshold and causal_catch_up=False.")
         if copy_skipped and rollback_threshold is not None:
             raise UserError("rollback_threshold needs the parallel pass that copy_skipped removes.")
         self.shallow_layer = shallow_layer
@@ -173,7 +182,9 @@ class Free:
         self.copy_skipped = copy_skipped
         self.rollback_threshold = rollback_threshold
         self.causal_catch_up = causal_catch_up
-        self.retracts = rollback_threshold is not None
+        self.lossless = lossless
+        self.max_pending = max_pending
+        self.retracts = lossless or rollback_threshold is not None
         self.pending: list[PendingToken] = []
 
     @property
@@ -184,7 +195,7 @@ class Free:
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         if self.retracts and batch_size > 1:
-            raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
+            raise UserError("Free decodes one sequence at a time if it is lossless or rolls back.")
         self.pending = []
         self.threshold.start_sequence()
 
@@ -197,11 +208,13 @@ class Free:
         measured = self.confidence(view, normalized)
         confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
         sure = [value > threshold for value in confidence]
+        if self.max_pending is not None and len(self.pending) >= self.max_pending:
+            sure = [False] * len(sure)
         exits = all(row or not running for row, running in zip(sure, active, strict=True))
         logits = measured.logits
         if logits is None and (exits or any(sure) or self.calibrates):
             logits = view.project(normalized)
-        compared = logits if self.calibrates or self.retracts else None
+        compared = logits if self.calibrates or self.rollback_threshold is not None else None
         token = PendingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if exits:
@@ -213,8 +226,9 @@ class Free:
         return result
 
     def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
-        """Catch up on the tokens still waiting, if an adaptive threshold can learn from them."""
-        if not (self.pending and self.calibrates) or self.threshold.as_released:
+        """Catch up on the tokens still waiting, to verify them or to teach an adaptive threshold."""
+        learns = self.calibrates and not self.threshold.as_released
+        if not self.pending or not (learns or self.lossless):
             return None
         *self.pending, last = self.pending
         return self._go_deep(view, state, last, shallow_calls=0)
@@ -254,7 +268,9 @@ class Free:
         )
         if self.calibrates:
             result.calibration = self._calibrate(window, logits)
-        if self.retracts:
+        if self.lossless:  # at the end of a sequence the window's last token is a draft as well
+            result.drafts = logits if shallow_calls == 0 else logits[:, :-1]
+        elif self.retracts:
             self._roll_back(view, state, window, logits, result)
         return result
 

@@ -43,6 +43,8 @@ FREE_FLAGS = (
     "copy_skipped_hidden_states",
     "parallel_causal_mask",
     "rollback_conf_threshold",
+    "lossless",
+    "max_pending_tokens",
     "use_adapt_threshold",
 )
 ADAPTIVE_FLAGS = ("adapt_threshold_file", "adapt_zeta")
@@ -260,6 +262,10 @@ class ExitArguments:
     rollback_conf_threshold: float | None = flag(
         None, "FREE: undo a shallow token whose cross-entropy under the deep model exceeds this."
     )
+    lossless: bool = flag(
+        False, "FREE: verify shallow tokens in the parallel pass, so that output equals full depth's."
+    )
+    max_pending_tokens: int | None = flag(None, "FREE: run the deep layers once this many tokens wait.")
     use_adapt_threshold: bool = flag(False, "FREE: fit the threshold to the parallel passes (beta mixture).")
 
     adapt_threshold_file: str | None = flag(
@@ -278,6 +284,14 @@ class ExitArguments:
             f"--rollback_conf_threshold is a cross-entropy, got {self.rollback_conf_threshold}.",
         )
         self._refuse_idle_flags()
+        require_positive("max_pending_tokens", self.max_pending_tokens)
+        contradictions = {
+            "--copy_skipped_hidden_states": self.copy_skipped_hidden_states,
+            "--rollback_conf_threshold": self.rollback_conf_threshold is not None,
+            "--parallel_causal_mask False": not self.parallel_causal_mask,
+        }
+        found = [name for name, given in contradictions.items() if given]
+        require(not (self.lossless and found), f"--lossless contradicts {' and '.join(found)}.")
         file = self.adapt_threshold_file
         require(file is None or Path(file).is_file(), f"--adapt_threshold_file: there is no file {file}.")
         require(

@@ -59,6 +59,8 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
             flags.copy_skipped_hidden_states,
             flags.rollback_conf_threshold,
             flags.parallel_causal_mask,
+            flags.lossless,
+            flags.max_pending_tokens,
         )
     return FullDepth()
 

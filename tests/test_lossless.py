@@ -1,0 +1,100 @@
+"""Lossless FREE: full depth's output at any threshold, whatever processors, criteria and streamers do."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from test_decoding import MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
+from tiny_models import SHAPES, padded_inputs, tiny_model
+from transformers import set_seed
+
+from models import AdaptiveThreshold, DecodeStats, FixedThreshold, Free, SoftmaxGap, UserError
+
+THRESHOLDS = {"always": FixedThreshold(-1.0), "third": EveryThirdDeep(), "never": FixedThreshold(2.0)}
+OPTIONS = {
+    "plain": {},
+    "many ends": MANY_ENDS,
+    "min length": {"min_length": 15, **MANY_ENDS},
+    "forced end": {"forced_eos_token_id": 7, "max_length": 12},
+    "penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_output_is_full_depths(shape, threshold):
+    model, inputs, stats = tiny_model(shape).double(), padded_inputs(), DecodeStats()
+    policy = Free(2, SoftmaxGap(), THRESHOLDS[threshold], lossless=True)
+    assert torch.equal(decode(model, inputs, policy, stats), decode(model, inputs))
+    if threshold != "never":
+        assert stats.rollbacks > 0  # random models disagree often
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("max_pending", [None, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_processors_and_criteria_hold(options, max_pending, seed):
+    model, inputs = tiny_model().double(), padded_inputs(seed=seed)
+    policy = Free(2, SoftmaxGap(), sometimes(model, inputs), lossless=True, max_pending=max_pending)
+    assert torch.equal(decode(model, inputs, policy, **options), decode(model, inputs, **options))
+
+
+def test_an_adaptive_threshold_learns_and_changes_nothing():
+    model = tiny_model().double()
+    policy = Free(2, SoftmaxGap(), AdaptiveThreshold(0.01), lossless=True)
+    for seed in range(4):
+        inputs = padded_inputs(seed=seed)
+        assert torch.equal(decode(model, inputs, policy), decode(model, inputs))
+
+
+def test_pending_tokens_are_capped():
+    model, inputs, stats = tiny_model(), padded_inputs(), DecodeStats()
+    policy = Free(2, SoftmaxGap(), FixedThreshold(-1.0), max_pending=3)
+    decode(model, inputs, policy, stats)
+    assert stats.exit_layers[0] == ([2, 2, 2, 6] * 5)[:19] and stats.deep_passes == 4
+
+
+def test_streamers_see_verified_tokens_once():
+    model, inputs, recorder = tiny_model().double(), padded_inputs(), Recorder()
+    policy = Free(2, SoftmaxGap(), EveryThirdDeep(), lossless=True)
+    output = decode(model, inputs, policy, token_streamer=recorder)
+    assert recorder.tokens == output[0, 1:].tolist() and recorder.ended
+
+
+def test_statistics_count_every_token_once():
+    model, inputs, stats = tiny_model().double(), padded_inputs(), DecodeStats()
+    policy = Free(2, SoftmaxGap(), EveryThirdDeep(), lossless=True)
+    output = decode(model, inputs, policy, stats)
+    assert len(stats.exit_layers[0]) == output.shape[1] - 1
+    assert stats.retracted_tokens >= stats.rollbacks > 0
+
+
+def test_sampling_keeps_the_distribution():
+    """Three tokens, two candidates each: the frequencies of the outcomes against full depth's."""
+    model, inputs = tiny_model(), padded_inputs()
+    options = {"do_sample": True, "top_k": 2, "max_length": 4, "temperature": 0.7}
+    policy = Free(2, SoftmaxGap(), FixedThreshold(-1.0), lossless=True)
+    set_seed(0)
+    counts = {
+        name: Counter(tuple(decode(model, inputs, chosen, **options)[0].tolist()) for _ in range(800))
+        for name, chosen in (("full", None), ("lossless", policy))
+    }
+    outcomes = [outcome for outcome, count in counts["full"].items() if count >= 10]
+    expected = [counts["full"][outcome] for outcome in outcomes]
+    observed = [counts["lossless"][outcome] for outcome in outcomes]
+    assert len(outcomes) >= 4
+    scale = sum(observed) / sum(expected)
+    # Both sides are samples: the variance of their difference is twice the multinomial's.
+    statistic = chisquare(observed, [count * scale for count in expected]).statistic / 2
+    assert statistic < 3 * len(outcomes)
+
+
+def test_contradictions_and_batches_are_refused():
+    with pytest.raises(UserError):
+        Free(2, SoftmaxGap(), FixedThreshold(0.5), copy_skipped=True, lossless=True)
+    model, policy = tiny_model(), Free(2, SoftmaxGap(), FixedThreshold(0.5), lossless=True)
+    with pytest.raises(UserError, match="one sequence"):
+        decode(model, padded_inputs(2), policy)
