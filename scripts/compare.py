@@ -67,11 +67,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, help="default: all")
     parser.add_argument("--max_source_length", type=int, default=28, help="longer sources are left out")
     parser.add_argument("--max_target_length", type=int, default=28, help="longer targets are left out")
-    parser.add_argument("--free_threshold", type=float, default=0.4)
-    parser.add_argument("--calm_threshold", type=float, default=0.5)
+    parser.add_argument("--free_threshold", type=float, default=0.5)
+    parser.add_argument("--calm_threshold", type=float, default=0.9)
     parser.add_argument("--adapt_zeta", type=float, default=0.8, help="of the adaptive threshold")
-    parser.add_argument("--eager_threshold", type=float, default=0.05, help="of FREE with rollback")
-    parser.add_argument("--rollback_threshold", type=float, default=3.0, help="of FREE with rollback")
+    parser.add_argument("--lossless_threshold", type=float, default=0.3, help="of lossless FREE")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output_dir", type=Path, default=Path("save/compare"))
     return parser.parse_args()
@@ -128,15 +127,14 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
     middle = view_for(checkpoints["free"].model).num_layers // 2
     fixed = FixedThreshold(flags.free_threshold)
     adaptive = AdaptiveThreshold(flags.free_threshold, flags.adapt_zeta)
-    eager = FixedThreshold(flags.eager_threshold)
-    rollback = Free(shallow, SoftmaxGap(), eager, rollback_threshold=flags.rollback_threshold)
+    lossless = Free(shallow, SoftmaxGap(), FixedThreshold(flags.lossless_threshold), lossless=True)
     chosen = [
         ("HF generate", "free", None),
         (BASELINE, "free", FullDepth()),
         (f"Static, layer {shallow}", "free", StaticExit(shallow)),
         ("FREE, fixed", "free", Free(shallow, SoftmaxGap(), fixed)),
         ("FREE, adaptive", "free", Free(shallow, SoftmaxGap(), adaptive)),
-        ("FREE, rollback", "free", rollback),
+        ("FREE, lossless", "free", lossless),
         (BASELINE, "calm", FullDepth()),
         (f"Static, layer {middle}", "calm", StaticExit(middle)),
         ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
