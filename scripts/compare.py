@@ -67,7 +67,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, help="default: all")
     parser.add_argument("--max_source_length", type=int, default=28, help="longer sources are left out")
     parser.add_argument("--max_target_length", type=int, default=28, help="longer targets are left out")
-    parser.add_argument("--free_threshold", type=float, default=0.5)
+    parser.add_argument("--free_threshold", type=float, default=0.4)
     parser.add_argument("--calm_threshold", type=float, default=0.9)
     parser.add_argument("--adapt_zeta", type=float, default=0.8, help="of the adaptive threshold")
     parser.add_argument("--lossless_threshold", type=float, default=0.3, help="of lossless FREE")
