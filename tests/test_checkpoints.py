@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "checkpoints"
 SENTENCES = ["Entwicklungsdateien für die Bibliothek", "Dieses Paket enthält die Dokumentation."]
 
 
-@pytest.mark.parametrize("name", ["debian-t5-free", "debian-t5-calm"])
+@pytest.mark.parametrize("name", ["debian-t5-free", "debian-t5-calm", "debian-bart-free"])
 def test_full_depth_equals_generate(name):
     loaded = load_model(str(FOLDER / name))
     inputs = loaded.tokenizer(SENTENCES, padding=True, return_tensors="pt")
@@ -33,6 +33,8 @@ def test_checkpoints_know_their_training():
     free = load_model(str(FOLDER / "debian-t5-free")).exit_config
     calm = load_model(str(FOLDER / "debian-t5-calm")).exit_config
     assert (free.intermediate_loss_fn, free.shallow_exit_layer) == ("shallowdeep_kd_dyna", 2)
+    bart = load_model(str(FOLDER / "debian-bart-free")).exit_config
+    assert (bart.intermediate_loss_fn, bart.shallow_exit_layer) == ("shallowdeep_kd_dyna", 2)
     assert (calm.intermediate_loss_fn, calm.shallow_exit_layer) == ("weighted_ce", None)
 
 
