@@ -1,7 +1,7 @@
 """The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading."""
 
 from models.bart import BartView
-from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, SoftmaxGap
+from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
 from models.decoder_view import DecoderView, register_view, view_for
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
@@ -30,6 +30,7 @@ __all__ = [
     "Measured",
     "MetaClassifier",
     "SequencePolicy",
+    "ShortlistGap",
     "SoftmaxGap",
     "StaticExit",
     "StepResult",

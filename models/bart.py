@@ -35,6 +35,7 @@ class BartView(EncoderDecoderView):
         # BART and mBART scale inside `embed_tokens`; Pegasus and Marian in the decoder.
         self.embed_scale = getattr(decoder, "embed_scale", 1.0)
         self.embedding_norm = getattr(decoder, "layernorm_embedding", nn.Identity())
+        self.output_bias = model.final_logits_bias
         self.position_offset = getattr(decoder.embed_positions, "offset", 0)
 
     def begin(
@@ -79,4 +80,4 @@ class BartView(EncoderDecoderView):
         return split_heads(attention.k_proj(hidden), width), split_heads(attention.v_proj(hidden), width)
 
     def project(self, normalized: Tensor) -> Tensor:
-        return self.model.lm_head(normalized) + self.model.final_logits_bias
+        return self.model.lm_head(normalized) + self.output_bias

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder_view import DecoderView
+from models.errors import UserError
 
 
 class Measured(NamedTuple):
@@ -30,6 +31,24 @@ class SoftmaxGap:
     def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
         logits = view.project(normalized)
         return Measured(softmax_gap(logits), logits)
+
+
+class ShortlistGap:
+    """The softmax gap over a few candidate tokens: a smaller projection wherever the token goes on.
+
+    What other tokens would have taken of the probability is missing, so that confidences are higher than
+    `SoftmaxGap`'s: thresholds do not carry over. The token itself is always chosen from all.
+    """
+
+    def __init__(self, view: DecoderView, token_ids: Tensor) -> None:
+        """`token_ids`: (K,) distinct candidates, K at least 2."""
+        vocabulary = view.model.get_output_embeddings().weight.shape[0]
+        if len(token_ids) < 2 or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
+            raise UserError(f"A shortlist needs at least two token ids in 0..{vocabulary - 1}.")
+        self.project = view.projection_onto(token_ids)
+
+    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
+        return Measured(softmax_gap(self.project(normalized)), None)
 
 
 class MetaClassifier:

@@ -62,6 +62,9 @@ class DecoderView(Protocol):
     def project(self, normalized: Tensor) -> Tensor:
         """LM head with the family's output scaling: (..., D) -> (..., V)."""
 
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` for a few tokens only: ids (K,) -> a function from (..., D) to (..., K)."""
+
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         """Decoder states of a forward pass with `output_hidden_states`: layer i's output at index i (0:
         embeddings), un-normalized but for the last, which the decoder has already normalized."""

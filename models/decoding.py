@@ -18,7 +18,7 @@ from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
 from models.decoder_view import DecoderState, DecoderView, view_for
 from models.errors import UserError
-from models.exit_policy import ExitPolicy, FullDepth, StepResult
+from models.exit_policy import Drafts, ExitPolicy, FullDepth, StepResult
 
 
 @dataclass
@@ -26,7 +26,8 @@ class DecodeStats:
     """What one `generate` call did. A step decodes one token of each unfinished row."""
 
     num_layers: int = 0
-    exit_layers: list[list[int]] = field(default_factory=list)  # [row][token], counted from 1
+    batch_size: int = 0
+    columns: list[list[int | None]] = field(default_factory=list)  # [token][row], None: row was finished
     confidences: list[list[list[float]]] = field(default_factory=list)  # [step][test][row]
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     steps: int = 0
@@ -37,9 +38,15 @@ class DecodeStats:
     layer_tokens: int = 0  # layers executed on each token, catch-up included: what arithmetic follows
 
     @property
+    def exit_layers(self) -> list[list[int]]:
+        """Layer after which each token stopped, counted from 1: [row][token]."""
+        rows = range(self.batch_size)
+        return [[column[row] for column in self.columns if column[row] is not None] for row in rows]
+
+    @property
     def tokens(self) -> int:
         """Generated tokens of all rows, without those taken back."""
-        return sum(map(len, self.exit_layers))
+        return sum(layer is not None for column in self.columns for layer in column)
 
     @property
     def average_layers(self) -> float:
@@ -50,37 +57,39 @@ class DecodeStats:
     def ideal_speedup(self) -> float:
         """Speed-up over full depth if a layer call cost the same for any number of tokens, and all else
         nothing."""
-        longest = max(map(len, self.exit_layers), default=0)
-        return self.num_layers * longest / max(self.layer_calls, 1)
+        return self.num_layers * len(self.columns) / max(self.layer_calls, 1)
 
     @property
     def exit_share(self) -> float:
         """Share of tokens that stopped before the last layer."""
-        early = sum(layer < self.num_layers for row in self.exit_layers for layer in row)
+        layers = [layer for column in self.columns for layer in column if layer is not None]
+        early = sum(layer < self.num_layers for layer in layers)
         return early / max(self.tokens, 1)
 
     def reset(self, num_layers: int, batch_size: int) -> None:
         """Forget an earlier generation."""
-        self.__init__(num_layers, [[] for _ in range(batch_size)])
+        self.__init__(num_layers, batch_size)
 
     def record(self, result: StepResult, active: list[bool]) -> None:
         """Add one step, taken for the active rows."""
         self.steps += 1
-        for row, (layers, running) in enumerate(zip(self.exit_layers, active, strict=True)):
-            if running:
-                del layers[len(layers) - result.retract :]
-                layers.append(self.num_layers if result.retract else result.exit_layers[row])
+        kept = len(self.columns) - result.retract
+        retracted, self.columns = self.columns[kept:], self.columns[:kept]
+        layers = [self.num_layers] * len(active) if result.retract else result.exit_layers
+        self.columns.append(
+            [layer if running else None for layer, running in zip(layers, active, strict=True)]
+        )
         self.confidences.append(result.confidences)
         self.rollbacks += result.retract > 0
-        self.retracted_tokens += result.retract
-        self.record_cost(result, active)
+        self.retracted_tokens += sum(layer is not None for column in retracted for layer in column)
+        self.record_cost(result, sum(active))
 
-    def record_cost(self, result: StepResult, active: list[bool]) -> None:
-        """Add the work of a step that chose no token."""
+    def record_cost(self, result: StepResult, rows: int) -> None:
+        """Add the work of a step for some rows."""
         self.calibration += result.calibration
         self.deep_passes += result.deep_pass
         self.layer_calls += result.layer_calls
-        self.layer_tokens += result.layer_tokens * sum(active)
+        self.layer_tokens += result.layer_tokens * rows
 
 
 def early_exit_decode(
@@ -140,7 +149,7 @@ def decode_tokens(
     while any(active):
         position = input_ids.shape[1] - prompt_length
         result = policy.step(view, state, view.embed(state, input_ids[:, -1:]), position, active)
-        verify_drafts(view, state, input_ids, chooser, result)
+        active = verify_drafts(view, state, input_ids, chooser, result, active)
         input_ids, active = take(input_ids, result, active, chooser, stats)
         stream.show(input_ids, result.deep_pass)
         if not any(active):
@@ -172,26 +181,36 @@ def finish(
     result = policy.finish(view, state)
     if result is None:
         return input_ids, stopped
-    verify_drafts(view, state, input_ids, chooser, result)
+    active = verify_drafts(view, state, input_ids, chooser, result, stopped)
     if result.retract:
-        return take(input_ids, result, [True] * len(input_ids), chooser, stats)
-    stats.record_cost(result, [True] * len(input_ids))
+        return take(input_ids, result, active, chooser, stats)
+    stats.record_cost(result, len(input_ids))
     return input_ids, stopped
 
 
 def verify_drafts(
-    view: DecoderView, state: DecoderState, input_ids: Tensor, chooser: TokenChooser, result: StepResult
-) -> None:
-    """Judge the newest tokens; retract the first rejected one and all after it, with their caches."""
-    if result.drafts is None:
-        return
-    count = result.drafts.shape[1]
-    accepted = chooser.count_accepted(input_ids, result.drafts)
-    if accepted < count:
-        result.retract = count - accepted
-        result.logits = result.drafts[:, accepted]
-        # Inputs up to the rejected token's predecessor stay cached: all tokens but the retracted ones.
-        view.truncate(state, input_ids.shape[1] - result.retract)
+    view: DecoderView,
+    state: DecoderState,
+    input_ids: Tensor,
+    chooser: TokenChooser,
+    result: StepResult,
+    active: list[bool],
+) -> list[bool]:
+    """Judge the newest tokens; retract the first that any row rejects and all after it, with their caches.
+
+    Returns which rows choose the next token: after a retraction, those that were unfinished back then.
+    """
+    drafts = result.drafts
+    if drafts is None:
+        return active
+    accepted, count = chooser.count_accepted(input_ids, drafts), len(drafts.running)
+    if accepted == count:
+        return active
+    result.retract = count - accepted
+    result.logits = drafts.logits[:, accepted]
+    # Inputs up to the rejected token's predecessor stay cached: all tokens but the retracted ones.
+    view.truncate(state, input_ids.shape[1] - result.retract)
+    return drafts.running[accepted]
 
 
 def prefill(view: DecoderView, state: DecoderState, token_ids: Tensor) -> None:
@@ -217,8 +236,8 @@ class TokenChooser:
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []
         self.keeps_drafts = keeps_drafts
-        self.draft_scores: list[Tensor] = []  # (1, V) of tokens since the last verdict, when sampling
-        self.residual: Tensor | None = None  # (1, V) probabilities that replace a rejected draft's
+        self.draft_scores: list[Tensor] = []  # (B, V) of tokens since the last verdict, when sampling
+        self.residual: Tensor | None = None  # (B, V) probabilities that replace those of rejected drafts
 
     def append(self, input_ids: Tensor, logits: Tensor, active: list[bool]) -> tuple[Tensor, list[bool]]:
         """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
@@ -240,29 +259,35 @@ class TokenChooser:
         stopped = self.criteria(input_ids, None).tolist()  # the step's one wait besides the exit test
         return input_ids, [row and not stop for row, stop in zip(active, stopped, strict=True)]
 
-    def count_accepted(self, input_ids: Tensor, deep_logits: Tensor) -> int:
-        """How many of the newest n tokens (1, T) the deep logits (1, n, V) let stand."""
-        count = deep_logits.shape[1]
-        drafts, self.draft_scores = self.draft_scores[len(self.draft_scores) - count :], []
+    def count_accepted(self, input_ids: Tensor, drafts: Drafts) -> int:
+        """How many of the newest n tokens of (B, T) all rows' deep logits let stand."""
+        count = len(drafts.running)
+        proposed, self.draft_scores = self.draft_scores[len(self.draft_scores) - count :], []
         start = input_ids.shape[1] - count
-        for index in range(count):
-            prefix, token = input_ids[:, : start + index], input_ids[0, start + index]
-            scores = self.processor(prefix, deep_logits[:, index].to(torch.float32, copy=True))
+        for index, running in enumerate(drafts.running):
+            prefix, tokens = input_ids[:, : start + index], input_ids[:, start + index]
+            scores = self.processor(prefix, drafts.logits[:, index].to(torch.float32, copy=True))
+            finished = ~torch.tensor(running, device=tokens.device)
             if self.config.do_sample:
-                accepted = self._accept(token, drafts[index].softmax(-1), scores.softmax(-1))
+                accepted = self._accept(tokens, proposed[index].softmax(-1), scores.softmax(-1), finished)
             else:
-                accepted = bool(scores.argmax(-1) == token)
+                accepted = bool(((scores.argmax(-1) == tokens) | finished).all())
             if not accepted:
                 return index
         return count
 
-    def _accept(self, token: Tensor, draft: Tensor, target: Tensor) -> bool:
-        """Accept with probability min(1, target / draft); else leave the residual to sample from (Leviathan
-        et al., 2023, algorithm 1)."""
-        if torch.rand((), device=target.device) * draft[0, token] <= target[0, token]:
+    def _accept(self, tokens: Tensor, draft: Tensor, target: Tensor, finished: Tensor) -> bool:
+        """Accept each row's token with probability min(1, target / draft); if any is rejected, leave behind
+        what to sample from instead: the residual, or the token where it was accepted (Leviathan et al.,
+        2023, algorithm 1)."""
+        chosen = tokens[:, None]  # (B, 1)
+        luck = torch.rand_like(chosen, dtype=target.dtype)
+        accepted = (luck * draft.gather(1, chosen) <= target.gather(1, chosen)) | finished[:, None]
+        if accepted.all():
             return True
         residual = (target - draft).clamp(min=0)
-        self.residual = residual / residual.sum(-1, keepdim=True)
+        self.residual = torch.where(accepted, torch.zeros_like(target).scatter_(1, chosen, 1.0), residual)
+        self.residual /= self.residual.sum(-1, keepdim=True)
         return False
 
     def retract(self, input_ids: Tensor, count: int) -> Tensor:

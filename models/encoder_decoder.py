@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -19,6 +20,9 @@ class EncoderDecoderState(Protocol):
 
 class EncoderDecoderView:
     """Base of the views: a family adds `begin`, `embed`, `run_layers`, `project_kv` and `project`."""
+
+    output_scale: float | None = None  # of the LM head's input
+    output_bias: Tensor | None = None  # (1, V), added to its output
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], final_norm: nn.Module) -> None:
         self.model = model
@@ -51,6 +55,13 @@ class EncoderDecoderView:
         if layer in self.per_exit_heads:
             hidden = self.per_exit_heads[layer](hidden)
         return self.final_norm(hidden)
+
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied
+        scale, bias = self.output_scale, self.output_bias
+        weight = weight if scale is None else weight * scale
+        bias = None if bias is None else bias.detach().flatten()[token_ids]
+        return lambda normalized: F.linear(normalized, weight, bias)
 
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         return outputs.decoder_hidden_states

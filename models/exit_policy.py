@@ -6,6 +6,7 @@ add one, implement `ExitPolicy`. Layers count from 1: exiting at layer k means t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -31,7 +32,15 @@ class StepResult:
     deep_pass: bool = False
     retract: int = 0  # newest tokens to take back before `logits` chooses
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
-    drafts: Tensor | None = None  # (1, n, V) deep logits where the newest n tokens await their verdict
+    drafts: Drafts | None = None  # the newest tokens, where they await their verdict
+
+
+@dataclass
+class Drafts:
+    """The newest n tokens of each row, chosen by a shallow exit, and what the deep layers say to them."""
+
+    logits: Tensor  # (B, n, V)
+    running: list[list[bool]]  # n x (B,) which rows were unfinished when the token was chosen
 
 
 class ExitPolicy(Protocol):
@@ -92,18 +101,33 @@ class StaticExit(SequencePolicy):
 class Calm(SequencePolicy):
     """CALM (Schuster et al., 2022): a token stops at the first layer whose confidence exceeds the threshold.
 
-    Deeper layers get keys/values copied from the exit state. The first test is after `min_layer`, the last
-    layer is never tested.
+    Deeper layers get keys/values copied from the exit state. Tests follow `exit_layers`, or else every layer
+    from `min_layer` on; the last layer is never tested.
     """
 
-    def __init__(self, confidence: ConfidenceMeasure, threshold: Threshold, min_layer: int = 1) -> None:
+    def __init__(
+        self,
+        confidence: ConfidenceMeasure,
+        threshold: Threshold,
+        min_layer: int = 1,
+        exit_layers: Iterable[int] | None = None,
+    ) -> None:
+        if exit_layers is not None and min_layer != 1:
+            raise UserError("Calm takes min_layer or exit_layers, not both.")
         self.confidence = confidence
         self.threshold = threshold
         self.min_layer = min_layer
+        self.exit_layers = None if exit_layers is None else frozenset(exit_layers)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Calm: min_layer", self.min_layer, view.num_layers)
+        for layer in self.exit_layers or ():
+            check_layer("Calm: exit_layers", layer, view.num_layers)
         self.threshold.start_sequence()
+
+    def tests(self, layer: int) -> bool:
+        """Whether a token may stop after `layer`."""
+        return layer >= self.min_layer if self.exit_layers is None else layer in self.exit_layers
 
     def step(
         self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
@@ -114,7 +138,7 @@ class Calm(SequencePolicy):
         logits, tests = None, []
         for layer in range(1, num_layers):
             hidden = run_undecided(view, state, hidden, layer, undecided)
-            if layer < self.min_layer:
+            if not self.tests(layer):
                 continue
             normalized = view.normalize(hidden[:, -1], layer)
             confidence, layer_logits = self.confidence(view, normalized)
@@ -158,7 +182,8 @@ class Free:
     speculative decoding (Leviathan et al., 2023): output equals full depth's, token for token when greedy,
     in distribution when sampling. `max_pending` forces a pass once that many tokens wait.
 
-    With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token.
+    With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token, unless it
+    is a draft. The first draft that any row rejects makes all rows go on from there.
     """
 
     def __init__(
@@ -194,8 +219,9 @@ class Free:
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
-        if self.retracts and batch_size > 1:
-            raise UserError("Free decodes one sequence at a time if it is lossless or rolls back.")
+        if self.rollback_threshold is not None and batch_size > 1:
+            # Alone, a row judges its tokens at its own deep passes: others' would change its output.
+            raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
         self.pending = []
         self.threshold.start_sequence()
 
@@ -220,7 +246,7 @@ class Free:
         if exits:
             return self._stop(view, state, token, logits)
         result = self._go_deep(view, state, token)
-        if any(sure):
+        if any(sure) and not self.lossless:
             result.logits = choose_rows(sure, logits, result.logits)
             result.exit_layers = [self.shallow_layer if row else view.num_layers for row in sure]
         return result
@@ -269,7 +295,8 @@ class Free:
         if self.calibrates:
             result.calibration = self._calibrate(window, logits)
         if self.lossless:  # at the end of a sequence the window's last token is a draft as well
-            result.drafts = logits if shallow_calls == 0 else logits[:, :-1]
+            count = len(window) if shallow_calls == 0 else len(window) - 1
+            result.drafts = Drafts(logits[:, :count], [waiting.active for waiting in window[:count]])
         elif self.retracts:
             self._roll_back(view, state, window, logits, result)
         return result

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_model
+from tiny_models import FAMILIES, SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 from transformers.generation import BaseStreamer
 
-from models.confidence import MetaClassifier, SoftmaxGap
+from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
 from models.decoder_view import view_for
 from models.decoding import DecodeStats, early_exit_decode
 from models.exit_heads import ExitConfig, attach_exit_heads
@@ -47,10 +47,10 @@ class EveryThirdDeep(FixedThreshold):
         return 2.0 if position % 3 == 2 else -1.0
 
 
-def sometimes(model, inputs, layer=2):
+def sometimes(model, inputs, layer=2, **options):
     """The threshold that about half of the tokens pass at `layer`."""
     stats = DecodeStats()
-    decode(model, inputs, Free(layer, SoftmaxGap(), NEVER), stats)
+    decode(model, inputs, Free(layer, SoftmaxGap(), NEVER), stats, **options)
     values = [row for step in stats.confidences for row in step[0]]
     return FixedThreshold(sorted(values)[len(values) // 2])
 
@@ -194,17 +194,49 @@ POLICIES = {
     "static": lambda threshold: StaticExit(3),
     "calm": lambda threshold: Calm(SoftmaxGap(), threshold),
     "free": lambda threshold: Free(2, SoftmaxGap(), threshold),
+    "lossless": lambda threshold: Free(2, SoftmaxGap(), threshold, lossless=True),
     "free-copy": lambda threshold: Free(2, SoftmaxGap(), threshold, copy_skipped=True),
 }
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_projection_onto_a_shortlist_equals_the_heads_rows(shape):
+    view, ids = view_for(tiny_model(shape).double()), torch.tensor([3, 1, 60])
+    states = torch.randn(2, 32, dtype=torch.float64)
+    torch.testing.assert_close(view.projection_onto(ids)(states), view.project(states)[:, ids])
+
+
+@pytest.mark.parametrize("name", ["calm", "free"])
+def test_a_shortlist_of_all_tokens_changes_nothing(name):
+    model, inputs = tiny_model().double(), padded_inputs()
+    threshold = sometimes(model, inputs, no_repeat_ngram_size=1)
+    everything = ShortlistGap(view_for(model), torch.arange(VOCABULARY))
+    stats = {}
+    for measure in (SoftmaxGap(), everything):
+        stats[measure] = DecodeStats()
+        policy = Calm(measure, threshold) if name == "calm" else Free(2, measure, threshold)
+        decode(model, inputs, policy, stats[measure], no_repeat_ngram_size=1)
+    first, second = stats.values()
+    assert first.exit_layers == second.exit_layers and len(set(first.exit_layers[0])) > 1
+
+
+def test_calm_tests_at_chosen_layers_only():
+    model, inputs, stats = tiny_model(), padded_inputs(), DecodeStats()
+    policy = Calm(SoftmaxGap(), sometimes(model, inputs, no_repeat_ngram_size=1), exit_layers=[2, 5])
+    decode(model, inputs, policy, stats, no_repeat_ngram_size=1)
+    assert {len(tests) for tests in stats.confidences} <= {1, 2}
+    assert set(stats.exit_layers[0]) <= {2, 5, 6} and len(set(stats.exit_layers[0])) > 1
+
+
 @pytest.mark.parametrize("name", POLICIES)
-def test_rows_of_a_batch_decode_as_they_do_alone(name):
-    model, inputs = tiny_model(seed=4).double(), padded_inputs(batch=5)
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_rows_of_a_batch_decode_as_they_do_alone(shape, name):
+    model, inputs = tiny_model(shape, seed=4).double(), padded_inputs(batch=5)
     policy, stats = POLICIES[name](sometimes(model, inputs)), DecodeStats()
     together = decode(model, inputs, policy, stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1
-    assert name in ("full", "static") or 0 < stats.exit_share < 1
+    depths = {layer for row in stats.exit_layers for layer in row}
+    assert name in ("full", "static", "lossless") or len(depths) > 1
     for row in range(5):
         source = {key: value[row : row + 1] for key, value in inputs.items()}
         alone = decode(model, source, policy, **MANY_ENDS)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from test_decoding import MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
-from tiny_models import SHAPES, padded_inputs, tiny_model
-from transformers import set_seed
+from tiny_models import FAMILIES, SHAPES, padded_inputs, tiny_model
+from transformers import PreTrainedModel, set_seed
 
-from models import AdaptiveThreshold, DecodeStats, FixedThreshold, Free, SoftmaxGap, UserError
+from models import AdaptiveThreshold, DecodeStats, FixedThreshold, Free, SoftmaxGap, UserError, view_for
 
+# LOSSLESS_EXAMPLES=6000 pytest tests/test_lossless.py -k no_setting  compares about 20,000 sequences.
+MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 60))
 THRESHOLDS = {"always": FixedThreshold(-1.0), "third": EveryThirdDeep(), "never": FixedThreshold(2.0)}
 OPTIONS = {
     "plain": {},
@@ -72,14 +77,15 @@ def test_statistics_count_every_token_once():
     assert stats.retracted_tokens >= stats.rollbacks > 0
 
 
-def test_sampling_keeps_the_distribution():
-    """Three tokens, two candidates each: the frequencies of the outcomes against full depth's."""
-    model, inputs = tiny_model(), padded_inputs()
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sampling_keeps_the_distribution(batch):
+    """Three tokens, two candidates each: the frequencies of the last row's outcomes against full depth's."""
+    model, inputs = tiny_model(), padded_inputs(batch)
     options = {"do_sample": True, "top_k": 2, "max_length": 4, "temperature": 0.7}
     policy = Free(2, SoftmaxGap(), FixedThreshold(-1.0), lossless=True)
     set_seed(0)
     counts = {
-        name: Counter(tuple(decode(model, inputs, chosen, **options)[0].tolist()) for _ in range(800))
+        name: Counter(tuple(decode(model, inputs, chosen, **options)[-1].tolist()) for _ in range(800))
         for name, chosen in (("full", None), ("lossless", policy))
     }
     outcomes = [outcome for outcome, count in counts["full"].items() if count >= 10]
@@ -92,9 +98,40 @@ def test_sampling_keeps_the_distribution():
     assert statistic < 3 * len(outcomes)
 
 
-def test_contradictions_and_batches_are_refused():
+def test_contradictions_are_refused():
     with pytest.raises(UserError):
         Free(2, SoftmaxGap(), FixedThreshold(0.5), copy_skipped=True, lossless=True)
-    model, policy = tiny_model(), Free(2, SoftmaxGap(), FixedThreshold(0.5), lossless=True)
+    model, policy = tiny_model(), Free(2, SoftmaxGap(), FixedThreshold(0.5), rollback_threshold=1.0)
     with pytest.raises(UserError, match="one sequence"):
         decode(model, padded_inputs(2), policy)
+
+
+def agreeing_model(shape: str, seed: int, deep_strength: float) -> PreTrainedModel:
+    """A random model whose shallow and deep predictions agree more often, the weaker its deep layers."""
+    model = tiny_model(shape, seed=seed).double()
+    view = view_for(model)
+    with torch.no_grad():
+        for layer in view.layers[2:]:
+            for name, weight in layer.named_parameters():
+                if name.endswith(("o.weight", "out_proj.weight", "fc2.weight")):  # what layers add
+                    weight.mul_(deep_strength)
+    return model
+
+
+@settings(max_examples=MAX_EXAMPLES, deadline=None, derandomize=MAX_EXAMPLES < 1000)
+@given(
+    shape=st.sampled_from(FAMILIES),
+    seed=st.integers(0, 9),
+    deep_strength=st.sampled_from([0.02, 0.1, 0.3, 1.0]),
+    batch=st.integers(1, 6),
+    source_seed=st.integers(0, 10**6),
+    threshold=st.sampled_from([-1.0, 0.0, 0.02, 0.05, 0.1, 0.3, 0.6, 2.0]),
+    max_pending=st.sampled_from([None, 1, 2, 5]),
+    options=st.sampled_from(list(OPTIONS.values())),
+)
+def test_no_setting_changes_a_greedy_sequence(
+    shape, seed, deep_strength, batch, source_seed, threshold, max_pending, options
+):
+    model, inputs = agreeing_model(shape, seed, deep_strength), padded_inputs(batch, seed=source_seed)
+    policy = Free(2, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
+    assert torch.equal(decode(model, inputs, policy, **options), decode(model, inputs, **options))

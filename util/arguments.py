@@ -35,6 +35,7 @@ CALM_FLAGS = (
     "exit_position_temp",
     "exit_decay_form",
     "exit_min_layer",
+    "exit_layers",
 )
 FREE_FLAGS = (
     "shallow2deep_conf_type",
@@ -250,6 +251,12 @@ class ExitArguments:
         "released", "CALM: the original code's decay, or the one of the CALM paper.", ("released", "paper")
     )
     exit_min_layer: int | None = flag(None, "CALM: no exit before this layer.")
+    exit_layers: list[int] | None = field(
+        default=None, metadata={"help": "CALM: the only layers after which a token may stop (default: all)."}
+    )
+    conf_shortlist: str | None = flag(
+        None, "Measure softmax confidence over the tokens of this file alone: see scripts/learn_shortlist.py."
+    )
     use_shallow_deep: bool = flag(False, "FREE: a token stops at --shallow_exit_layer or runs all layers.")
     shallow_exit_layer: int | None = flag(
         None, "FREE's only exit (default at evaluation: the checkpoint's own)."
@@ -285,6 +292,7 @@ class ExitArguments:
         )
         self._refuse_idle_flags()
         require_positive("max_pending_tokens", self.max_pending_tokens)
+        self._check_measure()
         contradictions = {
             "--copy_skipped_hidden_states": self.copy_skipped_hidden_states,
             "--rollback_conf_threshold": self.rollback_conf_threshold is not None,
@@ -313,6 +321,18 @@ class ExitArguments:
             "--use_shallow_deep": self.use_shallow_deep,
         }
         return [name for name, on in chosen.items() if on]
+
+    def _check_measure(self) -> None:
+        require(
+            self.exit_layers is None or self.exit_min_layer is None,
+            "--exit_layers and --exit_min_layer contradict: choose one.",
+        )
+        path = self.conf_shortlist
+        require(path is None or Path(path).is_file(), f"--conf_shortlist: there is no file {path}.")
+        tests = self.use_early_exit or self.use_shallow_deep
+        require(path is None or tests, "--conf_shortlist has no effect here: add a method that tests.")
+        kind = self.exit_conf_type if self.use_early_exit else self.shallow2deep_conf_type
+        require(path is None or kind == "softmax", "--conf_shortlist needs the confidence type softmax.")
 
     def _refuse_two_methods(self) -> None:
         require(len(self.methods) <= 1, f"{' and '.join(self.methods)} contradict: choose one method.")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
-from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
+import torch
+from torch import Tensor
+
+from models.confidence import ConfidenceMeasure, MetaClassifier, ShortlistGap, SoftmaxGap
+from models.decoder_view import view_for
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, StaticExit
@@ -34,12 +40,14 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
             flags.shallow_exit_layer,
             trained.shallow_exit_layer,
         )
-    for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer"):
-        layer = getattr(flags, name)
-        if layer is not None and not 1 <= layer < num_layers:
-            raise UserError(
-                f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, got {layer}."
-            )
+    for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_layers"):
+        value = getattr(flags, name)
+        for layer in value if isinstance(value, list) else [value]:
+            if layer is not None and not 1 <= layer < num_layers:
+                raise UserError(
+                    f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, "
+                    f"got {layer}."
+                )
     return flags
 
 
@@ -49,12 +57,14 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
         return StaticExit(flags.static_exit_layer)
     if flags.use_early_exit:
         threshold = calm_threshold(flags, max_length)
-        measure = build_measure("--exit_conf_type", flags.exit_conf_type, loaded)
-        return Calm(measure, threshold, flags.exit_min_layer or 1)
+        measure = build_measure("--exit_conf_type", flags.exit_conf_type, flags.conf_shortlist, loaded)
+        return Calm(measure, threshold, flags.exit_min_layer or 1, flags.exit_layers)
     if flags.use_shallow_deep:
         return Free(
             flags.shallow_exit_layer,
-            build_measure("--shallow2deep_conf_type", flags.shallow2deep_conf_type, loaded),
+            build_measure(
+                "--shallow2deep_conf_type", flags.shallow2deep_conf_type, flags.conf_shortlist, loaded
+            ),
             free_threshold(flags),
             flags.copy_skipped_hidden_states,
             flags.rollback_conf_threshold,
@@ -81,9 +91,24 @@ def calm_threshold(flags: ExitArguments, max_length: int) -> Threshold:
     )
 
 
-def build_measure(flag: str, name: str, loaded: LoadedModel) -> ConfidenceMeasure:
+def build_measure(flag: str, name: str, shortlist: str | None, loaded: LoadedModel) -> ConfidenceMeasure:
+    if shortlist is not None:
+        return ShortlistGap(view_for(loaded.model), read_shortlist(Path(shortlist)))
     if name == "softmax":
         return SoftmaxGap()
     if not hasattr(loaded.model, "cm_head"):
         raise UserError(f"{flag} meta needs a checkpoint with a confidence head: see --train_meta_cm_head.")
     return MetaClassifier(loaded.model.cm_head)
+
+
+def read_shortlist(path: Path) -> Tensor:
+    """Token ids (K,) that scripts/learn_shortlist.py wrote.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        ids = json.loads(path.read_text(encoding="utf8"))["token_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--conf_shortlist {path} is not what scripts/learn_shortlist.py writes.") from error
