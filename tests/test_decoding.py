@@ -209,13 +209,14 @@ def test_projection_onto_a_shortlist_equals_the_heads_rows(shape):
 @pytest.mark.parametrize("name", ["calm", "free"])
 def test_a_shortlist_of_all_tokens_changes_nothing(name):
     model, inputs = tiny_model().double(), padded_inputs()
-    threshold = sometimes(model, inputs, no_repeat_ngram_size=1)
+    options, layer = {"no_repeat_ngram_size": 1, "min_new_tokens": LENGTH - 1}, 1 if name == "calm" else 2
+    threshold = sometimes(model, inputs, layer, **options)
     everything = ShortlistGap(view_for(model), torch.arange(VOCABULARY))
     stats = {}
     for measure in (SoftmaxGap(), everything):
         stats[measure] = DecodeStats()
         policy = Calm(measure, threshold) if name == "calm" else Free(2, measure, threshold)
-        decode(model, inputs, policy, stats[measure], no_repeat_ngram_size=1)
+        decode(model, inputs, policy, stats[measure], **options)
     first, second = stats.values()
     assert first.exit_layers == second.exit_layers and len(set(first.exit_layers[0])) > 1
 
