@@ -56,7 +56,7 @@ AGREEMENT_COLUMNS = {
     "kappa": "kappa",
     "weighted_kappa": "weighted",
 }
-OUTCOMES = {"wins": "C0", "ties": "0.8", "losses": "C1"}
+OUTCOME_COLORS = {"wins": "C0", "ties": "0.8", "losses": "C1"}
 
 
 def write_report(folder: Path, scores: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def pairwise_figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_interval(mean: float | None, interval: list[float] | None) -> str | None:
-    return None if mean is None else f"{mean:.2f} ({interval[0]:.2f}, {interval[1]:.2f})"
+    return None if mean is None else f"{mean:.2f}\n({interval[0]:.2f}, {interval[1]:.2f})"
 
 
 def as_probability(value: float | None) -> str | None:
@@ -167,7 +167,7 @@ def plot_likert(axes: Axes, likert: dict[str, Any] | None) -> None:
     axes.set_xticks(range(len(FIGURES)), FIGURES, fontsize=9)
     axes.set_ylim(1, 5)
     axes.set_ylabel("mean rating")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -175,11 +175,12 @@ def plot_pairwise(axes: Axes, pairwise: dict[str, Any] | None) -> None:
     if pairwise is None or not pairwise["samples"]:
         axes.set_axis_off()
         return
+    first, second = pairwise["systems"]
+    labels = f"{first} better", "tie", f"{second} better"
     start = 0
-    for outcome, color in OUTCOMES.items():
-        axes.barh([0], [pairwise[outcome]], left=start, color=color, label=f"{outcome} {pairwise[outcome]}")
+    for (outcome, color), label in zip(OUTCOME_COLORS.items(), labels, strict=True):
+        axes.barh([0], [pairwise[outcome]], left=start, color=color, label=f"{label}: {pairwise[outcome]}")
         start += pairwise[outcome]
-    axes.set_title(" : ".join(pairwise["systems"]), fontsize=10, parse_math=False)
     axes.set_yticks([])
     axes.set_xlabel("samples")
     axes.set_ylim(-1, 1)
