@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars
+
 from gpt_eval.answer_log import AnswerLog, read_answers
 from gpt_eval.client import Endpoint, Outcome, ask_all
 from gpt_eval.cost import estimate, spent
@@ -143,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make(flags: argparse.Namespace) -> int:
     """make the request file from predictions and source texts"""
+    disable_progress_bars()
     flags.predictions = name_files(flags.predictions)
     flags.judgements = flags.judgements or ["likert", "pairwise"][: len(flags.predictions)]
     if "pairwise" in flags.judgements and len(flags.predictions) != 2:
@@ -167,8 +170,11 @@ def name_files(pairs: list[str]) -> dict[str, Path]:
 
 def run(flags: argparse.Namespace) -> int:
     """send the requests that have no answer yet"""
-    requests = {request["key"]: request["body"] for request in read_requests(flags.requests)}
+    rows = read_requests(flags.requests)
+    requests = {row["key"]: row["body"] for row in rows}
     prices = flags.price_in, flags.price_out
+    if (flags.price_in is None) != (flags.price_out is None):
+        raise UserError("Give both --price_in and --price_out, or none.")
     answered = read_answers(flags.answers)
     pending = {key: body for key, body in requests.items() if key not in answered}
     print(
@@ -183,16 +189,20 @@ def run(flags: argparse.Namespace) -> int:
         outcome = ask_all(requests, endpoint, limiter, log)
         answers = [log.answers[key] for key in requests if key in log.answers]
     print(f"{flags.answers}: {len(answers):,} of {len(requests):,} answered, {spent(answers, prices)} in all")
-    list_failures(outcome)
+    list_failures(outcome, rows)
     return 1 if len(answers) < len(requests) else 0
 
 
-def list_failures(outcome: Outcome) -> None:
+def list_failures(outcome: Outcome, requests: list[dict[str, Any]]) -> None:
     """Every request that failed for good, with its reason."""
-    for key, reason in outcome.failures.items():
-        print(f"failed: request {key}: {reason}", file=sys.stderr)
+    for row in requests:
+        if row["key"] in outcome.failures:
+            name = (
+                f"{row['judgement']} of {row['id']!r} by {' : '.join(row['systems'])}, repeat {row['repeat']}"
+            )
+            print(f"failed: {name}: {outcome.failures[row['key']]}", file=sys.stderr)
     if outcome.stopped is not None:
-        print("stopped before the end: the other requests would fail as well", file=sys.stderr)
+        print(f"stopped, as the other requests would fail as well: {outcome.stopped}", file=sys.stderr)
 
 
 def score_answers(flags: argparse.Namespace) -> int:

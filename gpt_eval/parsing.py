@@ -16,7 +16,7 @@ RATINGS = (1, 2, 3, 4, 5)
 CHOICES = ("Summary 0", "Summary 1", "tie")
 
 DECORATION = re.compile(r"[*_`\"'#]")
-RATING = r"\b{name}\b(?:\s*\([^)]*\))?\s*[:=-]\s*(\d+(?:\.\d+)?)(?:\s*/\s*5)?(?![\d/])"
+RATING = r"\b{name}\b(?:\s*\([^)]*\))?\s*[:=-]\s*(\d+(?:\.\d+)?)(?:\s*/\s*5)?(?!\d|\s*/)"
 CHOICE = re.compile(
     r"(?:(?:the )?(?:answer|better|better (?:summary|one))(?: is)?\W*)?"
     r"(?:(summary) ?([01])|(tie))(?: is (?:the )?better(?: summary| one)?)?\W*",

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from util.evaluation import best_windows
 from util.tasks import DATASETS
 
 COLUMNS = ("id", "prediction")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write half a character, HTTP cannot send it
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def read_predictions(path: Path) -> dict[str, str]:
         name, prediction = str(row["id"]), row["prediction"]
         if name in predictions:
             raise UserError(f"{path}, line {line}: the id {name!r} is there twice.")
-        if not isinstance(prediction, str) or not prediction.strip():
+        if not isinstance(prediction, str) or not prediction.strip() or SURROGATE.search(prediction):
             raise UserError(f"{path}, line {line}: the prediction of {name!r} is empty or not text.")
         predictions[name] = prediction.strip()
     if not predictions:
@@ -87,7 +89,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield line, row
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {line}: not JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from error
 
 

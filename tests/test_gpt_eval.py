@@ -130,6 +130,10 @@ ROW = {"id": "s0", "prediction": "x"}
         ([ROW | {"prediction": "  "}], r"free.jsonl, line 1: the prediction of 's0' is empty"),
         ([ROW], r"free.jsonl lacks the id 's1', prediction 2 of \S*full.jsonl"),
         ([ROW, ROW | {"id": "s1"}, ROW | {"id": "s9"}], r"full.jsonl lacks the id 's9', prediction 3 of"),
+        (
+            [ROW | {"prediction": "\ud800"}],
+            r"free.jsonl, line 1: the prediction of 's0' is empty or not text",
+        ),
         ([], r"free.jsonl: there are no predictions"),
         (["text"], r"free.jsonl, line 1: not a JSON object"),
     ],
@@ -178,6 +182,7 @@ def test_other_wrong_input_is_named(tmp_path, capsys):
         ("likert", f"{RATINGS} or {RATINGS.replace('4', '1')}", None, "unparsable"),
         ("likert", "Relevance: 4\nInformativeness: 3\nFluency: 5", None, "unparsable"),
         ("likert", RATINGS.strip("{}").replace(",", "\n"), [4, 3, 5, 2], "lenient"),
+        ("likert", "Relevance: 4 / 10\nInformativeness: 3\nFluency: 5\nCoherence: 2", None, "unparsable"),
         ("likert", RATINGS.strip("{}") + "\nFluency: 1", None, "unparsable"),
         ("likert", "Relevance: 45\nInformativeness: 3\nFluency: 5\nCoherence: 2", None, "unparsable"),
         ("likert", "__import__('os').system('touch pwned')", None, "unparsable"),
@@ -414,10 +419,10 @@ def test_limits_are_kept(tmp_path):
 
 def test_concurrency_is_bounded(tmp_path):
     make(tmp_path, 3)
-    with StandInServer(delay=0.1) as server:
+    with StandInServer(delay=0.3) as server:
         assert main(run_flags(tmp_path, server, "--concurrency", "3")) == 0
         times = sorted(call["time"] for call in server.calls)
-    assert times[3] - times[0] >= 0.1 > times[2] - times[0]
+    assert times[3] - times[0] >= 0.3 > times[2] - times[0]
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -440,7 +445,7 @@ def test_permanent_failures_are_listed_and_tried_again_later(tmp_path, capsys):
         assert main(run_flags(tmp_path, server)) == 1
         output = capsys.readouterr()
         assert "7 of 8 answered" in output.out
-        assert re.search(r"^failed: request \w{64}: .*400 for", output.err, re.MULTILINE)
+        assert re.search(r"^failed: likert of 's1' by full, repeat 0: .*400 for", output.err, re.MULTILINE)
         server.answer = lambda prompt: "?"
         assert main(run_flags(tmp_path, server)) == 0
         assert len(server.calls) == 9
