@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import openai
+from openai.resources.chat import AsyncCompletions
 from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
@@ -111,23 +112,24 @@ class Sender:
         with tqdm(total=len(pending), desc="Asking", unit="request", disable=None) as progress:
             async with openai.AsyncOpenAI(api_key=self._key, **options) as client:
                 count = min(self.endpoint.concurrency, len(pending))
-                await asyncio.gather(*(self._work(client, queue, progress) for _ in range(count)))
+                completions = client.chat.completions  # loads modules: better before requests are timed
+                await asyncio.gather(*(self._work(completions, queue, progress) for _ in range(count)))
         return self.outcome
 
     async def _work(
-        self, client: openai.AsyncOpenAI, queue: Iterator[tuple[str, dict[str, Any]]], progress: tqdm
+        self, completions: AsyncCompletions, queue: Iterator[tuple[str, dict[str, Any]]], progress: tqdm
     ) -> None:
         for key, body in queue:
             if self.outcome.stopped is not None:
                 return
             try:
-                self.log.append(key, await self._ask(client, body))
+                self.log.append(key, await self._ask(completions, body))
                 self._failures_in_a_row = 0
             except (openai.OpenAIError, MalformedResponse) as error:
                 self._note_failure(key, error)
             progress.update()
 
-    async def _ask(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, completions: AsyncCompletions, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request, after as many attempts as it takes."""
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.endpoint.max_attempts),
@@ -139,17 +141,17 @@ class Sender:
             with attempt:
                 await self.limiter.acquire(estimate_tokens(body))
                 start = time.monotonic()
-                completion = await self._complete(client, body)
+                completion = await self._complete(completions, body)
                 seconds = round(time.monotonic() - start, 3)
         return describe(completion, self._key) | {
             "seconds": seconds,
             "attempts": attempt.retry_state.attempt_number,
         }
 
-    async def _complete(self, client: openai.AsyncOpenAI, body: dict[str, Any]) -> ChatCompletion:
+    async def _complete(self, completions: AsyncCompletions, body: dict[str, Any]) -> ChatCompletion:
         # `extra_body`, so that endpoints of any version get what the request file says
         arguments = {"model": self.endpoint.model, "messages": body["messages"]}
-        call = client.chat.completions.create(**arguments, extra_body=body)
+        call = completions.create(**arguments, extra_body=body)
         try:  # the client's own timeout begins anew with each byte
             completion = await asyncio.wait_for(call, self.endpoint.timeout)
         except asyncio.TimeoutError as error:
