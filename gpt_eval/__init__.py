@@ -1,0 +1,1 @@
+"""A language model as judge: Likert scores and pairwise comparisons of predictions."""
