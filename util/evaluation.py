@@ -132,7 +132,7 @@ def gather_shares(path: Path, processes: int) -> list[dict[str, Any]]:
     """Records of all processes, in order; also written as one file."""
     parts = [share_path(path, index, processes).read_text(encoding="utf8") for index in range(processes)]
     path.write_text("".join(parts), encoding="utf8")
-    return [json.loads(line) for line in "".join(parts).splitlines()]
+    return [json.loads(line) for line in "".join(parts).split("\n")[:-1]]
 
 
 def fingerprint(loaded: LoadedModel) -> str:
@@ -375,7 +375,7 @@ def texts_of(records: list[dict[str, Any]]) -> tuple[list[str], list[Reference]]
 
 def read_baseline(path: Path, records: list[dict[str, Any]]) -> list[str]:
     """Another system's predictions of the same samples, in the order of `records`."""
-    lines = path.read_text(encoding="utf8").splitlines()
+    lines = path.read_text(encoding="utf8").split("\n")
     rows = [json.loads(line) for line in lines]
     theirs = {row["id"]: row["prediction"] for row in (best_windows(rows) if "window" in rows[0] else rows)}
     missing = [record["id"] for record in records if record["id"] not in theirs]
