@@ -375,8 +375,8 @@ def texts_of(records: list[dict[str, Any]]) -> tuple[list[str], list[Reference]]
 
 def read_baseline(path: Path, records: list[dict[str, Any]]) -> list[str]:
     """Another system's predictions of the same samples, in the order of `records`."""
-    lines = path.read_text(encoding="utf8").split("\n")
-    rows = [json.loads(line) for line in lines]
+    with path.open(encoding="utf8") as file:
+        rows = [json.loads(line) for line in file]
     theirs = {row["id"]: row["prediction"] for row in (best_windows(rows) if "window" in rows[0] else rows)}
     missing = [record["id"] for record in records if record["id"] not in theirs]
     if missing:
