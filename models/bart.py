@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from models.decoder_view import CACHE_KEYWORD
 from models.encoder_decoder import EncoderDecoderView, catch_up_mask, own_cache, source_mask, split_heads
 from models.errors import UserError
 
@@ -68,7 +69,7 @@ class BartView(EncoderDecoderView):
                 attention_mask=mask,
                 encoder_hidden_states=state.encoder_hidden,
                 encoder_attention_mask=state.cross_mask,
-                past_key_values=state.cache,
+                **{CACHE_KEYWORD: state.cache},
             )
         return hidden
 

@@ -6,18 +6,24 @@ losses see models only through it. What belongs to one generation lives in the s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, T5ForConditionalGeneration
 
 from models.errors import UserError
 
 DecoderState = Any
 """Per-generation state of a view: cache, encoder memory, masks. Policies hand it through, unopened."""
 
+CACHE_KEYWORD = (  # transformers renamed this argument of all models and of `generate` in 5.24
+    "cache"
+    if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters
+    else "past_key_values"
+)
 
 REGISTERED_VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {}
 """Families that `register_view` added to those that come with the package."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
-from models.decoder_view import DecoderState, DecoderView, view_for
+from models.decoder_view import CACHE_KEYWORD, DecoderState, DecoderView, view_for
 from models.errors import UserError
 from models.exit_policy import Drafts, ExitPolicy, FullDepth, StepResult
 
@@ -129,7 +129,7 @@ def early_exit_decode(
     stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
-        state = view.begin(model_kwargs.pop("past_key_values", None), **model_kwargs)
+        state = view.begin(model_kwargs.pop(CACHE_KEYWORD, None), **model_kwargs)
         prefill(view, state, input_ids[:, :-1])
         input_ids = decode_tokens(view, state, policy, input_ids, chooser, stream, stats)
     return chooser.output(input_ids)

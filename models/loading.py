@@ -82,6 +82,7 @@ def load_model(
         )
     except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a model from {name_or_path}: {first_line(error)}") from error
+    freeze_unsaved_weights(model)
     unexpected = set(report["unexpected_keys"])
     exit_config = with_stored_heads(exit_config, unexpected)
     attach_exit_heads(model, exit_config)
@@ -115,6 +116,13 @@ def load_adapted_model(
     load_exit_heads(loaded.model, heads)
     model = load_lora(loaded.model, folder, merge)
     return LoadedModel(model.eval(), loaded.tokenizer, exit_config)
+
+
+def freeze_unsaved_weights(model: PreTrainedModel) -> None:
+    """Keep out of training what `save_pretrained` leaves out: Marian's sinusoidal positions, which
+    transformers loads as trainable and from 5.24 on would train."""
+    for name in model._keys_to_ignore_on_save or ():
+        model.get_parameter(name).requires_grad_(False)
 
 
 def with_stored_heads(exit_config: ExitConfig, unexpected_keys: Iterable[str]) -> ExitConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from models.decoder_view import CACHE_KEYWORD
 from models.encoder_decoder import EncoderDecoderView, catch_up_mask, own_cache, source_mask, split_heads
 
 INITIAL_BIAS_LENGTH = 64
@@ -63,7 +64,7 @@ class T5View(EncoderDecoderView):
                 position_bias=position_bias,
                 encoder_hidden_states=state.encoder_hidden,
                 encoder_decoder_position_bias=state.cross_bias,
-                past_key_values=state.cache,
+                **{CACHE_KEYWORD: state.cache},
             )[0]
         return hidden
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from models.decoder_view import CACHE_KEYWORD
 from models.encoder_decoder import catch_up_mask, own_cache, source_mask
 from models.t5 import T5View
 
@@ -22,7 +23,9 @@ class UMT5State:
 class UMT5View(T5View):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.output_scale = model.config.d_model**-0.5 if model.config.tie_word_embeddings else None
+        # Up to transformers 5.23, which had no such setting, tied embeddings (all of its UMT5) meant scaling.
+        scaled = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
+        self.output_scale = model.config.d_model**-0.5 if scaled else None
 
     def begin(
         self,
@@ -46,6 +49,6 @@ class UMT5View(T5View):
                 attention_mask=mask,
                 encoder_hidden_states=state.encoder_hidden,
                 encoder_attention_mask=state.cross_mask,
-                past_key_values=state.cache,
+                **{CACHE_KEYWORD: state.cache},
             )
         return hidden

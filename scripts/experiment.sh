@@ -74,7 +74,11 @@ run_smoke() {
 
 use_embedded_rows_without_data_dir() { # sets rows and data
   if [ -n "${DATA_DIR:-}" ]; then # some data sets come without a training split there
-    rows=(--train_file "$(ls "$DATA_DIR/$dataset".{train,validation}.* 2>/dev/null | head -1)")
+    local files=()
+    shopt -s nullglob
+    files=("$DATA_DIR/$dataset".train.* "$DATA_DIR/$dataset".validation.*)
+    shopt -u nullglob
+    [ ${#files[@]} -eq 0 ] || rows=(--train_file "${files[0]}")
   elif [ "$task" = translation ]; then
     data=(--task "$task" --dataset_name debian_de_en)
   elif [ "$task" = summarization ]; then

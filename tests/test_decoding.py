@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 from transformers.generation import BaseStreamer
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoder_view import view_for
+from models.decoder_view import CACHE_KEYWORD, view_for
 from models.decoding import DecodeStats, early_exit_decode
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.exit_policy import Calm, Free, FullDepth, StaticExit
@@ -179,7 +179,7 @@ def test_sampling_follows_the_seed_of_generate():
     ours = decode(model, inputs, do_sample=True, temperature=0.7)
     torch.manual_seed(5)
     sampling = {"do_sample": True, "temperature": 0.7, "max_length": LENGTH}
-    assert torch.equal(ours, model.generate(**inputs, past_key_values=empty_cache(), **sampling))
+    assert torch.equal(ours, model.generate(**inputs, **{CACHE_KEYWORD: empty_cache()}, **sampling))
 
 
 def test_output_object_carries_logits():
