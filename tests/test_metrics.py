@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import re
+import string
+from collections import Counter
+
 import pytest
 import sacrebleu
-from rouge_score import rouge_scorer
+from real_rows import available, read_rows
+from rouge_score import rouge_scorer, scoring
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
@@ -35,8 +41,24 @@ def test_rouge_is_rouge_score():
     assert scores["rouge2"] == pytest.approx(100 * expected["rouge2"].fmeasure)
 
 
-def test_sentences_are_split_offline():
-    assert split_sentences("One. Two! Three? 3.5 four") == "One.\nTwo!\nThree?\n3.5 four"
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["One.", "Two!", "Three?", "3.5 four"],
+        ["Mr. X met Dr. J. Smith of the U.S. Army at 5 p.m. Sunday.", "They left."],
+        ['"I have no regrets."', "He said 'no.'", "(It was late.)", "They left."],
+        ["Couple only wanted a girl to 'complete their family'", "It was feared ...", "But she was sold."],
+        [
+            "She lives in the U.S.",
+            "It is written in C.",
+            "The flight left on Nov. 28 with Lufthansa Inc. and others.",
+        ],
+    ],
+)
+def test_sentences_are_split_offline(sentences):
+    """At line breaks too, as between the highlights of CNN/DailyMail."""
+    assert split_sentences("\n".join(sentences)) == "\n".join(sentences)
+    assert split_sentences(" ".join(sentences)).split("\n")[-1] == sentences[-1]
 
 
 @pytest.mark.parametrize(
@@ -78,3 +100,101 @@ def test_paired_bootstrap_agrees_with_sacrebleu():
 def test_paired_bootstrap_of_equal_systems_finds_nothing():
     result = paired_bootstrap("summarization", PREDICTIONS, PREDICTIONS, REFERENCES)["rougeLsum"]
     assert result["difference"] == 0 and result["interval"] == [0, 0] and result["p_value"] == 1
+
+
+def noisy(text, seed):
+    """What a mediocre system might have written: words lost, swapped and cut short."""
+    generator, words = random.Random(seed), text.split()
+    kept = [word if generator.random() < 0.9 else word[:3] for word in words if generator.random() < 0.85]
+    if len(kept) > 3:
+        index = generator.randrange(len(kept) - 1)
+        kept[index], kept[index + 1] = kept[index + 1], kept[index]
+    return " ".join(kept)
+
+
+@pytest.mark.parametrize("name", available("iwslt2017", "debian_de_en"))
+@pytest.mark.parametrize("language", ["de", "en"])
+def test_bleu_and_chrf_of_real_rows_are_sacrebleus(name, language):
+    references = [row["translation"][language] for row in read_rows(name, 400)]
+    predictions = [noisy(text, seed) for seed, text in enumerate(references)]
+    predictions[3] = ""
+    scores = compute_scores("translation", predictions, references)
+    bleu = sacrebleu.corpus_bleu(predictions, [references])
+    assert 20 < bleu.score < 90
+    assert scores["bleu"] == pytest.approx(bleu.score, rel=1e-12)
+    chrf = sacrebleu.corpus_chrf(predictions, [references]).score
+    assert scores["chrf"] == pytest.approx(chrf, rel=1e-12)
+    metric = METRICS["bleu"]()
+    packages = sacrebleu.BLEU(), sacrebleu.CHRF()
+    for package in packages:
+        package.corpus_score(predictions, [references])
+    assert metric.signatures == {
+        "bleu": str(packages[0].get_signature()),
+        "chrf": str(packages[1].get_signature()),
+    }
+
+
+SUMMARIES = {
+    "samsum": ("dialogue", "summary"),
+    "cnn_dailymail": ("article", "highlights"),
+    "multi_news": ("document", "summary"),
+    "big_patent": ("description", "abstract"),
+    "debian_synopsis": ("document", "summary"),
+}
+
+
+@pytest.mark.parametrize("name", available(*SUMMARIES))
+def test_rouge_of_real_rows_is_rouge_scores(name):
+    """The first words of each document against its summary; scorer and aggregator of the package."""
+    source, target = SUMMARIES[name]
+    rows = read_rows(name, 60)
+    predictions = [" ".join(row[source].split()[:50]) for row in rows]
+    references = [row[target] for row in rows]
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(kinds, use_stemmer=True)
+    aggregator = scoring.BootstrapAggregator(n_samples=300)
+    samples = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        samples.append(scorer.score(split_sentences(reference), split_sentences(prediction)))
+        aggregator.add_scores(samples[-1])
+    scores, aggregated = compute_scores("summarization", predictions, references), aggregator.aggregate()
+    for kind in kinds:
+        mean = 100 * sum(sample[kind].fmeasure for sample in samples) / len(samples)
+        assert scores[kind] == pytest.approx(mean, rel=1e-12)
+        low, middle, high = (100 * part.fmeasure for part in aggregated[kind])
+        assert low <= scores[kind] <= high and scores[kind] == pytest.approx(middle, abs=(high - low) / 4)
+    assert scores["rougeLsum"] >= scores["rougeL"] > 0
+
+
+def official_squad(predictions, answers):
+    """evaluate-v1.1.py of the SQuAD authors, over lists instead of its JSON files."""
+
+    def normalize(text):
+        text = "".join(char for char in text.lower() if char not in set(string.punctuation))
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+    def f1_score(prediction, truth):
+        predicted, expected = normalize(prediction).split(), normalize(truth).split()
+        same = sum((Counter(predicted) & Counter(expected)).values())
+        if same == 0:
+            return 0
+        precision, recall = same / len(predicted), same / len(expected)
+        return 2 * precision * recall / (precision + recall)
+
+    exact = f1 = 0
+    for prediction, truths in zip(predictions, answers, strict=True):
+        exact += max(normalize(prediction) == normalize(truth) for truth in truths)
+        f1 += max(f1_score(prediction, truth) for truth in truths)
+    return {"exact_match": 100.0 * exact / len(answers), "f1": 100.0 * f1 / len(answers)}
+
+
+@pytest.mark.parametrize("name", available("squad", "questions"))
+def test_squad_scores_of_real_rows_are_the_official_ones(name):
+    rows = read_rows(name, 1000)
+    answers = [row["answers"]["text"] for row in rows]
+    predictions = [noisy(texts[-1], seed) for seed, texts in enumerate(answers)]
+    predictions[0] = f"The {answers[0][0].upper()}!"
+    predictions[1::7] = [" ".join(row["context"].split()[:6]) for row in rows[1::7]]
+    expected = official_squad(predictions, answers)
+    assert 10 < expected["exact_match"] < expected["f1"] < 95
+    assert compute_scores("question_answering", predictions, answers) == pytest.approx(expected, rel=1e-12)

@@ -10,16 +10,27 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+from nltk.tokenize.punkt import _ORTHO_LC, PunktParameters, PunktSentenceTokenizer
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from util.tasks import TASKS
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# Of what nltk's English Punkt model knows (a download), the part that news and dialogues need.
+ABBREVIATIONS = (
+    "a.m adm al apr aug ave blvd bros calif capt cf cmdr co col conn corp d.c dec dept dr e.g est etc feb "
+    "fla fr ft gen gov hon i.e inc jan jr l.a lt ltd maj messrs mr mrs ms mt n.y nov oct p.m pp prof rep "
+    "reps rev sen sens sept sgt sr st u.k u.n u.s u.s.a vol vs"
+)
+USUALLY_LOWER_CASE = (  # in capitals they begin a sentence, even after an abbreviation, initial or ellipsis
+    "a after all although and as at but for he her his how however i if in is it its my now on our she so "
+    "some that the then there these they this those we what when where while who why you"
+)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Reference = str | list[str]
@@ -104,8 +115,17 @@ def make_rouge() -> SampleMean:
 
 
 def split_sentences(text: str) -> str:
-    """One sentence a line, split after . ! ? (nltk's splitter needs a download)."""
-    return SENTENCE_END.sub("\n", text.strip())
+    """One sentence a line: at line breaks, and where Punkt (Kiss and Strunk, 2006) sees an end."""
+    return "\n".join(sentence_splitter().tokenize(text.strip()))
+
+
+@lru_cache(maxsize=1)
+def sentence_splitter() -> PunktSentenceTokenizer:
+    parameters = PunktParameters()
+    parameters.abbrev_types.update(ABBREVIATIONS.split())
+    for word in USUALLY_LOWER_CASE.split():
+        parameters.add_ortho_context(word, _ORTHO_LC)
+    return PunktSentenceTokenizer(parameters)
 
 
 def score_answer(text: str, references: list[str]) -> tuple[float, float]:
