@@ -31,12 +31,13 @@ from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
-from util.data import dataset_record, load_examples, stream_training_rows, tokenize
+from util.data import dataset_record, load_examples, tokenize
 from util.evaluation import EvaluationSettings, evaluate
 from util.metrics import token_metrics
 from util.optimizer import build_muon
-from util.policies import build_policy, resolve_exit_arguments
+from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.report import comparison_table, print_report, write_json
+from util.streaming import stream_training_rows
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,27 @@ def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, 
     }[stage]
     examples = load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
     place(loaded, training)
-    max_length = training.generation_max_length or data.val_max_target_length
-    settings = EvaluationSettings(
+    lengths = (longest_output(arguments), training.per_device_eval_batch_size)
+    exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *lengths)
+    settings = evaluation_settings(arguments, exit_flags, predictions)
+    policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
+    results = evaluate(loaded, policy, examples, settings)
+    if results is None:  # another process gathers and reports
+        return
+    write_json(Path(training.output_dir, f"{stage}_results.json"), results)
+    if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
+        policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
+    shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+    print_report(comparison_table(f"{stage}: {split}", {"name": "", "value": ""}, as_rows(shown)))
+
+
+def evaluation_settings(
+    arguments: Arguments, exit_flags: ExitArguments, predictions: str
+) -> EvaluationSettings:
+    """How the flags want a split decoded, into the file `predictions` of --output_dir."""
+    data, training = arguments.data, arguments.training
+    max_length = longest_output(arguments)
+    return EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
         max_length=max_length,
@@ -88,15 +108,10 @@ def evaluate_stage(stage: str, arguments: Arguments, exit_flags: ExitArguments, 
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
     )
-    policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
-    results = evaluate(loaded, policy, examples, settings)
-    if results is None:  # another process gathers and reports
-        return
-    write_json(Path(training.output_dir, f"{stage}_results.json"), results)
-    if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
-        policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
-    shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_report(comparison_table(f"{stage}: {split}", {"name": "", "value": ""}, as_rows(shown)))
+
+
+def longest_output(arguments: Arguments) -> int:
+    return arguments.training.generation_max_length or arguments.data.val_max_target_length
 
 
 def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:

@@ -279,6 +279,9 @@ class ExitArguments:
         None, "FREE: continue from the adaptive_threshold.json of an earlier evaluation."
     )
     adapt_zeta: float = flag(0.4, "FREE: how probably right an exit must be under the adaptive threshold.")
+    calibrated_threshold_file: str | None = flag(
+        None, "Use the threshold that scripts/calibrate.py certified for this model and these settings."
+    )
 
     def __post_init__(self) -> None:
         self._refuse_two_methods()
@@ -291,6 +294,7 @@ class ExitArguments:
             f"--rollback_conf_threshold is a cross-entropy, got {self.rollback_conf_threshold}.",
         )
         self._refuse_idle_flags()
+        self._check_calibration()
         require_positive("max_pending_tokens", self.max_pending_tokens)
         self._check_measure()
         contradictions = {
@@ -333,6 +337,14 @@ class ExitArguments:
         require(path is None or tests, "--conf_shortlist has no effect here: add a method that tests.")
         kind = self.exit_conf_type if self.use_early_exit else self.shallow2deep_conf_type
         require(path is None or kind == "softmax", "--conf_shortlist needs the confidence type softmax.")
+
+    def _check_calibration(self) -> None:
+        file, name = self.calibrated_threshold_file, "--calibrated_threshold_file"
+        require(file is None or Path(file).is_file(), f"{name}: there is no file {file}.")
+        tests = self.use_early_exit or self.use_shallow_deep
+        require(file is None or tests, f"{name} has no effect here: add the method that was calibrated.")
+        found = [other for other in ("use_adapt_threshold", "lossless") if getattr(self, other)]
+        require(file is None or not found, f"{name} contradicts --{' and --'.join(found)}.")
 
     def _refuse_two_methods(self) -> None:
         require(len(self.methods) <= 1, f"{' and '.join(self.methods)} contradict: choose one method.")
@@ -384,6 +396,10 @@ class Arguments:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             require_positive(name, getattr(training, name))
         self._make_output_dir()
+        require(
+            exits.calibrated_threshold_file is None or not training.do_train,
+            "--calibrated_threshold_file is for the weights it was calibrated with: leave --do_train out.",
+        )
         evaluates = training.do_eval or training.do_predict
         require(
             not (exits.deploy_scenario and evaluates and training.per_device_eval_batch_size > 1),

@@ -64,14 +64,31 @@ class Decoded:
 def evaluate(
     loaded: LoadedModel, policy: ExitPolicy | None, examples: Dataset, settings: EvaluationSettings
 ) -> dict[str, Any] | None:
-    """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
-
-    Under torchrun every process decodes its share, with batches as one process would form them; the first
-    one gathers them in order and returns the results, the others None. (An adaptive threshold then learns
-    from its own share.)
+    """Decode all examples as `decode_split` does and sum them up; None where that returns None.
 
     Raises:
         UserError: asked to continue an evaluation that had other settings.
+    """
+    records = decode_split(loaded, policy, examples, settings)
+    if records is None:
+        return None
+    results = summarize(records, settings, view_for(loaded.model).num_layers)
+    samples = best_windows(records) if "window" in records[0] else records
+    scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
+    write_sample_scores(scores_path, samples, settings.task)
+    cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
+    extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
+    return results | judge(samples, settings) | extra
+
+
+def decode_split(
+    loaded: LoadedModel, policy: ExitPolicy | None, examples: Dataset, settings: EvaluationSettings
+) -> list[dict[str, Any]] | None:
+    """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
+
+    Under torchrun every process decodes its share, with batches as one process would form them; the first
+    one gathers them in order and returns the records, the others None. (An adaptive threshold then learns
+    from its own share.)
     """
     processes = PartialState()
     share = own_share(len(examples), settings.batch_size, processes)
@@ -84,13 +101,7 @@ def evaluate(
         if not processes.is_main_process:
             return None
         records = gather_shares(settings.predictions_file, processes.num_processes)
-    results = summarize(records, settings, view_for(loaded.model).num_layers)
-    samples = best_windows(records) if "window" in records[0] else records
-    scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
-    write_sample_scores(scores_path, samples, settings.task)
-    cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
-    extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
-    return results | judge(samples, settings) | extra
+    return records
 
 
 def decode_share(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from models.confidence import ConfidenceMeasure, MetaClassifier, ShortlistGap, SoftmaxGap
@@ -17,7 +18,9 @@ from models.exit_heads import ExitConfig
 from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, StaticExit
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
-from util.arguments import ExitArguments
+from util.arguments import DataArguments, ExitArguments
+from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
+from util.evaluation import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,45 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
             flags.max_pending_tokens,
         )
     return FullDepth()
+
+
+def threshold_flag(flags: ExitArguments) -> str:
+    """Name of the flag that holds the threshold of the method in use."""
+    return "exit_conf_threshold" if flags.use_early_exit else "shallow2deep_conf_threshold"
+
+
+def with_threshold(flags: ExitArguments, value: float) -> ExitArguments:
+    """The same flags with another threshold of the method in use."""
+    return replace(flags, **{threshold_flag(flags): value})
+
+
+def with_calibrated_threshold(
+    flags: ExitArguments,
+    data: DataArguments,
+    loaded: LoadedModel,
+    examples: Dataset,
+    max_length: int,
+    batch_size: int,
+) -> ExitArguments:
+    """Resolved flags with the threshold of --calibrated_threshold_file, once it is found to apply.
+
+    Raises:
+        UserError: it was calibrated for something else, or another threshold is given.
+    """
+    if flags.calibrated_threshold_file is None:
+        return flags
+    path = Path(flags.calibrated_threshold_file)
+    calibrated = CalibratedThreshold.load(path)
+    settings = decoding_settings(flags, data, max_length, batch_size)
+    value = calibrated.certified(path, fingerprint(loaded), settings)
+    name = threshold_flag(flags)
+    given, default = getattr(flags, name), ExitArguments.__dataclass_fields__[name].default
+    if given not in (value, default):
+        raise UserError(
+            f"--{name} {given} contradicts --calibrated_threshold_file {path}, which says {value}."
+        )
+    calibrated.warn_of_data(path, describe_data(examples, data, ""))
+    return with_threshold(flags, value)
 
 
 def free_threshold(flags: ExitArguments) -> Threshold:

@@ -1,0 +1,136 @@
+"""The file that scripts/calibrate.py writes and `run.py --calibrated_threshold_file` obeys.
+
+A certificate holds for one model, one policy and one way of decoding; all three are recorded, and checked
+where the threshold is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from models.errors import UserError
+from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
+from util.data import dataset_record
+from util.report import write_json
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--calibrated_threshold_file"
+NOT_A_SETTING = ("exit_conf_threshold", "shallow2deep_conf_threshold", "use_adapt_threshold", "lossless")
+
+
+@dataclass
+class CalibratedThreshold:
+    """With probability 1 - epsilon (under crc: in expectation) the loss of `threshold` is at most delta.
+
+    `candidates` has one row a threshold that was tried, from conservative to liberal.
+    """
+
+    threshold: float | None  # None: nothing was certified
+    delta: float
+    epsilon: float
+    method: str
+    p_value: str | None
+    consistency: str
+    fastest_by: str
+    samples: int
+    needed_samples: (
+        int | None
+    )  # of the first candidate that failed; None if no number suffices, or all passed
+    model: str  # util.evaluation.fingerprint
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    candidates: list[dict[str, Any]]
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> CalibratedThreshold:
+        """Raises UserError if the file holds something else."""
+        try:
+            content = json.loads(path.read_text(encoding="utf8"))
+            return cls(**{entry.name: content[entry.name] for entry in fields(cls)})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{FLAG} {path} is not what scripts/calibrate.py writes.") from error
+
+    def certified(self, path: Path, model: str, settings: dict[str, Any]) -> float:
+        """The threshold, if it was certified for this model and these settings; `path` is for the message.
+
+        Raises:
+            UserError: it was not.
+        """
+        if self.threshold is None:
+            raise UserError(f"{FLAG} {path}: no threshold was certified; its candidates say why.")
+        if self.model != model:
+            raise UserError(f"{FLAG} {path} was calibrated with other weights, or in another precision.")
+        differences = [
+            f"{name} {self.settings.get(name)!r}, not {settings.get(name)!r}"
+            for name in sorted({*self.settings, *settings})
+            if self.settings.get(name) != settings.get(name)
+        ]
+        if differences:
+            raise UserError(f"{FLAG} {path} was calibrated with {'; '.join(differences)}.")
+        return self.threshold
+
+    def warn_of_data(self, path: Path, data: dict[str, Any]) -> None:
+        """The guarantee is for fresh samples of what was calibrated on: warn of the same, and of others."""
+        if self.data["hash"] == data["hash"]:
+            logger.warning("%s %s was calibrated on these samples: it promises nothing for them.", FLAG, path)
+        names = sorted(
+            name for name in data if name not in ("hash", "split") and data[name] != self.data.get(name)
+        )
+        if names:
+            logger.warning("%s %s was calibrated on data with another %s.", FLAG, path, ", ".join(names))
+
+
+def decoding_settings(
+    flags: ExitArguments, data: DataArguments, max_length: int, batch_size: int
+) -> dict[str, Any]:
+    """All that an output depends on besides model, source and threshold; `flags` are resolved."""
+    names = [*(CALM_FLAGS if flags.use_early_exit else (*FREE_FLAGS, "shallow_exit_layer"))]
+    settings = {name: getattr(flags, name) for name in names if name not in NOT_A_SETTING}
+    settings |= {
+        "method": " ".join(flags.methods),
+        "task": data.task,
+        "max_source_length": data.max_source_length,
+        "max_length": max_length,
+        "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
+    }
+    if data.task == "question_answering":
+        settings["doc_stride"] = data.doc_stride
+    if flags.max_pending_tokens is not None:  # rows of a batch share their deep passes
+        settings["batch_size"] = batch_size
+    return settings
+
+
+def describe_data(examples: Dataset, data: DataArguments, split: str) -> dict[str, Any]:
+    """What samples these are."""
+    return {
+        "hash": data_hash(examples),
+        "split": split,
+        "dataset_name": data.dataset_name,
+        "dataset_config_name": data.dataset_config_name,
+        "source_prefix": dataset_record(data).prefix,
+        "drop_long_samples": data.drop_long_samples,
+    }
+
+
+def data_hash(examples: Dataset) -> str:
+    """Tells samples, in their order, from others: by sources and references."""
+    digest = hashlib.sha256()
+    for row in examples:
+        digest.update(json.dumps([row["source"], row.get("references") or row["target"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
