@@ -1,0 +1,36 @@
+"""Turn result folders into one HTML page that needs no network, with its table as CSV and Markdown.
+
+python scripts/report.py save/sweep save/judge --output_dir save/report
+
+A folder may come from run.py, from scripts/sweep.py or from gpt_eval. Give a run at full depth on the same
+samples along with other runs, and they are compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.errors import UserError
+from util.html_report import write_report
+from util.result_files import read_folders
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results")
+    parser.add_argument("--output_dir", type=Path, default=Path("save/report"))
+    flags = parser.parse_args(argv)
+    try:
+        written = write_report(read_folders(flags.folders), flags.output_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Figures of the HTML report, as Matplotlib figures and as inline SVG that follows the page's theme.
+
+`inline_svg` swaps the colours below for the page's CSS variables, so that one drawing suits light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from util.analysis import Oracle, Reliability
+from util.report import MARKERS, plt
+
+INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
+# Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#7a52a8", "#6b7075", "#3a9bd6")
+CSS_NAMES = {INK: "ink", GRID: "grid", PAPER: "paper"} | {
+    color: f"series-{index}" for index, color in enumerate(SERIES)
+}
+STYLE = {
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "font.size": 10,
+    "svg.hashsalt": "exitlm",  # equal input gives equal files
+}
+WIDTH, HEIGHT = 5.2, 3.7  # inches; 374 SVG units, about a phone's width, so that letters keep their size
+
+
+@dataclass
+class Point:
+    """A setting in the trade-off figure. Intervals are [low, high]; `detail` is shown on hovering."""
+
+    series: str
+    order: float
+    x: float
+    y: float
+    x_interval: list[float] | None
+    y_interval: list[float] | None
+    pareto: bool
+    detail: str
+
+
+@dataclass
+class Line:
+    """A named series of (x, y)."""
+
+    name: str
+    points: list[tuple[float, float]]
+    counts: list[int] = field(default_factory=list)
+
+
+def trade_off_figure(points: Sequence[Point], x_label: str, y_label: str, line: float | None) -> Figure:
+    """Quality against speed with intervals; rings mark the Pareto front, settings of a series are joined."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT + 0.7), layout="constrained")
+        if line is not None:
+            axes.axhline(line, color=INK, linewidth=1, linestyle="--", zorder=1)
+            label = f"{line:.0f}%"
+            axes.annotate(
+                label, (1, line), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+            )
+        series = defaultdict(list)
+        for index, point in enumerate(points):
+            series[point.series].append((index, point))
+        for number, (name, members) in enumerate(series.items()):
+            draw_series(axes, number, name, sorted(members, key=lambda member: member[1].order))
+        if any(point.pareto for point in points):
+            axes.scatter([], [], s=110, facecolors="none", edgecolors=INK, label="Pareto front")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def draw_series(axes: Axes, number: int, name: str, members: list[tuple[int, Point]]) -> None:
+    color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+    xs, ys = [point.x for _, point in members], [point.y for _, point in members]
+    if len(members) > 1:
+        axes.plot(xs, ys, color=color, linewidth=1, alpha=0.6, zorder=2)
+    for index, point in members:
+        axes.errorbar(
+            point.x,
+            point.y,
+            xerr=error_bar(point.x, point.x_interval),
+            yerr=error_bar(point.y, point.y_interval),
+            color=color,
+            alpha=0.45,
+            linewidth=1,
+            zorder=2,
+        )
+        shown = name.lstrip("_") if index == members[0][0] else None
+        dot = axes.scatter(point.x, point.y, s=42, color=color, marker=marker, label=shown, zorder=4)
+        dot.set_gid(f"point-{index}")
+        if point.pareto:
+            axes.scatter(point.x, point.y, s=130, facecolors="none", edgecolors=INK, zorder=3)
+
+
+def error_bar(value: float, bounds: list[float] | None) -> list[list[float]] | None:
+    """Distances below and above, as Matplotlib wants them: (2, 1)."""
+    if bounds is None:
+        return None
+    return [[max(0.0, value - bounds[0])], [max(0.0, bounds[1] - value)]]
+
+
+def line_figure(lines: Sequence[Line], x_label: str, y_label: str) -> Figure:
+    """Lines from zero upwards, such as throughput over batch sizes or a threshold over samples."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+        for number, line in enumerate(lines):
+            xs, ys = zip(*line.points, strict=True)
+            marker = MARKERS[number % len(MARKERS)] if len(xs) <= 12 else None
+            color = SERIES[number % len(SERIES)]
+            axes.plot(xs, ys, color=color, marker=marker, label=line.name.lstrip("_"), linewidth=1.6)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def throughput_figure(lines: Sequence[Line]) -> Figure:
+    """Tokens per second over batch sizes, which are ticks of a logarithmic axis."""
+    figure = line_figure(lines, "batch size", "tokens per second")
+    axes = figure.axes[0]
+    sizes = sorted({size for line in lines for size, _ in line.points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    return figure
+
+
+def reliability_figure(curves: dict[str, Reliability]) -> Figure:
+    """Agreement over confidence, bin by bin, above the number of tokens in each bin."""
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, figsize=(WIDTH, HEIGHT + 1.6), layout="constrained", sharex=True, height_ratios=(3, 1)
+        )
+        top.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
+        for number, (name, curve) in enumerate(curves.items()):
+            color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+            confidences = [entry.confidence for entry in curve.bins]
+            agreements = [entry.agreement for entry in curve.bins]
+            top.plot(
+                confidences, agreements, color=color, marker=marker, label=name.lstrip("_"), linewidth=1.4
+            )
+            width = (curve.bins[0].high - curve.bins[0].low) / len(curves)
+            places = [entry.low + (number + 0.5) * width for entry in curve.bins]
+            bottom.bar(places, [entry.count for entry in curve.bins], 0.85 * width, color=color)
+        top.set_ylabel("agreement with last layer")
+        top.set_ylim(0, 1.03)
+        bottom.set_ylabel("tokens")
+        bottom.set_xlabel("confidence")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def oracle_figure(bars: dict[str, Oracle]) -> Figure:
+    """Share of tokens for every oracle layer, one group of bars a layer."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+        width = 0.85 / len(bars)
+        deepest = 1
+        for number, (name, found) in enumerate(bars.items()):
+            deepest = max(deepest, len(found.counts))
+            offset = (number - (len(bars) - 1) / 2) * width
+            places = [layer + offset for layer in range(1, len(found.counts) + 1)]
+            shares = [100 * count / sum(found.counts) for count in found.counts]
+            axes.bar(places, shares, 0.92 * width, color=SERIES[number % len(SERIES)], label=name.lstrip("_"))
+        if deepest <= 12:
+            axes.set_xticks(range(1, deepest + 1))
+        axes.grid(False, axis="x")
+        axes.set_xlabel("oracle layer")
+        axes.set_ylabel("% of tokens")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a file for papers and slides: white background, letters as outlines in SVG."""
+    with plt.rc_context(STYLE):
+        figure.savefig(
+            path, dpi=200, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None
+        )
+
+
+def inline_svg(figure: Figure, name: str, description: str, details: Sequence[str] = ()) -> Markup:
+    """The figure as an SVG element with its own ids, the page's colours and font, and hover texts.
+
+    Args:
+        name: prefix of the element's ids; distinct on a page.
+        description: read out in place of the picture.
+        details: hover text of the artist with gid `point-<index>`.
+    """
+    buffer = io.StringIO()
+    with plt.rc_context(STYLE | {"svg.fonttype": "none"}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    plt.close(figure)
+    text = buffer.getvalue()
+    view_box = re.search(r'viewBox="[^"]*"', text).group()
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    for index, detail in enumerate(details):
+        start = f'<g id="point-{index}">'
+        body = body.replace(start, f"{start}<title>{escape(detail)}</title>")
+    for color, variable in CSS_NAMES.items():
+        body = body.replace(color, f"var(--{variable})")
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page
+    body = re.sub(r'; font-family: [^;"]*', "", body)
+    body = re.sub(r'\bid="', f'id="{name}-', body)
+    body = re.sub(r'xlink:href="#', f'href="#{name}-', body)
+    body = re.sub(r"url\(#", f"url(#{name}-", body)
+    return Markup(f'<svg {view_box} role="img" aria-label="{escape(description)}">{body}')

@@ -1,0 +1,404 @@
+"""Read result folders: those of `run.py`, of `scripts/sweep.py` and of `gpt_eval`.
+
+    results = read_folders(["save/sweep", "save/free", "save/judge"])
+
+A folder is recognised by its files; files that are not there leave their fields empty. What cannot be read
+raises a UserError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import UserError
+from util.analysis import pareto_front
+from util.significance import sum_ratio_interval
+from util.tasks import TASKS
+
+BASELINE = "Full depth"
+STAGES = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
+EXPECTED = (
+    "eval_results.json or predict_results.json (of run.py), settings.json with records.jsonl or sweep.json "
+    "(of scripts/sweep.py), or scores.json (of gpt_eval)"
+)
+RECORD_KEYS = ("id", "prediction", "reference", "tokens", "pieces", "exit_layers", "seconds")
+TRACE_KEYS = ("setting", "row", "id", "pieces", "exit_layers", "confidences", "agrees", "deep")
+SETTING_KEYS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
+FIGURE_KEYS = (
+    "quality_share",
+    "speedup",
+    "ideal_speedup",
+    "real_over_ideal",
+    "tokens_per_second",
+    "ms_per_token",
+    "seconds_per_sample_median",
+    "average_layers",
+    "exit_share",
+)
+INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
+
+
+@dataclass
+class Trace:
+    """What every layer predicted for one sample's T tokens."""
+
+    row: int
+    id: str
+    pieces: list[str]
+    exit_layers: list[int] | None
+    confidences: np.ndarray  # (T, L)
+    agrees: np.ndarray  # (T, L) 0/1
+    deep: list[str]  # (T) the last layer's predictions
+
+
+@dataclass
+class Setting:
+    """One way of decoding: a method at a threshold on a checkpoint. `records` holds its samples by row."""
+
+    name: str
+    method: str
+    checkpoint: str
+    threshold: float | None
+    shallow_layer: int | None
+    batch_size: int
+    num_layers: int | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: dict[int, Trace] = field(default_factory=dict)
+
+    @property
+    def exit_layers(self) -> list[int]:
+        return [layer for record in self.records.values() for layer in record["exit_layers"] or ()]
+
+
+@dataclass
+class ResultSet:
+    """The settings of one folder, on the same samples. `pareto` and `fastest_99` hold names of settings."""
+
+    label: str
+    kind: str  # "sweep" or "run"
+    dataset: str | None
+    split: str | None
+    main_score: str
+    samples: int
+    settings: list[Setting]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    auc: dict[str, float] = field(default_factory=dict)
+    fastest_99: dict[str, str | None] = field(default_factory=dict)
+    pareto: list[str] = field(default_factory=list)
+    baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
+
+
+@dataclass
+class JudgeScores:
+    """`scores` is laid out as `gpt_eval.report` says."""
+
+    label: str
+    scores: dict[str, Any]
+
+
+@dataclass
+class Results:
+    sets: list[ResultSet] = field(default_factory=list)
+    judges: list[JudgeScores] = field(default_factory=list)
+
+
+def read_folders(folders: Sequence[str | Path]) -> Results:
+    """Read all folders; settings of different folders get distinct names, single runs are compared.
+
+    Raises:
+        UserError: a folder holds no results, or a file cannot be read.
+    """
+    results = Results()
+    paths = list(dict.fromkeys(map(Path, folders)))
+    for path, label in zip(paths, distinct_labels(paths), strict=True):
+        found = read_folder(path, label)
+        results.sets += found.sets
+        results.judges += found.judges
+    compare_runs([result for result in results.sets if result.kind == "run"])
+    make_names_distinct(results.sets)
+    return results
+
+
+def distinct_labels(paths: list[Path]) -> list[str]:
+    """Folder names; whole paths where names are shared."""
+    counts = Counter(path.resolve().name for path in paths)
+    return [str(path) if counts[path.resolve().name] > 1 else path.resolve().name for path in paths]
+
+
+def make_names_distinct(sets: list[ResultSet]) -> None:
+    """Put the folder before names that several folders use."""
+    counts = Counter(setting.name for result in sets for setting in result.settings)
+    for result in sets:
+        names = {
+            setting.name: f"{result.label}: {setting.name}" if counts[setting.name] > 1 else setting.name
+            for setting in result.settings
+        }
+        for setting in result.settings:
+            setting.name = names[setting.name]
+        result.pareto = [names[name] for name in result.pareto]
+        result.fastest_99 = {
+            method: None if name is None else names[name] for method, name in result.fastest_99.items()
+        }
+
+
+def read_folder(folder: Path, label: str) -> Results:
+    results = Results()
+    if (folder / "settings.json").is_file() and any(
+        (folder / name).is_file() for name in ("records.jsonl", "sweep.json")
+    ):
+        results.sets.append(read_sweep(folder, label))
+    stages = [stage for stage in STAGES if (folder / f"{stage}_results.json").is_file()]
+    for stage in stages:
+        results.sets.append(read_run(folder, stage, f"{label} ({stage})" if len(stages) > 1 else label))
+    if (folder / "scores.json").is_file():
+        scores = read_object(folder / "scores.json", ("judges",))
+        results.judges.append(JudgeScores(label, scores))
+    if not results.sets and not results.judges:
+        raise UserError(f"{folder}: no results here; expected {EXPECTED}.")
+    return results
+
+
+# A sweep
+
+
+def read_sweep(folder: Path, label: str) -> ResultSet:
+    path = folder / "settings.json"
+    content = read_object(path, ("settings", "dataset", "split", "main_score", "samples"))
+    settings = {}
+    for entry in content["settings"]:
+        check_keys(entry, SETTING_KEYS, str(path))
+        settings[entry["name"]] = Setting(**{key: entry[key] for key in SETTING_KEYS})
+    for line, row in read_lines(folder / "records.jsonl", (*RECORD_KEYS, "setting", "row")):
+        known_setting(settings, row["setting"], line).records[row["row"]] = row
+    for line, row in read_lines(folder / "traces.jsonl", TRACE_KEYS):
+        setting = known_setting(settings, row["setting"], line)
+        setting.traces[row["row"]] = as_trace(row, setting.num_layers, line)
+    result = ResultSet(
+        label=label,
+        kind="sweep",
+        dataset=content["dataset"],
+        split=content["split"],
+        main_score=content["main_score"],
+        samples=content["samples"],
+        settings=list(settings.values()),
+        arguments=content.get("arguments", {}),
+        environment=content.get("environment", {}),
+    )
+    if (folder / "sweep.json").is_file():
+        add_figures(result, settings, folder / "sweep.json")
+    return result
+
+
+def add_figures(result: ResultSet, settings: dict[str, Setting], path: Path) -> None:
+    content = read_object(path, ("rows",))
+    for row in content["rows"]:
+        check_keys(row, ("name",), str(path))
+        check_figures(row, result.main_score, str(path))
+        known_setting(settings, row["name"], str(path)).figures = row
+    result.auc = content.get("auc") or {}
+    result.fastest_99 = content.get("fastest_99") or {}
+    result.pareto = content.get("pareto") or []
+    for name in [*result.pareto, *filter(None, result.fastest_99.values())]:
+        known_setting(settings, name, str(path))
+
+
+def known_setting(settings: dict[str, Setting], name: str, place: str) -> Setting:
+    if name not in settings:
+        raise UserError(f"{place}: setting {name!r} is not in settings.json.")
+    return settings[name]
+
+
+def as_trace(row: dict[str, Any], num_layers: int, place: str) -> Trace:
+    """A trace whose arrays have the shapes they should have."""
+    shape = (len(row["pieces"]), num_layers)
+    try:
+        confidences, agrees = (np.array(row[key], dtype=float) for key in ("confidences", "agrees"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: confidences and agrees must be tables of numbers.") from error
+    exits = row["exit_layers"]
+    if confidences.shape != shape or agrees.shape != shape or len(row["deep"]) != shape[0]:
+        raise UserError(f"{place}: confidences and agrees must have {shape[0]} rows of {shape[1]} layers.")
+    if exits is not None and len(exits) != shape[0]:
+        raise UserError(f"{place}: {len(exits)} exit_layers for {shape[0]} pieces.")
+    if not agrees[:, -1].all():
+        raise UserError(f"{place}: the last layer must agree with itself.")
+    return Trace(row["row"], str(row["id"]), row["pieces"], exits, confidences, agrees, row["deep"])
+
+
+# A run
+
+
+def read_run(folder: Path, stage: str, label: str) -> ResultSet:
+    """One evaluation as a result set of one setting, named after its folder."""
+    path = folder / f"{stage}_results.json"
+    figures = read_object(path, ("samples", "batch_size", "arguments"))
+    arguments = figures["arguments"]
+    main_score = find_main_score(figures, arguments, str(path))
+    check_figures(figures, main_score, str(path))
+    records = {row: record for row, (_, record) in enumerate(read_lines(folder / STAGES[stage], RECORD_KEYS))}
+    setting = Setting(
+        name=label,
+        method=name_method(arguments, figures),
+        checkpoint=Path(arguments.get("model_name_or_path") or "").name,
+        threshold=arguments.get("shallow2deep_conf_threshold", arguments.get("exit_conf_threshold")),
+        shallow_layer=arguments.get("shallow_exit_layer") or arguments.get("static_exit_layer"),
+        batch_size=figures["batch_size"],
+        num_layers=count_layers(list(records.values()), figures["batch_size"]),
+        figures={key: value for key, value in figures.items() if not isinstance(value, dict)},
+        records=records,
+    )
+    setting.figures["interval"] = figures.get("confidence_intervals", {}).get(main_score)
+    return ResultSet(
+        label=label,
+        kind="run",
+        dataset=arguments.get("dataset_name"),
+        split={"eval": "validation", "predict": "test"}[stage],
+        main_score=main_score,
+        samples=figures["samples"],
+        settings=[setting],
+        arguments=arguments,
+        environment=figures.get("environment", {}),
+    )
+
+
+def find_main_score(figures: dict[str, Any], arguments: dict[str, Any], place: str) -> str:
+    """The main score of the task; where the arguments do not name it, of the task whose score is there."""
+    task = arguments.get("task")
+    if task in TASKS:
+        return TASKS[task].main_score
+    for record in TASKS.values():
+        if record.main_score in figures:
+            return record.main_score
+    raise UserError(f"{place}: no score of {', '.join(TASKS)}.")
+
+
+def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The method that the flags of a run switch on."""
+    if "average_layers" not in figures:
+        return "HF generate"
+    if arguments.get("use_shallow_deep"):
+        if arguments.get("lossless"):
+            return "FREE lossless"
+        return "FREE adaptive" if arguments.get("use_adapt_threshold") else "FREE"
+    if arguments.get("use_early_exit"):
+        return "CALM"
+    return "Static" if arguments.get("static_exit_layer") else BASELINE
+
+
+def count_layers(records: list[dict[str, Any]], batch_size: int) -> int | None:
+    """The decoder's layers: `full_layer_calls` is their number times the steps, shared by the first batch."""
+    batch = records[:batch_size]
+    steps = max((len(record["exit_layers"] or ()) for record in batch), default=0)
+    if not steps or "full_layer_calls" not in batch[0]:
+        return None
+    return round(batch[0]["full_layer_calls"] * len(batch) / steps)
+
+
+def compare_runs(runs: list[ResultSet]) -> None:
+    """Relate each run to one at full depth with the same checkpoint, batch size and samples, if there is."""
+    for run in runs:
+        ours = run.settings[0]
+        for other in runs:
+            baseline = other.settings[0]
+            if baseline.method == BASELINE and is_comparable(run, other):
+                relate(ours, baseline, run.main_score)
+                run.baseline = baseline
+                break
+    groups: dict[tuple[Any, ...], list[ResultSet]] = defaultdict(list)
+    for run in runs:
+        if run.baseline is not None:
+            groups[run.dataset, run.split, run.samples, run.settings[0].batch_size].append(run)
+    for related in groups.values():
+        figures = [(run.settings[0].figures, run.main_score) for run in related]
+        for index in pareto_front([(row["speedup"], row[main_score]) for row, main_score in figures]):
+            related[index].pareto = [related[index].settings[0].name]
+
+
+def is_comparable(run: ResultSet, other: ResultSet) -> bool:
+    """Whether only the method differs: same weights, samples, batch size, device, precision, threads."""
+
+    def identity(result: ResultSet) -> list[Any]:
+        setting = result.settings[0]
+        machine = [result.environment.get(key) for key in ("device", "dtype", "threads")]
+        ids = [record["id"] for record in setting.records.values()]
+        return [result.arguments.get("model_name_or_path"), setting.batch_size, machine, ids]
+
+    return bool(run.settings[0].records) and identity(run) == identity(other)
+
+
+def relate(ours: Setting, baseline: Setting, main_score: str) -> None:
+    times = [[record["seconds"] for record in setting.records.values()] for setting in (baseline, ours)]
+    quality = baseline.figures[main_score]
+    figures = ours.figures
+    figures["quality_share"] = 100 * figures[main_score] / quality if quality else None
+    figures["speedup"] = sum(times[0]) / sum(times[1])
+    figures["speedup_interval"] = sum_ratio_interval(*times)
+    if figures.get("ideal_speedup"):
+        figures["real_over_ideal"] = figures["speedup"] / figures["ideal_speedup"]
+
+
+# Files
+
+
+def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON file with an object that has these keys."""
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text.") from error
+    check_keys(content, keys, str(path))
+    return content
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place ("file, line N") and object of each line; nothing if there is no such file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # broken JSON or UTF-8
+                raise UserError(f"{place}: not JSON. If it was cut off, remove it.") from error
+            check_keys(row, keys, place)
+            pieces, exits = row["pieces"], row["exit_layers"]
+            if not isinstance(pieces, list) or not isinstance(exits, list | None):
+                raise UserError(f"{place}: pieces and exit_layers must be lists.")
+            yield place, row
+
+
+def check_keys(content: Any, keys: Sequence[str], place: str) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{place}: expected a JSON object.")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise UserError(f"{place}: lacks {', '.join(missing)}.")
+
+
+def check_figures(row: dict[str, Any], main_score: str, place: str) -> None:
+    """Figures are numbers or null, intervals pairs of numbers or null."""
+    for key in (main_score, *FIGURE_KEYS):
+        if not is_number(row.get(key)):
+            raise UserError(f"{place}: {key} must be a number, got {row[key]!r}.")
+    for key in INTERVAL_KEYS:
+        bounds = row.get(key)
+        if bounds is not None and not (
+            isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds))
+        ):
+            raise UserError(f"{place}: {key} must be [low, high], got {bounds!r}.")
+
+
+def is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
