@@ -31,12 +31,13 @@ from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
-from util.data import dataset_record, load_examples, stream_training_rows, tokenize
+from util.data import dataset_record, load_examples, tokenize
 from util.evaluation import EvaluationSettings, evaluate
 from util.metrics import token_metrics
 from util.optimizer import build_muon
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.report import comparison_table, print_report, write_json
+from util.streaming import stream_training_rows
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Patent summarization on BIGPATENT (e: electricity) with LongT5-base.
+# Patent summarization on BIGPATENT (e: fixed constructions) with LongT5-base.
 # Usage: bash scripts/run_sum_bigpatent.sh {train|eval|smoke} {free|calm|static|full} [flags of run.py]
 # MODEL=... chooses another checkpoint, DATA_DIR=... local files: see scripts/experiment.sh.
 set -euo pipefail

@@ -7,12 +7,14 @@ import json
 from itertools import pairwise
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer, T5Tokenizer
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.data import dataset_record, load_examples, stream_training_rows, tokenize
-from util.tasks import DATASETS
+from util.data import dataset_record, load_examples, tokenize
+from util.streaming import stream_training_rows
+from util.tasks import DATASETS, PARQUET, DatasetRecord
 
 ROWS = [{"text": "ein paket", "title": "a package"}, {"text": "zwei", "title": "two"}]
 
@@ -24,9 +26,14 @@ def arguments(**settings):
 
 
 def write(path, rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode()))
+        plain = path.with_suffix("")
+        write(plain, rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        return str(path)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
     elif path.suffix == ".csv":
         path.write_text("text,title\n" + "".join(f"{row['text']},{row['title']}\n" for row in rows))
     else:
@@ -34,9 +41,10 @@ def write(path, rows):
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.csv"])
-def test_local_formats(tmp_path, name):
-    flags = arguments(train_file=write(tmp_path / name, ROWS), source_prefix="summarize: ")
+@pytest.mark.parametrize("zipped", ["", ".gz"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
+def test_local_formats(tmp_path, name, zipped):
+    flags = arguments(train_file=write(tmp_path / (name + zipped), ROWS), source_prefix="summarize: ")
     examples = load_examples(dataset_record(flags), flags, "train")
     assert list(examples["source"]) == ["summarize: ein paket", "summarize: zwei"]
     assert list(examples["target"]) == ["a package", "two"] and list(examples["id"]) == ["0", "1"]
@@ -77,6 +85,13 @@ def test_data_dir_replaces_the_hub(tmp_path, name):
         load_examples(dataset_record(flags), flags, "validation")
 
 
+def test_embedded_rows_stand_in_for_files_that_data_dir_lacks(tmp_path):
+    flags = DataArguments(task="translation", dataset_name="debian_de_en", data_dir=str(tmp_path))
+    assert len(load_examples(dataset_record(flags), flags, "test")) > 800
+    write(tmp_path / "debian_de_en.test.jsonl", [{"translation": {"de": "eins", "en": "one"}}])
+    assert list(load_examples(dataset_record(flags), flags, "test")["target"]) == ["one"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained("checkpoints/debian-t5-free")
@@ -88,13 +103,83 @@ def test_long_sources_are_counted(tmp_path, tokenizer, caplog):
     assert "1 of 2 sources are cut" in caplog.text
 
 
-def test_streamed_rows_equal_loaded_ones(tmp_path, tokenizer):
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet.gz"])
+def test_streamed_rows_equal_loaded_ones(tmp_path, tokenizer, name):
     rows = [*ROWS, {"text": "drei", "title": None}] * 3
-    flags = arguments(train_file=write(tmp_path / "rows.jsonl", rows))
+    flags = arguments(train_file=write(tmp_path / name, rows))
     record = dataset_record(flags)
     streamed = list(stream_training_rows(record, flags, tokenizer, seed=0))
     loaded = list(tokenize(load_examples(record, flags, "train"), tokenizer, flags, 128))
     assert sorted(map(str, streamed)) == sorted(map(str, loaded)) and len(streamed) == 6
+
+
+def test_streams_count_and_list_what_they_skip_and_cut(tmp_path, tokenizer, caplog):
+    rows = [*ROWS, {"text": "drei", "title": None}, {"id": "x", "text": " ", "title": "four"}]
+    flags = arguments(train_file=write(tmp_path / "rows.jsonl", rows), max_source_length=2)
+    flags.report_dir = str(tmp_path)
+    stream = stream_training_rows(dataset_record(flags), flags, tokenizer, seed=0)
+    for _ in range(2):  # epochs: a row is listed once
+        assert len(list(stream)) == 2
+    assert "row 2 is skipped: empty target" in caplog.text and "skipped 2 of 4 rows" in caplog.text
+    assert "cut to --max_source_length 2 (1 so far)" in caplog.text
+    listed = [json.loads(line) for line in (tmp_path / "skipped_rows.train.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"], row["reason"]) for row in listed] == [
+        (2, "2", "empty target"),
+        (3, "x", "empty source"),
+    ]
+
+
+def test_a_list_of_skipped_rows_does_not_outlive_its_cause(tmp_path):
+    flags = arguments(train_file=write(tmp_path / "rows.jsonl", [*ROWS, {"text": "", "title": "a"}]))
+    flags.report_dir = str(tmp_path)
+    load_examples(dataset_record(flags), flags, "train")
+    write(tmp_path / "rows.jsonl", ROWS)
+    load_examples(dataset_record(flags), flags, "train")
+    assert not (tmp_path / "skipped_rows.train.jsonl").exists()
+
+
+BAD_FILES = {
+    "broken.jsonl": (
+        b'{"text": "a", "title": "b"}\n' * 2 + b'{"text": \n',
+        r"broken.jsonl, line 3: not JSON",
+    ),
+    "latin.jsonl": (b'{"text": "a", "title": "f\xfcr"}\n', r"latin.jsonl, line 1: not UTF-8"),
+    "latin.csv": (b"text,title\na,f\xfcr\n", "latin.csv: cannot be read as UTF-8"),
+    "ragged.csv": (b"text,title\na,b\nc,d,e\n", "ragged.csv: .* line 3"),
+    "empty.csv": (b"", "empty.csv: is empty"),
+    "header.csv": (b"text,title\n", "header.csv: .*is empty"),
+    "empty.jsonl": (b"", "empty.jsonl: is empty"),
+    "zip.jsonl.gz": (b'{"text": "a", "title": "b"}\n', "zip.jsonl.gz: cannot be read"),
+    "cut.parquet": (b"PAR1", "cut.parquet: "),
+    "columns.jsonl": (b'{"text": "a", "titel": "b"}\n', "no column 'title'; found text, titel"),
+    "useless.jsonl": (b'{"text": "a", "title": ""}\n', "none of 1 rows can be used; row 0: empty target"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_get_one_line(tmp_path, tokenizer, name, streaming):
+    content, complaint = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    flags = arguments(train_file=str(tmp_path / name))
+    with pytest.raises(UserError, match=complaint):
+        if streaming:
+            list(stream_training_rows(dataset_record(flags), flags, tokenizer, seed=0))
+        else:
+            load_examples(dataset_record(flags), flags, "train")
+
+
+def test_converted_hub_files_are_read_by_configuration(tmp_path):
+    """The hub's branch of converted files: a folder for each configuration, no card."""
+    for config in ("d", "e"):
+        for split in ("train", "validation"):
+            folder = tmp_path / config / split
+            folder.mkdir(parents=True)
+            write(folder / "0000.parquet", [{"text": config, "title": split}])
+    record = DatasetRecord("summarization", "text", "title", str(tmp_path), config="e", revision=PARQUET)
+    for split in ("train", "validation"):
+        examples = load_examples(record, arguments(dataset_name="x"), split)
+        assert (list(examples["source"]), list(examples["target"])) == (["e"], [split])
 
 
 def question_rows(tmp_path, split, context, answers, tokenizer, **settings):
@@ -115,6 +200,11 @@ def test_long_contexts_become_overlapping_windows(tmp_path, tokenizer):
     assert all(set(first.split()) & set(second.split()) for first, second in pairwise(contexts))
     trained = question_rows(tmp_path, "train", " ".join(words), ["word41"], tokenizer, **lengths)
     assert 0 < len(trained) < len(rows) and all("word41" in source for source in trained["source"])
+    flags = DataArguments(task="question_answering", train_file=str(tmp_path / "train.jsonl"), **lengths)
+    streamed = list(stream_training_rows(dataset_record(flags), flags, tokenizer, seed=0))
+    assert sorted(row["input_ids"] for row in streamed) == sorted(
+        tokenizer(list(trained["source"])).input_ids
+    )
 
 
 def test_missing_split_names_the_flag(tmp_path):

@@ -13,13 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from pandas.errors import EmptyDataError
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.tasks import DATASETS, DatasetRecord
+from util.tasks import DATASETS, PARQUET, DatasetRecord
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ DEFAULT_COLUMNS = {
 SEEN_COLUMN = "seen_in_train"
 QUESTION = "question: {question} context: {context}"
 QUESTION_COLUMNS = ("id", "window", "source", "target", "references")
-SHUFFLE_BUFFER = 10_000
+READ_ERRORS = (DatasetGenerationError, ValueError, OSError, StopIteration)  # the last: no rows
 
 
 def dataset_record(data_args: DataArguments) -> DatasetRecord:
@@ -79,7 +81,7 @@ def load_examples(
     rows, origin = load_rows(record, data_args, split)
     if len(rows) == 0:
         raise UserError(f"{origin}: the {split} split is empty.")
-    check_columns(rows, record, origin)
+    check_columns(rows.column_names, rows[0], record, origin)
     if max_samples is not None and not data_args.drop_long_samples:
         rows = rows.select(range(min(max_samples, len(rows))))
     reader = RowReader(record)
@@ -91,7 +93,7 @@ def load_examples(
         kept = drop_long(kept, tokenizer, data_args)
     kept = kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
     if record.task == "question_answering":
-        return split_contexts(kept, record, data_args, split, tokenizer)
+        return split_contexts(kept, kept.column_names, record, data_args, split, tokenizer)
     return kept
 
 
@@ -100,20 +102,29 @@ def skip_bad_rows(examples: Dataset, origin: str, split: str, data_args: DataArg
     problems = examples["problem"]
     bad = [row for row, problem in enumerate(problems) if problem]
     examples = examples.remove_columns("problem")
+    path, place = skipped_rows_file(data_args, split), "not listed"
     if not bad:
+        if path is not None:
+            path.unlink(missing_ok=True)  # of an earlier run
         return examples
     if len(bad) == len(problems):
         raise UserError(f"{origin}: none of {len(bad)} rows can be used; row 0: {problems[0]}.")
-    place = "not listed"
-    if data_args.report_dir is not None:
-        path = Path(data_args.report_dir, f"skipped_rows.{split}.jsonl")
+    if path is not None:
         with path.open("w", encoding="utf8") as file:
-            for row in bad:
-                entry = {"origin": origin, "row": row, "id": examples[row]["id"], "reason": problems[row]}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.writelines(skipped_entry(origin, row, examples[row]["id"], problems[row]) for row in bad)
         place = f"listed in {path}"
     logger.warning("%s: skipped %d of %d rows (%s).", origin, len(bad), len(problems), place)
     return examples.select(sorted(set(range(len(problems))) - set(bad)))
+
+
+def skipped_rows_file(data_args: DataArguments, split: str) -> Path | None:
+    return None if data_args.report_dir is None else Path(data_args.report_dir, f"skipped_rows.{split}.jsonl")
+
+
+def skipped_entry(origin: str, row: int, name: str, problem: str) -> str:
+    """One line of skipped_rows.<split>.jsonl."""
+    entry = {"origin": origin, "row": row, "id": name, "reason": problem}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def number_repeated_ids(examples: Dataset, origin: str) -> Dataset:
@@ -129,13 +140,15 @@ def number_repeated_ids(examples: Dataset, origin: str) -> Dataset:
 
 
 def split_contexts(
-    examples: Dataset,
+    examples: Dataset | IterableDataset,
+    columns: list[str],
     record: DatasetRecord,
     data_args: DataArguments,
     split: str,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> Dataset:
-    """One row for each window of a question's context; for training, only windows that hold the answer."""
+) -> Dataset | IterableDataset:
+    """One row for each window of a question's context, with other `columns`; for training, only windows that
+    hold the answer."""
 
     def windows(row: dict[str, Any]) -> list[str]:
         if tokenizer is None:
@@ -165,7 +178,7 @@ def split_contexts(
         ]
         return {name: [row[name] for row in expanded] for name in QUESTION_COLUMNS}
 
-    return examples.map(expand, batched=True, remove_columns=examples.column_names)
+    return examples.map(expand, batched=True, remove_columns=columns)
 
 
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> list[str]:
@@ -176,28 +189,6 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, strid
         return [text]
     starts = range(0, len(offsets) - stride, length - stride)
     return [text[offsets[start][0] : offsets[min(start + length, len(offsets)) - 1][1]] for start in starts]
-
-
-def stream_training_rows(
-    record: DatasetRecord, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> IterableDataset:
-    """Tokenized training rows, read, shuffled and encoded as they are needed.
-
-    Bad rows are passed over; long contexts are cut, not split.
-    """
-    rows, origin = load_rows(record, data_args, "train", streaming=True)
-    first = next(iter(rows), None)
-    if first is None:
-        raise UserError(f"{origin}: the train split is empty.")
-    if data_args.max_train_samples is not None:
-        rows = rows.take(data_args.max_train_samples)
-    examples = rows.map(RowReader(record), with_indices=True, remove_columns=list(first))
-    examples = examples.filter(lambda row: not row["problem"])
-    encode = Encoder(tokenizer, data_args.max_source_length, data_args.max_target_length)
-    encoded = examples.map(encode, batched=True, remove_columns=list(RowReader(record)(first, 0)))
-    if data_args.drop_long_samples:
-        raise UserError("--drop_long_samples needs all rows at once: leave --streaming out.")
-    return encoded.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
 def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
@@ -224,7 +215,12 @@ def load_rows(
     local = getattr(data_args, SPLIT_FILES[split])
     if local is None and data_args.data_dir is not None:
         local = find_split_file(Path(data_args.data_dir), data_args.dataset_name, split)
-    if local is None and record.folder is not None:
+        if local is None and record.folder is None:
+            raise UserError(
+                f"--data_dir {data_args.data_dir} has no {split} split: no file like "
+                f"{data_args.dataset_name or 'data set'}.{split}.json(l), .csv or .parquet (also .gz)."
+            )
+    if local is None and record.folder is not None:  # embedded rows
         local = record.folder / f"{split}.jsonl.gz"
     if local is not None:
         return load_file(Path(local), streaming), str(local)
@@ -232,38 +228,59 @@ def load_rows(
         raise UserError(f"There is no {split} split: give --{SPLIT_FILES[split]} or --dataset_name.")
     origin = f"{record.hub_id} [{split}]"
     hub = {"revision": record.revision, "streaming": streaming} | data_args.hub
+    # The branch of converted files has a folder for each configuration, and no card that names them.
+    config = {"data_dir" if record.revision == PARQUET else "name": record.config}
     try:
-        return load_dataset(record.hub_id, record.config, split=record.splits[split], **hub), origin
-    except (DatasetGenerationError, ValueError, OSError) as error:
+        return load_dataset(record.hub_id, split=record.splits[split], **config, **hub), origin
+    except READ_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--dataset_name {origin} cannot be loaded: {reason}") from error
 
 
-def find_split_file(folder: Path, dataset_name: str | None, split: str) -> Path:
+def find_split_file(folder: Path, dataset_name: str | None, split: str) -> Path | None:
     """`<split>.<format>` or `<data set>.<split>.<format>` in a folder, gzipped or not."""
     stems = [split] if dataset_name is None else [f"{dataset_name}.{split}", split]
     names = [
         f"{stem}.{suffix}{zipped}" for stem in stems for suffix in FILE_FORMATS for zipped in ("", ".gz")
     ]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"--data_dir {folder} has no {split} split: no file like {names[0]} or {names[1]}.")
-    return found[0]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def load_file(path: Path, streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of a local .json/.jsonl/.csv/.parquet file, gzipped or not."""
-    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    if suffix not in FILE_FORMATS:
+    if file_format(path) is None:
         raise UserError(f"{path}: unknown format; use one of .{', .'.join(FILE_FORMATS)} (also .gz).")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        return load_dataset(FILE_FORMATS[suffix], data_files=str(path), split="train", streaming=streaming)
-    except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:  # the last: no rows
-        if FILE_FORMATS[suffix] == "json":
-            raise UserError(describe_bad_json(path)) from error
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        if path.name.endswith(".parquet.gz"):  # the loader decompresses the text formats alone
+            with gzip.open(path) as file:
+                rows = Dataset(pq.read_table(file))
+            return rows.to_iterable_dataset() if streaming else rows
+        rows = load_dataset(file_format(path), data_files=str(path), split="train", streaming=streaming)
+        if not streaming:
+            rows.data.table.validate(full=True)  # of JSON, the loader takes text that is not UTF-8
+        return rows
+    except READ_ERRORS as error:
+        raise UserError(describe_read_error(str(path), error)) from error
+
+
+def describe_read_error(origin: str, error: Exception) -> str:
+    """What is wrong with a file, in one line; `origin` is its path, or names a data set of the hub."""
+    path = Path(origin)
+    if path.is_file() and file_format(path) == "json":
+        return describe_bad_json(path)
+    reason = error.__cause__ or error
+    if isinstance(reason, UnicodeDecodeError):
+        return f"{origin}: cannot be read as UTF-8 text ({reason})."
+    if isinstance(reason, EmptyDataError) or "corresponds to no data" in str(reason):
+        return f"{origin}: is empty."
+    return f"{origin}: {' '.join(str(reason).split())}"
+
+
+def file_format(path: Path) -> str | None:
+    """The loader for a file's name, gzipped or not, if there is one."""
+    return FILE_FORMATS.get(path.name.removesuffix(".gz").rsplit(".", 1)[-1])
 
 
 def describe_bad_json(path: Path) -> str:
@@ -271,29 +288,31 @@ def describe_bad_json(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    json.loads(line)
-                except json.JSONDecodeError as error:
-                    return f"{path}, line {number}: not JSON ({error.msg})."
-    except (UnicodeDecodeError, OSError) as error:
-        return f"{path}: cannot be read as UTF-8 text ({error})."
+        with opener(path, "rb") as lines:
+            for line in lines:
+                number += 1
+                json.loads(line.decode("utf8"))
+    except UnicodeDecodeError as error:
+        return f"{path}, line {number}: not UTF-8 text ({error})."
+    except json.JSONDecodeError as error:
+        return f"{path}, line {number}: not JSON ({error.msg})."
+    except OSError as error:
+        return f"{path}: cannot be read ({error})."
     return f"{path}: {'the rows do not share one set of columns and types' if number else 'is empty'}."
 
 
-def check_columns(rows: Dataset, record: DatasetRecord, origin: str) -> None:
+def check_columns(columns: list[str], first: dict[str, Any], record: DatasetRecord, origin: str) -> None:
     """Raise UserError if a column or language that the record names is missing."""
-    found = ", ".join(rows.column_names)
+    found = ", ".join(columns)
     for flag, column in (("--source_column", record.source), ("--target_column", record.target)):
-        if column not in rows.column_names:
+        if column not in columns:
             raise UserError(f"{origin}: no column {column!r}; found {found}. Name yours with {flag}.")
-    if record.task == "question_answering" and "context" not in rows.column_names:
+    if record.task == "question_answering" and "context" not in columns:
         raise UserError(f"{origin}: no column 'context'; found {found}. Rename yours to it.")
     if record.task == "translation" and record.source == record.target:
         languages = record.languages or (None, None)
         for flag, language in zip(("--source_lang", "--target_lang"), languages, strict=True):
-            known = sorted(rows[0][record.source])
+            known = sorted(first[record.source])
             if language not in known:
                 raise UserError(
                     f"{origin}: no language {language!r} in {record.source!r}; found {known}. Use {flag}."
@@ -308,7 +327,7 @@ class RowReader:
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Columns id, source, target and problem, which is empty where the row can be used."""
-        name = str(row.get("id", index))
+        name = str(index if row.get("id") is None else row["id"])
         try:
             example = self._read(row)
             problem = find_problem(example)

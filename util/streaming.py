@@ -1,0 +1,147 @@
+"""Training rows read as they are needed: `stream_training_rows(record, data_args, tokenizer, seed)`.
+
+Nothing is known of the whole stream, so what is wrong with rows is counted, and listed, while they pass by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from models.errors import UserError
+from util.arguments import DataArguments
+from util.data import (
+    READ_ERRORS,
+    Encoder,
+    RowReader,
+    check_columns,
+    describe_read_error,
+    load_rows,
+    skipped_entry,
+    skipped_rows_file,
+    split_contexts,
+)
+from util.tasks import DatasetRecord
+
+logger = logging.getLogger(__name__)
+
+SHUFFLE_BUFFER = 10_000
+
+
+def stream_training_rows(
+    record: DatasetRecord, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> IterableDataset:
+    """Tokenized training rows, read, shuffled and encoded as they are needed.
+
+    Rows that cannot be used are listed in skipped_rows.train.jsonl as they are met.
+
+    Raises:
+        UserError: there is no such file or column, or no row; while the stream is read: it breaks off, or
+            none of its rows can be used.
+    """
+    if data_args.drop_long_samples:
+        raise UserError("--drop_long_samples needs all rows at once: leave --streaming out.")
+    rows, origin = load_rows(record, data_args, "train", streaming=True)
+    first = next(read_rows(rows, origin), None)
+    if first is None:
+        raise UserError(f"{origin}: the train split is empty.")
+    check_columns(list(first), first, record, origin)
+    if data_args.max_train_samples is not None:
+        rows = rows.take(data_args.max_train_samples)
+    reader = RowReader(record)
+    stream = {
+        "rows": rows,
+        "reader": reader,
+        "skipped": SkippedRows(origin, skipped_rows_file(data_args, "train")),
+    }
+    examples = IterableDataset.from_generator(usable_examples, gen_kwargs=stream)
+    columns = [name for name in reader(first, 0) if name != "problem"]
+    if record.task == "question_answering":
+        examples = split_contexts(examples, columns, record, data_args, "train", tokenizer)
+        columns = ["id", "window", "source", "target", "references"]
+    encode = CountingEncoder(tokenizer, data_args.max_source_length, data_args.max_target_length)
+    encoded = examples.map(encode, batched=True, remove_columns=columns)
+    return encoded.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def read_rows(rows: IterableDataset, origin: str) -> Iterator[dict[str, Any]]:
+    """The rows; a file that cannot be read, from its start or further on, is a UserError that says where."""
+    try:
+        yield from rows
+    except READ_ERRORS as error:
+        raise UserError(describe_read_error(origin, error)) from error
+
+
+def usable_examples(
+    rows: IterableDataset, reader: RowReader, skipped: SkippedRows
+) -> Iterator[dict[str, Any]]:
+    """Examples of one pass over the rows that can be used; the others are handed to `skipped`."""
+    total, bad = 0, 0
+    for total, row in enumerate(read_rows(rows, skipped.origin), 1):
+        example = reader(row, total - 1)
+        problem = example.pop("problem")
+        if problem:
+            bad += 1
+            skipped.add(total - 1, example["id"], problem)
+        else:
+            yield example
+    if bad == total:
+        raise UserError(f"{skipped.origin}: none of {bad} rows can be used; {skipped.first}.")
+    if bad:
+        logger.warning("%s: skipped %d of %d rows (%s).", skipped.origin, bad, total, skipped.place)
+
+
+class Tally:
+    """A count that is logged at 1, 10, 100, ...: a stream has no end to wait for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, message: str, *values: Any) -> None:
+        self.count += 1
+        if str(self.count).rstrip("0") == "1":
+            logger.warning(message + " (%d so far)", *values, self.count)
+
+
+class SkippedRows:
+    """Lists the rows that cannot be used, each once, however often the stream passes."""
+
+    def __init__(self, origin: str, path: Path | None) -> None:
+        self.origin = origin
+        self.path = path
+        self.place = "not listed" if path is None else f"listed in {path}"
+        self.first = ""
+        self.seen: set[int] = set()
+        self.tally = Tally()
+
+    def add(self, row: int, name: str, problem: str) -> None:
+        if row in self.seen:
+            return
+        self.first = self.first or f"row {row}: {problem}"
+        if self.path is not None:
+            with self.path.open("a" if self.seen else "w", encoding="utf8") as file:
+                file.write(skipped_entry(self.origin, row, name, problem))
+        self.seen.add(row)
+        self.tally.add("%s: row %d is skipped: %s (%s)", self.origin, row, problem, self.place)
+
+
+class CountingEncoder(Encoder):
+    """An Encoder that says how many sources it cut."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.tally = Tally()
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = super().__call__(batch)
+        limit = self.max_source_length
+        full = [row for row, token_ids in enumerate(encoded["input_ids"]) if len(token_ids) == limit]
+        for row in full:
+            if len(self.tokenizer(batch["source"][row], verbose=False).input_ids) > limit:
+                self.tally.add("A source is cut to --max_source_length %d", limit)
+        return encoded
