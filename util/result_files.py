@@ -178,9 +178,12 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
         check_keys(entry, SETTING_KEYS, str(path))
         settings[entry["name"]] = Setting(**{key: entry[key] for key in SETTING_KEYS})
     for line, row in read_lines(folder / "records.jsonl", (*RECORD_KEYS, "setting", "row")):
-        known_setting(settings, row["setting"], line).records[row["row"]] = row
+        setting = known_setting(settings, row["setting"], line)
+        check_depth(row, setting.num_layers, line)
+        setting.records[row["row"]] = row
     for line, row in read_lines(folder / "traces.jsonl", TRACE_KEYS):
         setting = known_setting(settings, row["setting"], line)
+        check_depth(row, setting.num_layers, line)
         setting.traces[row["row"]] = as_trace(row, setting.num_layers, line)
     result = ResultSet(
         label=label,
@@ -215,6 +218,12 @@ def known_setting(settings: dict[str, Setting], name: str, place: str) -> Settin
     if name not in settings:
         raise UserError(f"{place}: setting {name!r} is not in settings.json.")
     return settings[name]
+
+
+def check_depth(row: dict[str, Any], num_layers: int, place: str) -> None:
+    exits = row["exit_layers"] or ()
+    if not all(layer in range(1, num_layers + 1) for layer in exits):
+        raise UserError(f"{place}: exit_layers must lie in 1..{num_layers}.")
 
 
 def as_trace(row: dict[str, Any], num_layers: int, place: str) -> Trace:
@@ -376,6 +385,8 @@ def read_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str,
             pieces, exits = row["pieces"], row["exit_layers"]
             if not isinstance(pieces, list) or not isinstance(exits, list | None):
                 raise UserError(f"{place}: pieces and exit_layers must be lists.")
+            if not all(is_number(row[key]) for key in ("tokens", "seconds") if key in keys):
+                raise UserError(f"{place}: tokens and seconds must be numbers.")
             yield place, row
 
 
