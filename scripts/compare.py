@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from rich.text import Text
-from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.confidence import SoftmaxGap
 from models.decoder_view import view_for
 from models.errors import UserError
-from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, StaticExit
+from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments
+from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.data import dataset_record, load_examples
-from util.evaluation import EvaluationSettings, decode_batch, describe_batch, summarize
+from util.evaluation import EvaluationSettings
 from util.report import (
     color_by_depth,
     comparison_table,
@@ -41,19 +40,7 @@ from util.report import (
 )
 from util.tasks import DATASETS, TASKS
 
-BASELINE = "Full depth"
-WARM_UP_SAMPLES = 3
-
-
-@dataclass
-class Method:
-    """A row of the comparison. Without a policy Hugging Face's own `generate` decodes."""
-
-    name: str
-    checkpoint: str
-    loaded: LoadedModel
-    policy: ExitPolicy | None
-    records: list[dict[str, Any]] = field(default_factory=list)
+SHOWN = ("FREE, fixed", "CALM")  # their outputs are printed in colour
 
 
 def parse_flags() -> argparse.Namespace:
@@ -80,13 +67,13 @@ def main() -> None:
     flags = parse_flags()
     disable_progress_bar()
     try:
-        compare(flags)
+        run(flags)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def compare(flags: argparse.Namespace) -> None:
+def run(flags: argparse.Namespace) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -95,16 +82,16 @@ def compare(flags: argparse.Namespace) -> None:
     for loaded in checkpoints.values():
         loaded.model.to(device)
     examples = load_split(flags, checkpoints["free"])
-    settings = EvaluationSettings(
+    evaluation = EvaluationSettings(
         DATASETS[flags.dataset_name].task,
         flags.max_source_length,
         2 * flags.max_target_length,
         flags.output_dir / "predictions.jsonl",
     )
-    warm_up(build_methods(flags, checkpoints), examples, settings)
-    methods = build_methods(flags, checkpoints)
-    decode_interleaved(methods, examples, settings)
-    report(flags, methods, settings)
+    warm_up(build_settings(flags, checkpoints), examples, evaluation)
+    settings = build_settings(flags, checkpoints)
+    decode_interleaved(settings, examples, evaluation)
+    report(flags, settings, evaluation)
 
 
 def load_split(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
@@ -119,7 +106,7 @@ def load_split(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return load_examples(record, data_args, flags.split, loaded.tokenizer, flags.num_samples)
 
 
-def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[Method]:
+def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[Setting]:
     """Every method on the checkpoint that was trained for it, baselines first."""
     shallow = checkpoints["free"].exit_config.shallow_exit_layer
     if shallow is None:
@@ -129,7 +116,7 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
     adaptive = AdaptiveThreshold(flags.free_threshold, flags.adapt_zeta)
     lossless = Free(shallow, SoftmaxGap(), FixedThreshold(flags.lossless_threshold), lossless=True)
     chosen = [
-        ("HF generate", "free", None),
+        (HF_GENERATE, "free", None),
         (BASELINE, "free", FullDepth()),
         (f"Static, layer {shallow}", "free", StaticExit(shallow)),
         ("FREE, fixed", "free", Free(shallow, SoftmaxGap(), fixed)),
@@ -139,40 +126,22 @@ def build_methods(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]
         (f"Static, layer {middle}", "calm", StaticExit(middle)),
         ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
     ]
-    return [Method(name, key, checkpoints[key], policy) for name, key, policy in chosen if key in checkpoints]
+    return [
+        Setting(f"{name} ({key})", name, key, checkpoints[key], policy)
+        for name, key, policy in chosen
+        if key in checkpoints
+    ]
 
 
-def warm_up(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:
-    for index in range(min(WARM_UP_SAMPLES, len(examples))):
-        for method in methods:
-            decode_batch(method.loaded, method.policy, examples.select([index]), settings)
-
-
-def decode_interleaved(methods: list[Method], examples: Dataset, settings: EvaluationSettings) -> None:
-    """All methods on one sentence before the next, each sentence starting with another method."""
-    for index in tqdm(range(len(examples)), desc="Decoding", unit="sentence", disable=None):
-        sample = examples.select([index])
-        start = index % len(methods)
-        for method in methods[start:] + methods[:start]:
-            decoded = decode_batch(method.loaded, method.policy, sample, settings)
-            method.records += describe_batch(method.loaded, sample, decoded)
-
-
-def report(flags: argparse.Namespace, methods: list[Method], settings: EvaluationSettings) -> None:
-    quality = TASKS[settings.task].main_score
-    rows = [describe(method, settings) for method in methods]
-    baselines = {row["checkpoint"]: row for row in rows if row["method"] == BASELINE}
-    for row in rows:
-        baseline = baselines[row["checkpoint"]]
-        row["quality_share"] = 100 * row[quality] / baseline[quality] if baseline[quality] else None
-        row["speedup"] = baseline["seconds"] / row["seconds"]
-        row["speedup_median"] = baseline["seconds_per_sample_median"] / row["seconds_per_sample_median"]
+def report(flags: argparse.Namespace, settings: list[Setting], evaluation: EvaluationSettings) -> None:
+    quality = TASKS[evaluation.task].main_score
+    rows = compare(settings, evaluation)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(flags).items()}
-    context = {"arguments": arguments, "environment": environment(methods[0].loaded.model)}
+    context = {"arguments": arguments, "environment": environment(settings[0].loaded.model)}
     write_json(flags.output_dir / "report.json", {**context, "rows": rows})
     write_csv(flags.output_dir / "report.csv", rows)
-    plot_trade_off(flags.output_dir / "report.png", rows, quality, baselines["free"])
+    plot_trade_off(flags.output_dir / "report.png", rows, quality, rows[1])
     columns = {
         "method": "method",
         "checkpoint": "model",
@@ -186,22 +155,14 @@ def report(flags: argparse.Namespace, methods: list[Method], settings: Evaluatio
         "exit_share": "exits",
     }
     title = f"{flags.dataset_name}, {rows[0]['samples']} {flags.split} samples, batch 1, greedy"
-    print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(methods))
+    print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(settings))
     print_report(f"\nWrote report.json, report.csv and report.png to {flags.output_dir}")
 
 
-def describe(method: Method, settings: EvaluationSettings) -> dict[str, Any]:
-    """A flat row of figures, for the table and the CSV file."""
-    num_layers = view_for(method.loaded.model).num_layers
-    summary = summarize(method.records, settings, num_layers)
-    del summary["arguments"]
-    return {"method": method.name, "checkpoint": method.checkpoint, **summary}
-
-
-def show_samples(methods: list[Method], count: int = 3) -> list[Any]:
+def show_samples(settings: list[Setting], count: int = 3) -> list[Any]:
     """A few sentences of mixed depth as FREE and CALM decoded them, each token coloured by its exit."""
     lines: list[Any] = []
-    shown = [method for method in methods if method.name in ("FREE, fixed", "CALM")]
+    shown = [setting for setting in settings if setting.method in SHOWN]
     mixed = [
         i
         for i, record in enumerate(shown[0].records)
@@ -209,12 +170,11 @@ def show_samples(methods: list[Method], count: int = 3) -> list[Any]:
     ]
     for index in mixed[:count]:
         lines.append(f"\nreference  {shown[0].records[index]['reference']}")
-        for method in shown:
-            record = method.records[index]
+        for setting in shown:
+            record = setting.records[index]
             pieces = [piece.replace("▁", " ") for piece in record["pieces"]]
-            num_layers = view_for(method.loaded.model).num_layers
-            text = color_by_depth(pieces, record["exit_layers"], num_layers)
-            lines.append(Text(f"{method.name:<11}").append_text(text))
+            text = color_by_depth(pieces, record["exit_layers"], setting.num_layers)
+            lines.append(Text(f"{setting.method:<11}").append_text(text))
     return lines
 
 

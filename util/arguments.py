@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ WITHOUT_EFFECT = (  # on predictions
     "hub",
     "report_dir",
     "baseline_predictions",
+    "output_dir",
 )
 CALM_FLAGS = (
     "exit_conf_type",
@@ -55,6 +57,10 @@ CONFIDENCE_TYPES = ("softmax", "meta")
 def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
     return field(default=default, metadata=metadata)
+
+
+def list_flag(default: Iterable[Any], help: str) -> Any:
+    return field(default_factory=lambda: list(default), metadata={"help": help})
 
 
 def require(condition: bool, message: str) -> None:
@@ -460,6 +466,21 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[0].upper() + message[1:])
+
+
+def parse_groups(
+    groups: tuple[type, ...], description: str, argv: list[str] | None = None
+) -> tuple[Any, ...]:
+    """One dataclass a group, from the flags of a script.
+
+    Raises:
+        UserError: unknown, missing, malformed or contradictory flags.
+    """
+    parser = Parser(groups, description=description)
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:  # unknown flags
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

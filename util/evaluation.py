@@ -59,6 +59,7 @@ class Decoded:
     seconds: float
     stats: DecodeStats
     scores: list[float] | None = None  # mean log-probability of each sequence, where windows compete
+    threshold: float | None = None  # of the first token; an adaptive one moves from sequence to sequence
 
 
 def evaluate(
@@ -73,7 +74,7 @@ def evaluate(
     if records is None:
         return None
     results = summarize(records, settings, view_for(loaded.model).num_layers)
-    samples = best_windows(records) if "window" in records[0] else records
+    samples = best_windows(records)
     scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
     write_sample_scores(scores_path, samples, settings.task)
     cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
@@ -181,7 +182,8 @@ def decode_batch(
         output = loaded.model.generate(**inputs, **options)
     tokens = generated_tokens(loaded, output.sequences if competes else output)
     scores = sequence_scores(output, tokens) if competes else None
-    return Decoded(tokens, watch.seconds, stats, scores)
+    threshold = getattr(policy, "threshold", None)
+    return Decoded(tokens, watch.seconds, stats, scores, None if threshold is None else threshold.at(0))
 
 
 def sequence_scores(output: GenerateEncoderDecoderOutput, tokens: list[list[int]]) -> list[float]:
@@ -224,6 +226,8 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
             "exit_layers": stats.exit_layers[row] if stats.exit_layers else None,
             **shared,
         }
+        if decoded.threshold is not None:
+            record["threshold"] = decoded.threshold
         if decoded.scores is not None:
             record |= {"window": example["window"], "sequence_score": decoded.scores[row]}
         if SEEN_COLUMN in example:
@@ -305,7 +309,7 @@ def summarize(records: list[dict[str, Any]], settings: EvaluationSettings, num_l
     tokens = sum(record["tokens"] for record in records)
     seconds = sum(record["seconds"] for record in records)
     exits = [layer for record in records for layer in record["exit_layers"] or ()]
-    samples = best_windows(records) if "window" in records[0] else records
+    samples = best_windows(records)
     results = {
         **score(samples, settings.task),
         "samples": len(samples),
@@ -343,6 +347,8 @@ def summarize_depth(
 
 def best_windows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record a sample: where a long context was split, its most probable answer."""
+    if "window" not in records[0]:
+        return records
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         rival = best.get(record["id"])
@@ -388,7 +394,7 @@ def read_baseline(path: Path, records: list[dict[str, Any]]) -> list[str]:
     """Another system's predictions of the same samples, in the order of `records`."""
     with path.open(encoding="utf8") as file:
         rows = [json.loads(line) for line in file]
-    theirs = {row["id"]: row["prediction"] for row in (best_windows(rows) if "window" in rows[0] else rows)}
+    theirs = {row["id"]: row["prediction"] for row in best_windows(rows)}
     missing = [record["id"] for record in records if record["id"] not in theirs]
     if missing:
         raise UserError(f"--baseline_predictions {path} lacks {len(missing)} samples, such as {missing[0]}.")

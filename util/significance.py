@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.metrics import METRICS, Reference
+from util.metrics import METRICS, Reference, compute_scores
 from util.tasks import TASKS
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
+def draw_scores(
+    task: str, predictions: list[str], references: list[Reference], seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Each of the task's scores on every resample: (RESAMPLES,). Equal sizes and seeds draw equal samples."""
+    metric = METRICS[TASKS[task].metric]()
+    statistics = metric.statistics(predictions, references)
+    draws = [metric.scores(statistics[rows]) for rows in resamples(len(statistics), seed)]
+    return {name: np.array([draw[name] for draw in draws]) for name in metric.names}
+
+
 def confidence_intervals(
     task: str, predictions: list[str], references: list[Reference], seed: int = 0
 ) -> dict[str, list[float]]:
     """95% interval [low, high] of each of the task's scores."""
-    metric = METRICS[TASKS[task].metric]()
-    statistics = metric.statistics(predictions, references)
-    draws = [metric.scores(statistics[rows]) for rows in resamples(len(statistics), seed)]
-    return {name: interval([draw[name] for draw in draws]) for name in metric.names}
+    draws = draw_scores(task, predictions, references, seed)
+    return {name: interval(values) for name, values in draws.items()}
 
 
 def paired_bootstrap(
@@ -33,19 +41,24 @@ def paired_bootstrap(
     seed: int = 0,
 ) -> dict[str, dict[str, float | list[float]]]:
     """Difference to a baseline on the same samples: its value, 95% interval and two-sided p-value."""
-    metric = METRICS[TASKS[task].metric]()
-    ours, theirs = (metric.statistics(texts, references) for texts in (predictions, baseline))
-    draws = [(metric.scores(ours[rows]), metric.scores(theirs[rows])) for rows in resamples(len(ours), seed)]
-    whole = metric.scores(ours), metric.scores(theirs)
+    systems = (predictions, baseline)
+    ours, theirs = (draw_scores(task, texts, references, seed) for texts in systems)
+    our_score, their_score = (compute_scores(task, texts, references) for texts in systems)
     results = {}
-    for name in metric.names:
-        differences = np.array([first[name] - second[name] for first, second in draws])
+    for name in ours:
+        differences = ours[name] - theirs[name]
         results[name] = {
-            "difference": whole[0][name] - whole[1][name],
+            "difference": our_score[name] - their_score[name],
             "interval": interval(differences),
             "p_value": p_value(differences),
         }
     return results
+
+
+def sum_ratio_interval(numerators: list[float], denominators: list[float], seed: int = 0) -> list[float]:
+    """95% interval of sum(numerators) / sum(denominators) over paired samples, such as a speed-up's."""
+    rows = resamples(len(numerators), seed)
+    return interval(np.array(numerators)[rows].sum(1) / np.array(denominators)[rows].sum(1))
 
 
 def resamples(size: int, seed: int) -> np.ndarray:
@@ -53,7 +66,7 @@ def resamples(size: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(size, size=(RESAMPLES, size))
 
 
-def interval(values: list[float] | np.ndarray) -> list[float]:
+def interval(values: np.ndarray) -> list[float]:
     tail = 50 * (1 - CONFIDENCE)
     return np.percentile(values, [tail, 100 - tail]).tolist()
 

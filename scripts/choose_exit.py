@@ -1,0 +1,194 @@
+"""Choose FREE's shallow layer and threshold: predict the speed-up of every candidate, then measure a few.
+
+    python scripts/choose_exit.py --model_name_or_path checkpoints/debian-t5-free --dataset_name debian_de_en
+
+One pass at full depth over a calibration split shows every layer's confidence and agreement with the last
+layer; a cost model of this machine turns them into speed-ups. Data flags are those of run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.confidence import SoftmaxGap
+from models.errors import UserError
+from models.exit_policy import Free, FullDepth
+from models.loading import LoadedModel, load_model
+from models.threshold import FixedThreshold
+from util.arguments import DataArguments, flag, list_flag, parse_groups, require, require_unit_interval
+from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
+from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
+from util.data import dataset_record, load_examples
+from util.evaluation import EvaluationSettings
+from util.report import comparison_table, environment, print_report, write_json
+from util.tasks import TASKS
+
+COLUMNS = {
+    "shallow_layer": "layer",
+    "threshold": "threshold",
+    "agreement": "agreement",
+    "unchanged": "unchanged",
+    "exit_share": "exits",
+    "speedup": "speed-up",
+}
+MEASURED_COLUMNS = COLUMNS | {"measured": "measured", "error": "error %", "quality_share": "% of full"}
+
+
+@dataclass
+class ChooserArguments:
+    model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder.")
+    split: str = flag("validation", "Which split is decoded.", ("validation", "test"))
+    num_samples: int | None = flag(200, "Only the first samples.")
+    shallow_layers: list[int] = list_flag([], "Candidate exits (default: all but the last layer).")
+    thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "Candidates.")
+    min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
+    measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
+    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
+    output_dir: str = flag("save/choose_exit", "Gets choice.json.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
+        require(bool(self.thresholds), "--thresholds: name at least one.")
+        for value in [*self.thresholds, self.min_agreement]:
+            require_unit_interval("thresholds and --min_agreement", value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    disable_progress_bar()
+    try:
+        choose(*parse_groups((ChooserArguments, DataArguments), __doc__, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def choose(flags: ChooserArguments, data: DataArguments) -> None:
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    loaded = load_model(flags.model_name_or_path)
+    if torch.accelerator.is_available():
+        loaded.model.to(torch.accelerator.current_accelerator())
+    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
+    folder = Path(flags.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = EvaluationSettings(
+        data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
+    )
+    full = Setting(BASELINE, BASELINE, "", loaded, FullDepth())
+    candidates = list_candidates(flags, full.num_layers)
+    warm_up([full], examples, evaluation)
+    decode_interleaved([full], examples, evaluation)
+    cost = measure_cost(full)
+    traces = [read_trace(full, record, examples, evaluation) for record in full.records]
+    predictions = [predict_free(cost, traces, layer, threshold) for layer, threshold in candidates]
+    chosen = recommend(predictions, flags.min_agreement)
+    tested = choose_tested(predictions, chosen, flags.measured)
+    rows = measure(tested, loaded, examples, evaluation)
+    report(flags, cost, predictions, chosen, rows, environment(loaded.model))
+
+
+def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:
+    """Pairs of shallow layer and threshold."""
+    layers = flags.shallow_layers or list(range(1, num_layers))
+    for layer in layers:
+        require(1 <= layer < num_layers, f"--shallow_layers must lie in 1..{num_layers - 1}, got {layer}.")
+    return list(product(layers, flags.thresholds))
+
+
+def measure_cost(full: Setting) -> CostModel:
+    tokens = [record["tokens"] for record in full.records]
+    require(len(set(tokens)) > 1, "--num_samples: outputs of different lengths are needed; take more.")
+    return CostModel.measure(full.loaded, tokens, [record["seconds"] for record in full.records])
+
+
+def read_trace(
+    full: Setting, record: dict[str, Any], examples: Dataset, evaluation: EvaluationSettings
+) -> Trace:
+    trace = trace_record(full, record, examples[record["row"]]["source"], evaluation)
+    return Trace(np.array(trace["confidences"]), np.array(trace["agrees"], dtype=bool))
+
+
+def choose_tested(predictions: list[Prediction], chosen: Prediction | None, count: int) -> list[Prediction]:
+    """The recommended candidate and others spread evenly over the predicted speed-ups."""
+    rest = sorted((one for one in predictions if one is not chosen), key=lambda one: one.speedup)
+    places = np.linspace(0, len(rest) - 1, max(0, min(count, len(rest)) - (chosen is not None)))
+    return ([] if chosen is None else [chosen]) + [rest[round(place)] for place in places]
+
+
+def measure(
+    tested: list[Prediction], loaded: LoadedModel, examples: Dataset, evaluation: EvaluationSettings
+) -> list[dict[str, Any]]:
+    """Decode with the candidates, interleaved with full depth: predicted beside measured figures."""
+    settings = [Setting(BASELINE, BASELINE, "", loaded, FullDepth())]
+    for one in tested:
+        policy = Free(one.shallow_layer, SoftmaxGap(), FixedThreshold(one.threshold))
+        settings.append(Setting(f"{one.shallow_layer} {one.threshold}", "FREE", "", loaded, policy))
+    warm_up(settings, examples, evaluation)
+    decode_interleaved(settings, examples, evaluation)
+    rows = compare(settings, evaluation)[1:]
+    quality = TASKS[evaluation.task].main_score
+    return [
+        one.as_row()
+        | {
+            "measured": row["speedup"],
+            "measured_interval": row["speedup_interval"],
+            "error": 100 * (one.speedup / row["speedup"] - 1),
+            "measured_exit_share": row["exit_share"],
+            "quality_share": row["quality_share"],
+            quality: row[quality],
+        }
+        for one, row in zip(tested, rows, strict=True)
+    ]
+
+
+def report(
+    flags: ChooserArguments,
+    cost: CostModel,
+    predictions: list[Prediction],
+    chosen: Prediction | None,
+    rows: list[dict[str, Any]],
+    context: dict[str, Any],
+) -> None:
+    """Write choice.json; print the best candidates of each layer and the comparison."""
+    content = {
+        "recommended": chosen and chosen.as_row(),
+        "cost_seconds": asdict(cost),
+        "predictions": [one.as_row() for one in predictions],
+        "measured": rows,
+        "arguments": asdict(flags),
+        "environment": context,
+    }
+    write_json(Path(flags.output_dir, "choice.json"), content)
+    layers = sorted({one.shallow_layer for one in predictions})
+    best = [
+        recommend([one for one in predictions if one.shallow_layer == layer], flags.min_agreement)
+        for layer in layers
+    ]
+    title = f"Fastest threshold of each layer with agreement >= {flags.min_agreement} (predicted)"
+    parts = {name: f"{1e6 * seconds:.0f} us" for name, seconds in asdict(cost).items()}
+    print_report(
+        comparison_table(title, COLUMNS, [one.as_row() for one in best if one is not None]),
+        comparison_table("Predicted and measured", MEASURED_COLUMNS, rows),
+        "Cost: " + ", ".join(f"{name} {value}" for name, value in parts.items()),
+    )
+    if chosen is None:
+        print(f"No candidate agrees in {flags.min_agreement:.0%} of tokens: lower --min_agreement.")
+    else:
+        print(f"--shallow_exit_layer {chosen.shallow_layer} --shallow2deep_conf_threshold {chosen.threshold}")
+    print(json.dumps({"recommended": content["recommended"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Methods x thresholds x shallow layers x batch sizes on one data set, interleaved: quality against latency.
+
+    python scripts/sweep.py --free checkpoints/debian-t5-free --calm checkpoints/debian-t5-calm \
+        --dataset_name debian_de_en --output_dir save/sweep
+
+Data flags are those of run.py; `--resume_eval True` continues an interrupted sweep. --output_dir gets
+sweep.json and sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have
+predicted): `python scripts/report.py save/sweep` draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.confidence import SoftmaxGap
+from models.errors import UserError
+from models.exit_policy import Calm, Free, FullDepth, StaticExit
+from models.loading import LoadedModel, load_model
+from models.threshold import AdaptiveThreshold, FixedThreshold
+from util.arguments import (
+    DataArguments,
+    flag,
+    list_flag,
+    non_default_settings,
+    parse_groups,
+    require,
+    require_unit_interval,
+)
+from util.comparison import (
+    BASELINE,
+    HF_GENERATE,
+    Setting,
+    areas_under_curves,
+    compare,
+    decode_interleaved,
+    fastest_good,
+    pareto_front,
+    trace_record,
+    warm_up,
+)
+from util.data import dataset_record, load_examples
+from util.evaluation import EvaluationSettings, PredictionLog, fingerprint, replay_calibration
+from util.policies import build_measure
+from util.report import comparison_table, environment, print_report, write_csv, write_json
+from util.tasks import TASKS
+
+METHODS = (HF_GENERATE, "Static", "FREE", "FREE adaptive", "FREE lossless", "FREE shortlist", "CALM")
+COLUMNS = {
+    "name": "setting",
+    "checkpoint": "model",
+    "batch_size": "batch",
+    "quality_share": "% of full",
+    "tokens_per_second": "tokens/s",
+    "ms_per_token": "ms/token",
+    "speedup": "speed-up",
+    "ideal_speedup": "ideal",
+    "real_over_ideal": "real/ideal",
+    "average_layers": "layers",
+    "exit_share": "exits",
+}
+
+
+@dataclass
+class SweepArguments:
+    free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
+    calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
+    methods: list[str] = list_flag(METHODS, f"Of {', '.join(METHODS)}; {BASELINE} always runs.")
+    static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).")
+    shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).")
+    free_thresholds: list[float] = list_flag([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.")
+    lossless_thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.")
+    adapt_zetas: list[float] = list_flag([0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.")
+    calm_thresholds: list[float] = list_flag([0.3, 0.5, 0.7, 0.8, 0.9, 0.95], "CALM's.")
+    exit_layers: list[int] = list_flag([], "Layers after which CALM tests (default: all).")
+    conf_shortlist: str | None = flag(None, "File of scripts/learn_shortlist.py, for FREE shortlist.")
+    batch_sizes: list[int] = list_flag([1], "Samples decoded together; every setting runs at each.")
+    split: str = flag("test", "Which split is decoded.", ("validation", "test"))
+    num_samples: int | None = flag(None, "Only the first samples.")
+    trace_samples: int = flag(8, "Samples of each setting that are traced, for the report's heat maps.")
+    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
+    output_dir: str = flag("save/sweep", "Where results go.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
+        unknown = sorted(set(self.methods) - set(METHODS))
+        require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose of {', '.join(METHODS)}.")
+        for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
+            for value in getattr(self, name):
+                require_unit_interval(name, value)
+        require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
+        largest = max(self.batch_sizes)
+        require(
+            all(largest % size == 0 for size in self.batch_sizes),
+            f"--batch_sizes must divide the largest, {largest}: all settings decode the same blocks.",
+        )
+        require(
+            self.conf_shortlist is None or Path(self.conf_shortlist).is_file(),
+            f"--conf_shortlist: there is no file {self.conf_shortlist}.",
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    disable_progress_bar()
+    try:
+        sweep(*parse_groups((SweepArguments, DataArguments), __doc__, argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def sweep(flags: SweepArguments, data: DataArguments) -> None:
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    checkpoints = load_checkpoints(flags)
+    loaded = next(iter(checkpoints.values()))
+    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
+    folder = Path(flags.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = EvaluationSettings(
+        data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
+    )
+    settings = build_settings(flags, checkpoints)
+    identity = {name: fingerprint(loaded) for name, loaded in checkpoints.items()}
+    log = PredictionLog(evaluation.predictions_file, non_default_settings(flags, data) | identity)
+    start = restore(settings, log, data.resume_eval)
+    write_settings(folder, flags, data, settings, len(examples))
+    if start < len(examples):
+        warm_up(build_settings(flags, checkpoints), examples, evaluation)
+        decode_interleaved(settings, examples, evaluation, start, log.append)
+    log.close()
+    write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
+    report(folder, settings, evaluation)
+
+
+def load_checkpoints(flags: SweepArguments) -> dict[str, LoadedModel]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    paths = {"free": flags.free, "calm": flags.calm}
+    checkpoints = {name: load_model(path) for name, path in paths.items() if path is not None}
+    for loaded in checkpoints.values():
+        loaded.model.to(device)
+    return checkpoints
+
+
+def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[Setting]:
+    """Fresh settings of all methods asked for, each at every batch size, full depth first."""
+    settings = []
+    for checkpoint, loaded in checkpoints.items():
+        for size in flags.batch_sizes:
+            for name, method, policy, parameters in describe_methods(flags, checkpoint, loaded, checkpoints):
+                label = name if len(checkpoints) == 1 else f"{name} ({checkpoint})"
+                label += "" if size == 1 else f" x{size}"
+                settings.append(
+                    Setting(label, method, checkpoint, loaded, policy, batch_size=size, **parameters)
+                )
+    return settings
+
+
+MethodRow = tuple[str, str, Any, dict[str, Any]]
+"""Name, method, policy (None: Hugging Face's loop) and the parameters that a Setting records."""
+
+
+def describe_methods(
+    flags: SweepArguments, checkpoint: str, loaded: LoadedModel, checkpoints: dict[str, LoadedModel]
+) -> Iterator[MethodRow]:
+    """Every method with every parameter on one checkpoint."""
+    yield BASELINE, BASELINE, FullDepth(), {}
+    if HF_GENERATE in flags.methods:
+        yield HF_GENERATE, HF_GENERATE, None, {}
+    if "Static" in flags.methods:
+        depth = Setting("", "", checkpoint, loaded, None).num_layers
+        for layer in flags.static_layers or range(1, depth):
+            yield f"Static {layer}", "Static", StaticExit(layer), {"shallow_layer": layer}
+    if checkpoint == "free":
+        yield from describe_free(flags, loaded)
+    if "CALM" in flags.methods and (checkpoint == "calm" or "calm" not in checkpoints):
+        layers = flags.exit_layers or None
+        for threshold in flags.calm_thresholds:
+            name = f"CALM {threshold}" + (f" at {','.join(map(str, layers))}" if layers else "")
+            policy = Calm(SoftmaxGap(), FixedThreshold(threshold), exit_layers=layers)
+            yield name, "CALM", policy, {"threshold": threshold}
+
+
+def describe_free(flags: SweepArguments, loaded: LoadedModel) -> Iterator[MethodRow]:
+    """FREE's variants, at every shallow layer."""
+    own = loaded.exit_config.shallow_exit_layer
+    layers = flags.shallow_layers or ([] if own is None else [own])
+    require(
+        bool(layers) or not any(name.startswith("FREE") for name in flags.methods),
+        f"--free {flags.free} was not trained with a --shallow_exit_layer: name --shallow_layers.",
+    )
+    for layer in layers:
+        where = "" if layers == [own] else f" S{layer}"
+        for method, value, policy in free_policies(flags, loaded, layer):
+            fixed = None if method == "FREE adaptive" else value
+            parameters = {"threshold": fixed, "shallow_layer": layer}
+            yield f"{method}{where} {value}", method, policy, parameters
+
+
+def free_policies(
+    flags: SweepArguments, loaded: LoadedModel, layer: int
+) -> Iterator[tuple[str, float, Free]]:
+    """Method, threshold (or zeta) and policy of each variant."""
+    gap = SoftmaxGap()
+    if "FREE" in flags.methods:
+        for value in flags.free_thresholds:
+            yield "FREE", value, Free(layer, gap, FixedThreshold(value))
+    if "FREE shortlist" in flags.methods and flags.conf_shortlist is not None:
+        shortlist = build_measure("", "softmax", flags.conf_shortlist, loaded)
+        for value in flags.free_thresholds:
+            yield "FREE shortlist", value, Free(layer, shortlist, FixedThreshold(value))
+    if "FREE adaptive" in flags.methods:
+        for zeta in flags.adapt_zetas:
+            yield "FREE adaptive", zeta, Free(layer, gap, AdaptiveThreshold(0.5, zeta))
+    if "FREE lossless" in flags.methods:
+        for value in flags.lossless_thresholds:
+            yield "FREE lossless", value, Free(layer, gap, FixedThreshold(value), lossless=True)
+
+
+def restore(settings: list[Setting], log: PredictionLog, resume: bool) -> int:
+    """Give the settings their records of an interrupted sweep; the number of samples that all have."""
+    records = log.reopen() if resume else log.start()
+    block = max(setting.batch_size for setting in settings)
+    by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
+    for record in records:
+        by_name[record["setting"]].append(record)
+    done = min(map(len, by_name.values()))
+    if done % block:  # only a finished sweep ends within a block
+        done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
+    log.keep([record for record in records if record["row"] < done])
+    for setting in settings:
+        setting.records = by_name[setting.name][:done]
+        replay_calibration(setting.policy, setting.records)
+    return done
+
+
+def write_settings(
+    folder: Path, flags: SweepArguments, data: DataArguments, settings: list[Setting], samples: int
+) -> None:
+    """What was run, for reports."""
+    named = data.dataset_name or data.test_file or data.validation_file
+    content = {
+        "arguments": asdict(flags) | non_default_settings(data),
+        "environment": environment(settings[0].loaded.model),
+        "dataset": named,
+        "split": flags.split,
+        "task": data.task,
+        "main_score": TASKS[data.task].main_score,
+        "samples": samples,
+        "settings": [setting.describe() for setting in settings],
+    }
+    write_json(folder / "settings.json", content)
+
+
+def write_traces(
+    path: Path, settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings, count: int
+) -> None:
+    """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
+    with path.open("w", encoding="utf8") as file:
+        for setting in settings:
+            if setting.batch_size > 1:
+                continue
+            chosen = setting.records if setting.method == BASELINE else setting.records[:count]
+            for record in chosen:
+                trace = trace_record(setting, record, examples[record["row"]]["source"], evaluation)
+                file.write(json.dumps(trace, ensure_ascii=False) + "\n")
+
+
+def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings) -> None:
+    """Write and print the figures."""
+    quality = TASKS[evaluation.task].main_score
+    rows = compare(settings, evaluation)
+    areas, fastest = areas_under_curves(rows), fastest_good(rows)
+    summary = {"auc": areas, "fastest_99": fastest, "pareto": pareto_front(rows, quality)}
+    write_json(folder / "sweep.json", {"rows": rows, **summary})
+    write_csv(folder / "sweep.csv", rows)
+    columns = dict([*list(COLUMNS.items())[:3], (quality, quality.upper()), *list(COLUMNS.items())[3:]])
+    best = [{"method": name, "auc": area} for name, area in areas.items()]
+    print_report(
+        comparison_table(f"{rows[0]['samples']} samples", columns, rows),
+        comparison_table("Area under quality against latency", {"method": "", "auc": "AUC"}, best),
+        f"Fastest at 99% of full quality: {', '.join(filter(None, fastest.values()))}",
+        f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}",
+    )
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Comparing settings: interleaved decoding, relative figures, the sweep and the choice of an exit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.confidence import SoftmaxGap
+from models.decoding import DecodeStats, early_exit_decode
+from models.exit_policy import Free
+from models.loading import load_model
+from models.threshold import FixedThreshold
+from models.trace import trace_layers
+from scripts import choose_exit, sweep
+from util.comparison import area_under, areas_under_curves, compare_quality, fastest_good, pareto_front
+from util.cost_model import CostModel, Prediction, Trace, parallel_windows, predict_free, recommend
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ["--dataset_name", "debian_de_en", "--drop_long_samples", "True", "--max_source_length", "28"]
+DATA += ["--max_target_length", "28", "--threads", "1"]
+
+
+def row(name, speedup, bleu, method="FREE", batch_size=1):
+    return {
+        "name": name,
+        "method": method,
+        "checkpoint": "free",
+        "batch_size": batch_size,
+        "speedup": speedup,
+        "bleu": bleu,
+        "quality_share": 100 * bleu / 20,
+    }
+
+
+ROWS = [
+    row("full", 1.0, 20.0, "Full depth"),
+    row("careful", 1.25, 19.9),
+    row("bold", 2.0, 18.0),
+    row("dominated", 1.2, 17.0),
+    row("batched", 9.0, 20.0, batch_size=8),
+]
+
+
+def test_area_is_the_mean_quality_over_budgets():
+    assert area_under([]) == 0.0
+    assert area_under([(0.5, 0.9)]) == pytest.approx(0.45)
+    assert area_under([(0.5, 1.0), (0.25, 0.8), (0.75, 0.1), (1.2, 1.0)]) == pytest.approx(0.7)
+    assert areas_under_curves(ROWS) == {"FREE (free)": pytest.approx(0.9 * 0.3 + 0.995 * 0.2)}
+
+
+def test_front_and_fastest_good_setting():
+    assert pareto_front(ROWS, "bleu") == ["bold", "careful", "full"]
+    assert fastest_good(ROWS) == {"Full depth": "full", "FREE": "careful"}
+    assert fastest_good([row("bad", 3.0, 1.0)]) == {"FREE": None}
+
+
+def test_quality_share_pairs_its_resamples():
+    draws = np.linspace(10, 30, 1000)
+    shares = compare_quality(9.0, 10.0, 0.9 * draws, draws)
+    assert shares["quality_share"] == 90 and shares["quality_share_interval"] == pytest.approx([90, 90])
+    assert compare_quality(1.0, 0.0, draws, 0 * draws) == {
+        "quality_share": None,
+        "quality_share_interval": None,
+    }
+
+
+def run_script(script, folder, *flags):
+    """Run in this process; the script's output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        script.main(["--output_dir", str(folder), *DATA, *flags])
+    return output.getvalue()
+
+
+def refuse(script, folder, *flags):
+    """The one line with which the script refuses its flags."""
+    message = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(message):
+        script.main(["--output_dir", str(folder), *DATA, *flags])
+    *_, line = message.getvalue().splitlines()  # progress bars come before it
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+SWEEP = ["--free", "checkpoints/debian-t5-free", "--num_samples", "6", "--methods", "FREE", "FREE adaptive"]
+SWEEP += ["--free_thresholds", "0.4", "--adapt_zetas", "0.8", "--batch_sizes", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    run_script(sweep, folder, *SWEEP)
+    return folder
+
+
+def read_records(folder):
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    return {(record["setting"], record["row"]): record for record in map(json.loads, lines)}
+
+
+def test_sweep_writes_figures_records_and_traces(swept):
+    results = json.loads((swept / "sweep.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert set(rows) == {
+        f"{name}{size}" for name in ("Full depth", "FREE 0.4", "FREE adaptive 0.8") for size in ("", " x2")
+    }
+    assert rows["Full depth"]["speedup"] == rows["Full depth x2"]["quality_share"] / 100 == 1
+    free = rows["FREE 0.4"]
+    assert free["real_over_ideal"] == pytest.approx(free["speedup"] / free["ideal_speedup"])
+    assert free["speedup_interval"][0] <= free["speedup"] <= free["speedup_interval"][1]
+    records = read_records(swept)
+    assert len(records) == 6 * 6
+    for index in range(6):  # batches change nothing
+        for name in ("Full depth", "FREE 0.4"):
+            alone, batched = records[name, index], records[name + " x2", index]
+            assert alone["prediction"] == batched["prediction"]
+    traces = [json.loads(line) for line in (swept / "traces.jsonl").read_text().splitlines()]
+    full = [trace for trace in traces if trace["setting"] == "Full depth"]
+    assert len(full) == 6 and all(trace["deep"] == trace["pieces"] for trace in full)
+    assert all(len(trace["agrees"][0]) == 8 for trace in traces)
+
+
+def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
+    lines = (swept / "records.jsonl").read_text().splitlines(keepends=True)
+    for name in ("settings.json", "records.settings.json"):
+        (tmp_path / name).write_text((swept / name).read_text())
+    (tmp_path / "records.jsonl").write_text("".join(lines[:17]) + '{"cut": "o')
+    output = run_script(sweep, tmp_path, *SWEEP, "--resume_eval", "True")
+    before, after = read_records(swept), read_records(tmp_path)
+    assert "6 samples" in output and set(before) == set(after)
+    for key, record in before.items():
+        kept = key[1] < 2  # one whole block of two samples and six settings was there
+        assert (record["seconds"] == after[key]["seconds"]) == kept
+        same = ("prediction", "exit_layers", "threshold")
+        assert all(record.get(name) == after[key].get(name) for name in same)
+    other = [*SWEEP[:3], "5", "--resume_eval", "True"]
+    assert "num_samples" in refuse(sweep, tmp_path, *other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--free or --calm"),
+        (["--free", "checkpoints/debian-t5-free", "--methods", "FRE"], "--methods: there is no FRE"),
+        (["--free", "checkpoints/debian-t5-free", "--batch_sizes", "2", "3"], "--batch_sizes must divide"),
+        (["--free", "checkpoints/debian-t5-calm", "--num_samples", "2"], "--shallow_layers"),
+        (["--free", "checkpoints/debian-t5-free", "--free_thresholds", "1.5"], "free_thresholds must lie"),
+    ],
+)
+def test_sweep_refuses_bad_flags(tmp_path, flags, message):
+    assert message in refuse(sweep, tmp_path, *flags)
+
+
+def test_windows_end_at_unsure_tokens():
+    assert parallel_windows(np.array([True, True, False, True, False, True])) == [3, 2]
+    assert parallel_windows(np.array([False, False])) == [1, 1]
+    assert parallel_windows(np.array([True, True])) == []
+
+
+LAYERS_ONLY = CostModel(layer=1.0, parallel_token=0.0, head=0.0, confidence=0.0, step=0.0, sample=0.0)
+
+
+def test_prediction_is_what_free_does_where_its_output_stays_full_depths():
+    loaded = load_model(str(ROOT / "checkpoints/debian-t5-free"))
+    inputs = loaded.tokenizer("Entwicklungsdateien für die C-Bibliothek", return_tensors="pt")
+    full = loaded.model.generate(**inputs, max_length=40)
+    stats, policy = DecodeStats(), Free(2, SoftmaxGap(), FixedThreshold(0.9))
+    engine = {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
+    assert torch.equal(loaded.model.generate(**inputs, max_length=40, **engine), full)
+    assert 0 < stats.exit_share < 1
+    traced = trace_layers(loaded.model, **inputs, sequences=full)
+    trace = Trace(traced.confidences[0].numpy(), traced.agrees[0].numpy())
+    prediction = predict_free(LAYERS_ONLY, [trace], 2, 0.9)
+    assert prediction.exit_share == pytest.approx(stats.exit_share)
+    assert prediction.speedup == pytest.approx(stats.ideal_speedup)
+    assert prediction.agreement == prediction.unchanged == 1
+
+
+def test_prediction_counts_every_part_and_wrong_exits():
+    cost = CostModel(layer=1.0, parallel_token=0.5, head=2.0, confidence=3.0, step=5.0, sample=10.0)
+    confidences = np.array([[0.9, 1.0], [0.1, 1.0], [0.8, 1.0]])
+    agrees = np.array([[True, True], [False, True], [False, True]])
+    prediction = predict_free(cost, [Trace(confidences, agrees)], 1, 0.5)
+    full = 10 + 3 * (5 + 2 * 1 + 2)
+    free = 10 + 3 * (5 + 1 + 2 + 3) + (1 + 0.5) + 2
+    assert prediction.speedup == pytest.approx(full / free)
+    assert prediction.agreement == pytest.approx(2 / 3) and prediction.unchanged == 0
+
+
+def test_measured_parts_are_plausible():
+    loaded = load_model(str(ROOT / "checkpoints/debian-t5-free"))
+    cost = CostModel.measure(loaded, [5, 10, 20], [0.02, 0.03, 0.05])
+    assert cost.layer > 0 and cost.head > 0 and cost.sample == pytest.approx(0.01)
+
+
+def test_recommended_candidate_is_the_fastest_that_agrees():
+    slow, fast, wrong = (
+        Prediction(2, 0.5, speedup, 0.5, agreement, 0.9)
+        for speedup, agreement in ((1.1, 0.999), (1.4, 0.99), (2.0, 0.8))
+    )
+    assert recommend([slow, fast, wrong], 0.98) is fast
+    assert recommend([wrong], 0.98) is None
+
+
+def test_chooser_compares_its_predictions_with_measurements(tmp_path):
+    flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--num_samples", "4", "--measured", "2"]
+    flags += ["--shallow_layers", "2", "4", "--thresholds", "0.4", "0.9"]
+    output = run_script(choose_exit, tmp_path, *flags)
+    choice = json.loads((tmp_path / "choice.json").read_text())
+    assert len(choice["predictions"]) == 4 and len(choice["measured"]) == 2
+    best = choice["recommended"]
+    assert f"--shallow_exit_layer {best['shallow_layer']}" in output
+    for one in choice["measured"]:
+        assert one["error"] == pytest.approx(100 * (one["speedup"] / one["measured"] - 1))

@@ -1,0 +1,220 @@
+"""Several settings on the same samples, interleaved: records, and figures relative to full depth.
+
+`decode_interleaved(settings, examples, evaluation)` decodes block by block; `compare(settings, evaluation)`
+gives one row of figures a setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from models.decoder_view import view_for
+from models.exit_policy import ExitPolicy
+from models.loading import LoadedModel
+from models.trace import trace_layers
+from util.evaluation import (
+    EvaluationSettings,
+    batch_indices,
+    best_windows,
+    decode_batch,
+    describe_batch,
+    summarize,
+    texts_of,
+)
+from util.significance import draw_scores, interval, sum_ratio_interval
+from util.tasks import TASKS
+
+BASELINE = "Full depth"
+HF_GENERATE = "HF generate"
+WARM_UP_SAMPLES = 3
+GOOD_SHARE = 99.0  # per cent of full depth's quality
+
+
+@dataclass
+class Setting:
+    """A method with its parameters on one checkpoint. Without a policy Hugging Face's `generate` decodes."""
+
+    name: str
+    method: str
+    checkpoint: str
+    loaded: LoadedModel
+    policy: ExitPolicy | None
+    threshold: float | None = None
+    shallow_layer: int | None = None
+    batch_size: int = 1
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """Settings that share a baseline."""
+        return self.checkpoint, self.batch_size
+
+    @property
+    def num_layers(self) -> int:
+        return view_for(self.loaded.model).num_layers
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the setting in result files."""
+        names = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
+        return {name: getattr(self, name) for name in names}
+
+
+def warm_up(settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings) -> None:
+    """Let every setting decode something before it is timed; policies that learn must be made anew after."""
+    for index in range(min(WARM_UP_SAMPLES, len(examples))):
+        for setting in settings:
+            decode_batch(setting.loaded, setting.policy, examples.select([index]), evaluation)
+
+
+def decode_interleaved(
+    settings: list[Setting],
+    examples: Dataset,
+    evaluation: EvaluationSettings,
+    start: int = 0,
+    keep: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
+) -> None:
+    """All settings on one block of samples before the next, each block starting with another setting.
+
+    A block is as large as the largest batch. `start` is the first sample to decode; `keep` is given the
+    records of each finished block, marked with their setting and row.
+    """
+    size = max(setting.batch_size for setting in settings)
+    blocks = list(batch_indices(start, len(examples), size))
+    for number, block in enumerate(tqdm(blocks, desc="Decoding", unit="block", disable=None), start // size):
+        first = number % len(settings)
+        for setting in settings[first:] + settings[:first]:
+            for rows in batch_indices(block.start, block.stop, setting.batch_size):
+                batch = examples.select(rows)
+                decoded = decode_batch(setting.loaded, setting.policy, batch, evaluation)
+                setting.records += [
+                    {"setting": setting.name, "row": row, **record}
+                    for row, record in zip(rows, describe_batch(setting.loaded, batch, decoded), strict=True)
+                ]
+        keep([record for setting in settings for record in setting.records[-len(block) :]])
+
+
+def trace_record(
+    setting: Setting, record: dict[str, Any], source: str, evaluation: EvaluationSettings
+) -> dict[str, Any]:
+    """One output with the confidence and the agreement of every layer at each of its T tokens."""
+    model, tokenizer = setting.loaded.model, setting.loaded.tokenizer
+    inputs = tokenizer(source, max_length=evaluation.max_source_length, truncation=True, return_tensors="pt")
+    start = model.generation_config.decoder_start_token_id
+    sequence = torch.tensor([[start, *tokenizer.convert_tokens_to_ids(record["pieces"])]])  # (1, 1 + T)
+    tensors = (inputs["input_ids"], inputs["attention_mask"], sequence)
+    trace = trace_layers(model, *(tensor.to(model.device) for tensor in tensors))
+    return {
+        **{name: record[name] for name in ("setting", "row", "id", "pieces", "exit_layers")},
+        "confidences": [[round(value, 4) for value in token] for token in trace.confidences[0].tolist()],
+        "agrees": trace.agrees[0].int().tolist(),
+        "deep": tokenizer.convert_ids_to_tokens(trace.tokens[0, :, -1].tolist()),
+    }
+
+
+def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dict[str, Any]]:
+    """One row a setting: its own figures, and those relative to full depth, with 95% intervals."""
+    quality = TASKS[evaluation.task].main_score
+    baselines = {setting.group: setting for setting in settings if setting.method == BASELINE}
+    own = {setting.name: summarize_setting(setting, evaluation) for setting in settings}
+    draws = {
+        setting.name: draw_scores(evaluation.task, *texts_of(best_windows(setting.records)))[quality]
+        for setting in settings
+    }
+    for setting in settings:
+        row, baseline = own[setting.name], baselines[setting.group]
+        scores = row[quality], own[baseline.name][quality]
+        row["interval"] = interval(draws[setting.name])
+        row |= compare_quality(*scores, draws[setting.name], draws[baseline.name])
+        row |= compare_speed(setting.records, baseline.records)
+        if row.get("ideal_speedup"):
+            row["real_over_ideal"] = row["speedup"] / row["ideal_speedup"]
+    return list(own.values())
+
+
+def summarize_setting(setting: Setting, evaluation: EvaluationSettings) -> dict[str, Any]:
+    """A setting's own figures."""
+    summary = summarize(
+        setting.records, replace(evaluation, batch_size=setting.batch_size), setting.num_layers
+    )
+    del summary["arguments"]
+    return setting.describe() | summary
+
+
+def compare_quality(
+    score: float, full_score: float, draws: np.ndarray, full_draws: np.ndarray
+) -> dict[str, Any]:
+    """Per cent of full depth's quality and the interval over paired resamples; None where it has none."""
+    if full_score == 0 or (full_draws == 0).any():
+        return {
+            "quality_share": 100 * score / full_score if full_score else None,
+            "quality_share_interval": None,
+        }
+    return {
+        "quality_share": 100 * score / full_score,
+        "quality_share_interval": interval(100 * draws / full_draws),
+    }
+
+
+def compare_speed(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speed-up over the baseline: in total time, with its interval, and of the median sample."""
+    ours, theirs = ([record["seconds"] for record in rows] for rows in (records, baseline))
+    return {
+        "speedup": sum(theirs) / sum(ours),
+        "speedup_interval": sum_ratio_interval(theirs, ours),
+        "speedup_median": float(np.median(theirs) / np.median(ours)),
+    }
+
+
+def fastest_good(rows: list[dict[str, Any]]) -> dict[str, str | None]:
+    """Of each method, the fastest setting at batch 1 that keeps 99% of full depth's quality."""
+    best: dict[str, dict[str, Any] | None] = {}
+    for row in at_batch_one(rows):
+        current = best.setdefault(row["method"], None)
+        good = row["quality_share"] is not None and row["quality_share"] >= GOOD_SHARE
+        if good and (current is None or row["speedup"] > current["speedup"]):
+            best[row["method"]] = row
+    return {method: row and row["name"] for method, row in best.items()}
+
+
+def pareto_front(rows: list[dict[str, Any]], quality: str) -> list[str]:
+    """Names of the settings at batch 1 that no other beats in both speed-up and quality, fastest first."""
+    front, best = [], -np.inf
+    for row in sorted(at_batch_one(rows), key=lambda row: (-row["speedup"], -row[quality])):
+        if row[quality] > best:
+            front.append(row["name"])
+            best = row[quality]
+    return front
+
+
+def areas_under_curves(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each method on each checkpoint, the area under quality against latency, both relative to full depth.
+
+    At a latency budget x in [0, 1], quality is the best of the settings within it, 0 below the fastest; full
+    depth itself counts at x = 1. So the area is the mean share of full quality over uniform budgets.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in at_batch_one(rows):
+        if row["method"] not in (BASELINE, HF_GENERATE) and row["quality_share"] is not None:
+            curve = curves.setdefault(f"{row['method']} ({row['checkpoint']})", [])
+            curve.append((1 / row["speedup"], row["quality_share"] / 100))
+    return {name: area_under(points) for name, points in curves.items()}
+
+
+def area_under(points: list[tuple[float, float]]) -> float:
+    """Integral over [0, 1] of the highest y among points (x, y) at or left of each place."""
+    area, best, place = 0.0, 0.0, 0.0
+    for x, y in sorted(point for point in points if point[0] < 1):
+        area += best * (x - place)
+        best, place = max(best, y), x
+    return area + best * (1 - place)
+
+
+def at_batch_one(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if row["batch_size"] == 1)

@@ -1,0 +1,156 @@
+"""Predict what FREE would cost at any shallow layer and threshold, from one traced pass at full depth.
+
+`CostModel.measure(...)` times this model's parts on this machine; `predict_free(cost, traces, layer,
+threshold)` replays FREE's decisions on traced sequences and adds the parts up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.confidence import SoftmaxGap
+from models.decoder_view import view_for
+from models.loading import LoadedModel
+
+REPEATS = 40
+PREFIX = 8  # cached tokens of a typical step
+WINDOW = 4  # tokens of a typical parallel pass
+
+
+@dataclass
+class Trace:
+    """T tokens of one sequence that full depth decoded, and what L layers made of them."""
+
+    confidences: np.ndarray  # (T, L)
+    agrees: np.ndarray  # (T, L) whether the layer's prediction is the last one's
+
+
+@dataclass
+class CostModel:
+    """Seconds of the parts of decoding at batch 1."""
+
+    layer: float  # one layer on one token
+    parallel_token: float  # each further token of a parallel pass through one layer
+    head: float  # final norm and vocabulary projection
+    confidence: float  # the confidence test, projection excluded
+    step: float  # the rest of a step: embedding, processors, criteria
+    sample: float  # encoder and preparation of one sample
+
+    @classmethod
+    def measure(cls, loaded: LoadedModel, tokens: list[int], seconds: list[float]) -> CostModel:
+        """Time layers and head alone; take the rest from (N,) samples decoded at full depth."""
+        parts = time_parts(loaded)
+        per_token, per_sample = np.polyfit(tokens, seconds, 1)
+        step = per_token - view_for(loaded.model).num_layers * parts["layer"] - parts["head"]
+        return cls(**parts, step=max(float(step), 0.0), sample=max(float(per_sample), 0.0))
+
+    def full_depth(self, tokens: int, num_layers: int) -> float:
+        """Seconds of one sample at full depth."""
+        return self.sample + tokens * (self.step + num_layers * self.layer + self.head)
+
+    def free(self, windows: list[int], tokens: int, shallow: int, num_layers: int) -> float:
+        """Seconds of one sample under FREE; `windows` are the sizes of its parallel passes."""
+        shallow_step = self.step + shallow * self.layer + self.head + self.confidence
+        deep_layer = [self.layer + (size - 1) * self.parallel_token for size in windows]
+        passes = (num_layers - shallow) * sum(deep_layer) + len(windows) * self.head
+        return self.sample + tokens * shallow_step + passes
+
+
+@torch.inference_mode()
+def time_parts(loaded: LoadedModel) -> dict[str, float]:
+    """Median seconds of a layer, of a further token in it, of the head and of the confidence test."""
+    view, measure = view_for(loaded.model), SoftmaxGap()
+    device = loaded.model.device
+    memory = loaded.model.get_encoder()(input_ids=torch.ones(1, PREFIX, dtype=torch.long, device=device))
+
+    def run(hidden: Tensor) -> Callable[[], Any]:
+        state = view.begin(None, encoder_outputs=memory)
+        view.run_layers(state, prefix, 0, view.num_layers)
+
+        def call() -> None:
+            view.run_layers(state, hidden, 0, view.num_layers)
+            view.truncate(state, PREFIX)
+
+        return call
+
+    state = view.begin(None, encoder_outputs=memory)
+    prefix = view.embed(state, torch.ones(1, PREFIX, dtype=torch.long, device=device))  # (1, P, D)
+    one, window = (median_seconds(run(prefix[:, :size]), device) for size in (1, WINDOW))
+    last = prefix[:, -1]
+    head = median_seconds(lambda: view.project(view.normalize(last, view.num_layers)), device)
+    test = median_seconds(lambda: measure(view, view.normalize(last, view.num_layers)), device)
+    return {
+        "layer": one / view.num_layers,
+        "parallel_token": max(window - one, 0.0) / (WINDOW - 1) / view.num_layers,
+        "head": head,
+        "confidence": max(test - head, 0.0),
+    }
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call, after two that are not counted."""
+    times = []
+    for _ in range(REPEATS + 2):
+        start = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+@dataclass
+class Prediction:
+    """What FREE would do at one shallow layer and threshold, if its outputs stayed full depth's."""
+
+    shallow_layer: int
+    threshold: float
+    speedup: float
+    exit_share: float
+    agreement: float  # share of tokens equal to full depth's: all but exits that disagree
+    unchanged: float  # share of sequences without such an exit
+
+    def as_row(self) -> dict[str, float]:
+        return vars(self)
+
+
+def predict_free(cost: CostModel, traces: list[Trace], shallow_layer: int, threshold: float) -> Prediction:
+    """Replay FREE's decisions: its shallow states are exact, so that its confidences are the traced ones."""
+    seconds = full_seconds = 0.0
+    exits, wrong, unchanged = 0, 0, 0
+    for trace in traces:
+        tokens, num_layers = trace.confidences.shape
+        sure = trace.confidences[:, shallow_layer - 1] > threshold
+        mistakes = int((sure & ~trace.agrees[:, shallow_layer - 1]).sum())
+        seconds += cost.free(parallel_windows(sure), tokens, shallow_layer, num_layers)
+        full_seconds += cost.full_depth(tokens, num_layers)
+        exits, wrong, unchanged = exits + int(sure.sum()), wrong + mistakes, unchanged + (mistakes == 0)
+    total = sum(len(trace.confidences) for trace in traces)
+    return Prediction(
+        shallow_layer,
+        threshold,
+        speedup=full_seconds / seconds,
+        exit_share=exits / total,
+        agreement=1 - wrong / total,
+        unchanged=unchanged / len(traces),
+    )
+
+
+def parallel_windows(sure: np.ndarray) -> list[int]:
+    """Tokens in each parallel pass: an unsure one and the sure ones waiting before it. (T,) bool -> sizes."""
+    unsure = np.flatnonzero(~sure)
+    return np.diff(unsure, prepend=-1).tolist()
+
+
+def recommend(predictions: list[Prediction], min_agreement: float) -> Prediction | None:
+    """The fastest candidate whose tokens agree often enough; None if none does."""
+    good = [candidate for candidate in predictions if candidate.agreement >= min_agreement]
+    return max(good, key=lambda candidate: candidate.speedup, default=None)
