@@ -76,7 +76,7 @@ class CalibrationArguments:
     )
     thresholds: list[float] = field(
         default_factory=default_thresholds,
-        metadata={"help": "Candidates; tokens exit above, so that 1.0 is full depth."},
+        metadata={"help": "Candidates; a token exits above, so that 1.0 is full depth."},
     )
     fastest_by: str = flag("layers", "What the fastest is measured by.", tuple(SPEEDS))
     split: str = flag("validation", "Held-out samples to calibrate on.", ("validation", "test"))
@@ -152,7 +152,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     calibrated = CalibratedThreshold(
         **judge(flags, rows, losses[flags.consistency]),
         model=fingerprint(loaded),
-        data=describe_data(examples, data, flags.split),
+        data={"split": flags.split, **describe_data(examples, data)},
         settings=decoding_settings(exit_flags, data, *lengths),
         environment=environment(loaded.model),
     )
@@ -169,7 +169,7 @@ def decode_candidates(
 ) -> list[Outcome] | None:
     """Full depth, then every candidate, writing samples as they come; None in all processes but the first."""
     policies = {"full_depth": ExitArguments(use_synchronize=exit_flags.use_synchronize)}
-    policies |= {f"threshold_{value:g}": with_threshold(exit_flags, value) for value in flags.thresholds}
+    policies |= {f"threshold_{value}": with_threshold(exit_flags, value) for value in flags.thresholds}
     outcomes = []
     for name, policy_flags in tqdm(policies.items(), desc="Policies", unit="policy", disable=None):
         settings = evaluation_settings(arguments, policy_flags, f"{name}.jsonl")
@@ -213,7 +213,7 @@ def judge(flags: CalibrationArguments, rows: list[dict[str, Any]], losses: np.nd
     losses = np.random.default_rng(0).permutation(losses)
     result = certify(flags.method, losses, flags.delta, flags.epsilon, flags.p_value)
     risks = (monotone(losses) if flags.method == "crc" else losses).mean(axis=0)
-    figure = "p_value" if flags.method == "ltt" else "bound"
+    figure = figure_name(flags.method)
     for row, *values in zip(
         rows, risks.tolist(), result.figures.tolist(), result.certified.tolist(), strict=True
     ):
@@ -235,8 +235,12 @@ def judge(flags: CalibrationArguments, rows: list[dict[str, Any]], losses: np.nd
     }
 
 
+def figure_name(method: str) -> str:
+    return "p_value" if method == "ltt" else "bound"
+
+
 def report(calibrated: CalibratedThreshold, folder: Path) -> None:
-    figure = "p_value" if calibrated.method == "ltt" else "bound"
+    figure = figure_name(calibrated.method)
     columns = COLUMNS | {figure: figure.replace("_", "-"), "certified": "certified"}
     shown = [
         row

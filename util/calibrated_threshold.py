@@ -86,7 +86,7 @@ class CalibratedThreshold:
         if self.data["hash"] == data["hash"]:
             logger.warning("%s %s was calibrated on these samples: it promises nothing for them.", FLAG, path)
         names = sorted(
-            name for name in data if name not in ("hash", "split") and data[name] != self.data.get(name)
+            name for name, value in data.items() if name != "hash" and value != self.data.get(name)
         )
         if names:
             logger.warning("%s %s was calibrated on data with another %s.", FLAG, path, ", ".join(names))
@@ -112,11 +112,10 @@ def decoding_settings(
     return settings
 
 
-def describe_data(examples: Dataset, data: DataArguments, split: str) -> dict[str, Any]:
+def describe_data(examples: Dataset, data: DataArguments) -> dict[str, Any]:
     """What samples these are."""
     return {
         "hash": data_hash(examples),
-        "split": split,
         "dataset_name": data.dataset_name,
         "dataset_config_name": data.dataset_config_name,
         "source_prefix": dataset_record(data).prefix,

@@ -17,6 +17,7 @@ from scipy.special import rel_entr
 from scipy.stats import binom
 
 BISECTIONS = 40  # of [0, 1]: far below any difference that matters
+ROUNDING = 1e-15  # relative entropies below it are noise
 
 
 @dataclass(frozen=True)
@@ -141,17 +142,18 @@ def certify(
 def needed_samples(method: str, risk: float, delta: float, epsilon: float) -> int | None:
     """Samples that would certify a candidate if its mean loss stayed at `risk`; None if no number does.
 
-    Under ltt and ucb by the Hoeffding-Bentkus p-value, which also bounds what betting mostly needs.
+    Under ltt and ucb by the Hoeffding-Bentkus p-value: how bets fare depends on more than the mean.
     """
     if risk >= delta:
         return None
     if method == "crc":  # eq. 4, solved for n
         return max(1, math.ceil(round((1 - delta) / (delta - risk), 9)))
-    enough = math.ceil(math.log(1 / epsilon) / (rel_entr(risk, delta) + rel_entr(1 - risk, 1 - delta)))
-    sizes = range(1, enough + 1)  # Hoeffding's inequality alone passes at the last
-    return 1 + bisect.bisect_left(
-        sizes, True, key=lambda n: bool(hoeffding_bentkus(risk, n, delta) <= epsilon)
-    )
+    entropy = rel_entr(risk, delta) + rel_entr(1 - risk, 1 - delta)
+    if entropy < ROUNDING:
+        return None
+    sizes = range(1, math.ceil(math.log(1 / epsilon) / entropy) + 1)  # at the last, Hoeffding's alone passes
+    passes = bisect.bisect_left(sizes, True, key=lambda n: bool(hoeffding_bentkus(risk, n, delta) <= epsilon))
+    return passes + 1
 
 
 def fastest(certified: np.ndarray, speedups: np.ndarray) -> int | None:

@@ -113,7 +113,7 @@ def with_calibrated_threshold(
         raise UserError(
             f"--{name} {given} contradicts --calibrated_threshold_file {path}, which says {value}."
         )
-    calibrated.warn_of_data(path, describe_data(examples, data, ""))
+    calibrated.warn_of_data(path, describe_data(examples, data))
     return with_threshold(flags, value)
 
 

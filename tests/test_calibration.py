@@ -1,0 +1,454 @@
+"""Calibrated thresholds: the statistics, what they promise, and the file from calibration to evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import beta, binom
+from tiny_models import tiny_model
+from transformers import T5Tokenizer
+
+import run
+from models.errors import UserError
+from models.exit_heads import ExitConfig
+from scripts import calibrate, simulate_calibration
+from util.calibrated_threshold import CalibratedThreshold
+from util.calibration import (
+    METHODS,
+    P_VALUES,
+    Certification,
+    betting,
+    certify,
+    fastest,
+    fixed_sequence,
+    hoeffding_bentkus,
+    needed_samples,
+    simulate,
+    upper_bounds,
+)
+from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
+
+ROOT = Path(__file__).resolve().parent.parent
+EPSILON = 0.1
+DELTA = 0.2
+CONTROLLING = [(method, p_value) for method in ("ltt", "ucb") for p_value in P_VALUES]
+
+
+def test_p_value_without_losses_is_the_binomial_one():
+    assert hoeffding_bentkus(0.0, 30, 0.1) == pytest.approx(0.9**30)
+
+
+def test_p_value_follows_its_two_formulas():
+    entropy = 0.1 * math.log(0.1 / 0.2) + 0.9 * math.log(0.9 / 0.8)
+    expected = min(math.exp(-40 * entropy), math.e * binom.cdf(4, 40, 0.2))
+    assert hoeffding_bentkus(0.1, 40, 0.2) == pytest.approx(expected)
+    assert expected < math.exp(-40 * entropy)  # Bentkus' is the smaller here
+
+
+@pytest.mark.parametrize("n", [5, 40, 200])
+@pytest.mark.parametrize("delta", [0.02, 0.2, 0.5])
+def test_p_value_is_super_uniform_for_bernoulli_losses_at_the_boundary(n, delta):
+    counts = np.arange(n + 1)
+    p_values = hoeffding_bentkus(counts / n, n, delta)
+    probabilities = binom.pmf(counts, n, delta)
+    for level in p_values:
+        assert probabilities[p_values <= level].sum() <= level + 1e-12
+
+
+@pytest.mark.parametrize("name", P_VALUES)
+@pytest.mark.parametrize("concentration", [0.02, 1.0, 20.0])
+def test_p_values_are_super_uniform_for_beta_losses_at_the_boundary(name, concentration):
+    generator, draws = np.random.default_rng(0), 4000
+    losses = generator.beta(concentration * DELTA, concentration * (1 - DELTA), size=(60, draws))
+    p_values = P_VALUES[name](losses, DELTA, EPSILON)
+    assert p_values.shape == (draws,) and p_values.max() <= 1
+    for level in (0.01, 0.05, 0.1, 0.3):
+        assert (p_values <= level).sum() <= binom.ppf(0.9999, draws, level)
+
+
+def test_p_values_fall_with_samples_and_rise_with_risk():
+    risks = np.linspace(0, DELTA, 21)
+    for n in (20, 100):
+        assert (np.diff(hoeffding_bentkus(risks, n, DELTA)) >= 0).all()
+        assert (hoeffding_bentkus(risks, 20 * n, DELTA)[:-1] < hoeffding_bentkus(risks, n, DELTA)[:-1]).all()
+    assert hoeffding_bentkus(0.3, 1000, DELTA) == 1.0
+    few = np.tile([[0.0, 0.1, 0.15]], (50, 1))
+    bets = betting(few, DELTA, EPSILON)
+    assert (np.diff(bets) > 0).all() and (betting(np.tile(few, (2, 1)), DELTA, EPSILON) < bets).all()
+
+
+def test_betting_wins_where_losses_vary_little():
+    steady = np.full((200, 1), 0.1)
+    assert betting(steady, 0.13, EPSILON)[0] < EPSILON < hoeffding_bentkus(0.1, 200, 0.13)
+
+
+def test_fixed_sequence_stops_at_the_first_failure():
+    assert fixed_sequence(np.array([True, True, False, True])).tolist() == [True, True, False, False]
+    losses = np.tile([[0.0, 0.0, 0.9, 0.0]], (50, 1))  # the last would pass by itself
+    for method in METHODS:
+        assert certify(method, losses, DELTA, EPSILON).certified.tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", P_VALUES)
+def test_bounds_invert_p_values(name):
+    losses = np.random.default_rng(0).beta(1, 6, size=(80, 5))
+    bounds = upper_bounds(losses, EPSILON, P_VALUES[name])
+    assert (bounds > losses.mean(axis=0)).all()
+    assert P_VALUES[name](losses, bounds, EPSILON) == pytest.approx(np.full(5, EPSILON), rel=1e-6)
+    for delta in (0.1, 0.15, 0.2, 0.25, 0.3):
+        decisions = [certify(method, losses, delta, EPSILON, name).certified for method in ("ltt", "ucb")]
+        assert (decisions[0] == decisions[1]).all()
+
+
+def test_conformal_risk_control_by_hand():
+    losses = np.array([[0.0, 0.2, 0.1], [0.0, 0.0, 0.4], [0.1, 0.0, 0.0]])
+    result = certify("crc", losses, delta=0.4, epsilon=EPSILON)
+    # running maxima: rows (0, .2, .2), (0, 0, .4), (.1, .1, .1); bounds (sum + 1) / 4
+    assert result.figures == pytest.approx([1.1 / 4, 1.3 / 4, 1.7 / 4])
+    assert result.certified.tolist() == [True, True, False]
+
+
+def test_fastest_is_among_the_certified():
+    speedups = np.array([1.0, 2.0, 2.0, 3.0])
+    assert fastest(np.array([True, True, True, False]), speedups) == 1
+    assert fastest(np.zeros(4, dtype=bool), speedups) is None
+
+
+def test_needed_samples():
+    for risk in (0.0, 0.03, 0.1):
+        passing = [n for n in range(1, 400) if hoeffding_bentkus(risk, n, DELTA) <= EPSILON]
+        needed = needed_samples("ltt", risk, DELTA, EPSILON)
+        assert needed in passing and needed <= passing[0] + 1 / max(risk, 0.01)
+    assert needed_samples("ucb", 0.0, 0.1, 0.05) == 29  # 0.9^28 > 0.05 >= 0.9^29
+    assert needed_samples("ltt", DELTA, DELTA, EPSILON) is None
+    assert needed_samples("ltt", DELTA - 1e-6, DELTA, EPSILON) > 1e6
+    assert needed_samples("ltt", np.nextafter(DELTA, 0), DELTA, EPSILON) is None
+    assert needed_samples("crc", 0.1, 0.2, EPSILON) == 8  # 8 / 9 * 0.1 + 1 / 9 = 0.2
+    assert needed_samples("crc", 0.3, 0.2, EPSILON) is None
+
+
+def draw_population(kind):
+    """Losses (N, K) whose risks pass DELTA by a hair at the fifth candidate; the speed-ups rise with them."""
+    ranks = np.random.default_rng(1).permutation(2000)[:, None]
+    quantiles = (ranks + 0.5) / 2000  # stratified, so that risks are as asked for
+    just_above = DELTA + 0.0005
+    risks = np.array([0.001, 0.05, 0.1, 0.15, just_above, just_above, 0.25, 0.4])
+    losses = (
+        beta.ppf(quantiles, risks, 1 - risks) if kind == "beta" else (quantiles > 1 - risks).astype(float)
+    )
+    assert losses.mean(axis=0) == pytest.approx(risks, abs=4e-4)
+    assert (losses.mean(axis=0) > DELTA).tolist() == [False] * 4 + [True] * 4
+    return losses, np.linspace(1, 4, len(risks))
+
+
+def naive(losses, delta, epsilon, p_value):
+    """What the guarantee is better than: the observed risk taken at its word."""
+    risks = losses.mean(axis=0)
+    return Certification(risks, fixed_sequence(risks <= delta))
+
+
+@pytest.mark.parametrize("size", [40, 150])
+@pytest.mark.parametrize("kind", ["bernoulli", "beta"])
+def test_violations_are_as_rare_as_promised(kind, size, monkeypatch):
+    population, speedups = draw_population(kind)
+    allowed = binom.ppf(0.999, 200, EPSILON) / 200
+    settings = {"size": size, "resamples": 200}
+    for method, p_value in CONTROLLING:
+        if (method, p_value) == ("ucb", "betting") and size > 40:
+            continue  # the same decisions as ltt, at forty times the work
+        result = simulate(population, speedups, method, DELTA, EPSILON, p_value, **settings)
+        assert result.violation_rate <= allowed
+        assert result.certified_share == 1 and result.mean_speedup > 1.2  # it is not safe by idleness
+    result = simulate(population, speedups, "crc", DELTA, EPSILON, **settings)
+    assert 0.05 < result.mean_risk <= DELTA
+    monkeypatch.setitem(METHODS, "naive", naive)
+    assert simulate(population, speedups, "naive", DELTA, EPSILON, **settings).violation_rate > 2 * EPSILON
+
+
+def test_simulation_falls_back_on_the_full_model():
+    population, speedups = draw_population("bernoulli")
+    result = simulate(population, speedups, "ltt", 0.01, EPSILON, size=20, resamples=5)
+    assert (result.violation_rate, result.mean_risk, result.mean_speedup) == (0, 0, 1)
+    assert result.certified_share == 0
+
+
+@pytest.mark.parametrize("task", ["translation", "summarization", "question_answering"])
+def test_losses_of_texts(task):
+    full = ["a small library", "", "the wrong words", "same"]
+    early = ["a small library", "", "right words", "other text"]
+    references = ["a large library", "x", "right words", "same"]
+    if task == "question_answering":
+        references = [[text, "unused"] for text in references]
+    scores = sample_scores(task, full, references)
+    losses = consistency_losses(task, early, full, references, scores)
+    assert losses["textual"][:2].tolist() == [0, 0] == losses["risk"][:2].tolist()
+    assert 0 < losses["textual"][2] < 1 and losses["risk"][2] == 0  # another text, but a better one
+    assert losses["textual"][3] == pytest.approx(losses["risk"][3], abs=0.05)  # the full text is right
+    assert losses["risk"][3] > 0.5
+    expected = 1 - sample_scores(task, early, full)
+    assert losses["textual"][2:] == pytest.approx(expected[2:])
+
+
+WORDS = [f"{letter}{vowel}{end}" for letter in "bdfglmnprst" for vowel in "aeiou" for end in "nk"][:93]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Flags for a tiny model, trained (so it says) to exit after layer 2, and twelve rows a split."""
+    folder = tmp_path_factory.mktemp("inputs")
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    T5Tokenizer(vocab=vocabulary + [(f"▁{word}", -3.0) for word in WORDS], extra_ids=0).save_pretrained(
+        folder
+    )
+    tiny_model().save_pretrained(folder)
+    ExitConfig("shallowdeep_ce", 2).save(folder)
+    for name, shift in (("validation", 0), ("test", 40)):
+        texts = [" ".join(WORDS[(3 * row + shift) % 80 :][:6]) for row in range(13)]
+        pairs = [{"de": source, "en": target} for source, target in pairwise(texts)]
+        rows = [json.dumps({"id": str(row), "translation": pair}) for row, pair in enumerate(pairs)]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return {
+        "model_name_or_path": folder,
+        "validation_file": folder / "validation.jsonl",
+        "test_file": folder / "test.jsonl",
+        "source_lang": "de",
+        "target_lang": "en",
+        "max_target_length": 10,
+        "per_device_eval_batch_size": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_shallow_deep": True,
+    }
+
+
+def as_argv(flags):
+    words = [[f"--{name}", *(value if isinstance(value, list) else [value])] for name, value in flags.items()]
+    return [str(word) for group in words for word in group]
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def error_of(main, flags, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(as_argv(flags))
+    assert stop.value.code == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return error
+
+
+GRID = {"thresholds": [0.0, 1.0, 0.3, 0.01], "delta": 0.5, "epsilon": 0.1}
+
+
+@pytest.fixture(scope="module")
+def calibrated(inputs, tmp_path_factory):
+    """Output folder of a calibration of FREE on the validation rows."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    calibrate.main(as_argv(inputs | GRID | {"output_dir": folder}))
+    return folder
+
+
+def test_calibration_records_what_it_did(calibrated):
+    result = read(calibrated / "calibrated_threshold.json")
+    rows = result["candidates"]
+    assert [row["threshold"] for row in rows] == [1.0, 0.3, 0.01, 0.0]
+    assert rows[0]["risk"] == 0 and rows[0]["ideal_speedup"] == 1 and rows[0]["layers_per_token"] == 6
+    assert rows[0]["p_value"] == pytest.approx(0.5**12) and rows[0]["certified"]
+    assert rows[-1]["exit_share"] > rows[0]["exit_share"] == 0
+    with np.load(calibrated / "losses.npz") as arrays:
+        losses = arrays["textual"]
+    assert losses.shape == (12, 4) and (losses[:, 0] == 0).all() and losses.max() > 0
+    assert [row["risk"] for row in rows] == pytest.approx(losses.mean(axis=0).tolist())
+    certified = [row for row in rows if row["certified"]]
+    assert result["threshold"] == max(certified, key=lambda row: row["ideal_speedup"])["threshold"]
+    assert result["samples"] == 12 and result["settings"]["shallow_exit_layer"] == 2
+
+
+def test_evaluation_uses_the_certified_threshold(inputs, calibrated, tmp_path, caplog):
+    file = calibrated / "calibrated_threshold.json"
+    threshold = read(file)["threshold"]
+    flags = inputs | {"output_dir": tmp_path, "calibrated_threshold_file": file}
+    run.main(as_argv(flags | {"do_predict": True}))
+    assert read(tmp_path / "predict_results.json")["arguments"]["shallow2deep_conf_threshold"] == threshold
+    assert "promises nothing" not in caplog.text
+    run.main(as_argv(flags | {"do_eval": True}))  # what was calibrated on
+    assert "promises nothing" in caplog.text
+    ours, theirs = (
+        [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "predictions.jsonl", calibrated / f"threshold_{threshold}.jsonl")
+    )
+    assert ours == theirs
+
+
+OTHER_USES = {
+    "another layer": ({"shallow_exit_layer": 3}, "shallow_exit_layer 2, not 3"),
+    "another method": ({"use_shallow_deep": False, "use_early_exit": True}, "method '--use_shallow_deep'"),
+    "state copying": ({"copy_skipped_hidden_states": True}, "copy_skipped_hidden_states False, not True"),
+    "another length": ({"val_max_target_length": 12}, "max_length 10, not 12"),
+    "another source length": ({"max_source_length": 64}, "max_source_length 512, not 64"),
+    "another threshold": ({"shallow2deep_conf_threshold": 0.123}, "--shallow2deep_conf_threshold 0.123"),
+    "another precision": ({"bf16_full_eval": True}, "precision"),
+    "adaptive": ({"use_adapt_threshold": True}, "--use_adapt_threshold"),
+    "lossless": ({"lossless": True}, "--lossless"),
+    "training": ({"do_train": True}, "--do_train"),
+    "no method": ({"use_shallow_deep": False}, "no effect"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_other_uses_are_refused_in_one_line(inputs, calibrated, tmp_path, capsys, name):
+    changes, expected = OTHER_USES[name]
+    flags = inputs | {"output_dir": tmp_path, "do_predict": True}
+    flags |= {"calibrated_threshold_file": calibrated / "calibrated_threshold.json"} | changes
+    error = error_of(run.main, flags, capsys)
+    assert expected in error and "--calibrated_threshold_file" in error
+
+
+OTHER_FILES = {
+    "other weights": ({"model": "torch.float32:0"}, "other weights"),
+    "another task": ({"task": "summarization"}, "task 'summarization', not 'translation'"),
+    "another measure": ({"shallow2deep_conf_type": "meta"}, "shallow2deep_conf_type 'meta', not 'softmax'"),
+    "nothing certified": ({"threshold": None}, "no threshold was certified"),
+    "another program's": ({"candidates": "MISSING"}, "not what scripts/calibrate.py writes"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_files_are_refused_in_one_line(calibrated, tmp_path, name):
+    changes, expected = OTHER_FILES[name]
+    content = read(calibrated / "calibrated_threshold.json")
+    model, settings = content["model"], dict(content["settings"])
+    for key, value in changes.items():
+        content["settings" if key in settings else key] = (
+            settings | {key: value} if key in settings else value
+        )
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps({key: value for key, value in content.items() if value != "MISSING"}))
+    with pytest.raises(UserError) as error:
+        CalibratedThreshold.load(file).certified(file, model, settings)
+    assert expected in str(error.value) and f"--calibrated_threshold_file {file}" in str(error.value)
+
+
+def test_too_few_samples_are_told(inputs, tmp_path, capsys):
+    flags = inputs | {"thresholds": [1.0, 0.5], "delta": 0.1, "output_dir": tmp_path}
+    calibrate.main(as_argv(flags))
+    assert "would need 29 samples, there are 12" in " ".join(capsys.readouterr().out.split())
+    result = read(tmp_path / "calibrated_threshold.json")
+    assert result["threshold"] is None and result["needed_samples"] == 29
+
+
+def test_hopeless_loss_is_told(inputs, tmp_path, capsys):
+    flags = inputs | {"thresholds": [0.0], "delta": 0.01, "output_dir": tmp_path}
+    calibrate.main(as_argv(flags))
+    assert "no number of samples would do" in " ".join(capsys.readouterr().out.split())
+
+
+def test_interrupted_calibration_continues(inputs, calibrated, tmp_path):
+    for file in calibrated.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    log = tmp_path / "threshold_0.3.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "threshold_0.0.jsonl").unlink()
+    flags = inputs | GRID | {"output_dir": tmp_path, "resume_eval": True, "method": "ucb"}
+    calibrate.main(as_argv(flags))
+    before, after = (read(folder / "calibrated_threshold.json") for folder in (calibrated, tmp_path))
+    assert after["threshold"] == before["threshold"] and after["method"] == "ucb"
+    for ours, theirs in zip(after["candidates"], before["candidates"], strict=True):
+        assert (ours["risk"], ours["certified"]) == (theirs["risk"], theirs["certified"])
+        assert ours["layers_per_token"] == theirs["layers_per_token"] and "bound" in ours
+    assert log.read_bytes().startswith(whole[: len(whole) // 4])
+
+
+BAD_FLAGS = {
+    "delta": ({"delta": 0}, "--delta"),
+    "epsilon": ({"epsilon": 1.5}, "--epsilon"),
+    "threshold": ({"thresholds": [0.5, 1.5]}, "--thresholds"),
+    "method": ({"method": "bonferroni"}, "--method"),
+    "nothing to calibrate": ({"use_shallow_deep": False}, "--use_shallow_deep"),
+    "static exit": ({"use_shallow_deep": False, "static_exit_layer": 2}, "Nothing to calibrate"),
+    "fixed threshold": ({"shallow2deep_conf_threshold": 0.5}, "--shallow2deep_conf_threshold"),
+    "adaptive threshold": ({"use_adapt_threshold": True}, "--use_adapt_threshold"),
+    "lossless": ({"lossless": True}, "--lossless"),
+    "training": ({"do_train": True}, "--do_train"),
+    "prediction": ({"do_predict": True}, "--split"),
+    "unknown flag": ({"detla": 0.1}, "detla"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_of_calibration_get_one_line(inputs, tmp_path, capsys, name):
+    changes, expected = BAD_FLAGS[name]
+    assert expected in error_of(calibrate.main, inputs | {"output_dir": tmp_path} | changes, capsys)
+
+
+def test_bad_flags_of_simulation_get_one_line(calibrated, tmp_path, capsys):
+    flags = {"losses_file": calibrated / "losses.npz", "output_dir": tmp_path}
+    text = tmp_path / "text.npz"
+    text.write_text("losses")
+    bad = {
+        "--losses_file": {"losses_file": text},
+        "--deltas": {"deltas": [0.1, 2]},
+        "--methods": {"methods": ["ltt", "none"]},
+        "--resamples": {"resamples": 0},
+        "unknown": {"unknown": 1},
+    }
+    for expected, changes in bad.items():
+        assert expected in error_of(simulate_calibration.main, flags | changes, capsys)
+    assert "--output_dir" in error_of(simulate_calibration.main, {"losses_file": text}, capsys)
+
+
+@pytest.mark.parametrize("consistency", CONSISTENCIES)
+def test_simulation_of_decoded_losses(calibrated, tmp_path, consistency):
+    flags = {"losses_file": calibrated / "losses.npz", "output_dir": tmp_path, "consistency": consistency}
+    simulate_calibration.main(as_argv(flags | {"deltas": [0.3, 0.6], "size": 60, "resamples": 50}))
+    rows = read(tmp_path / "simulation.json")["rows"]
+    assert len(rows) == 2 * 5 and len({row["method"] for row in rows}) == 5
+    for row in rows:
+        if row["method"] == "crc":
+            assert row["mean_risk"] <= row["delta"]
+        else:
+            assert row["violation_rate"] <= binom.ppf(0.999, 50, 0.05) / 50
+    assert (tmp_path / "simulation.png").stat().st_size > 0 and (tmp_path / "simulation.csv").is_file()
+
+
+def test_calm_by_conformal_risk_control(inputs, tmp_path):
+    flags = {name: value for name, value in inputs.items() if name != "use_shallow_deep"}
+    flags |= {"use_early_exit": True, "exit_min_layer": 2, "output_dir": tmp_path / "calibration"}
+    grid = {"thresholds": [1.0, 0.3, 0.05], "delta": 0.4, "method": "crc", "consistency": "risk"}
+    calibrate.main(as_argv(flags | grid | {"fastest_by": "seconds"}))
+    file = tmp_path / "calibration" / "calibrated_threshold.json"
+    result = read(file)
+    certified = [row for row in result["candidates"] if row["certified"]]
+    assert result["threshold"] == max(certified, key=lambda row: row["speedup"])["threshold"]
+    assert certified[0]["bound"] == pytest.approx(1 / 13) and result["p_value"] is None
+    use = flags | {"do_predict": True, "calibrated_threshold_file": file, "output_dir": tmp_path / "use"}
+    run.main(as_argv(use))
+    arguments = read(tmp_path / "use" / "predict_results.json")["arguments"]
+    assert arguments["exit_conf_threshold"] == result["threshold"] and arguments["exit_min_layer"] == 2
+
+
+def test_embedded_checkpoint(tmp_path):
+    flags = {
+        "model_name_or_path": ROOT / "checkpoints" / "debian-t5-free",
+        "dataset_name": "debian_de_en",
+        "max_target_length": 24,
+        "use_cpu": True,
+        "use_shallow_deep": True,
+        "max_eval_samples": 6,
+        "per_device_eval_batch_size": 1,
+        "output_dir": tmp_path,
+    }
+    calibrate.main(as_argv(flags | {"thresholds": [1.0, 0.3], "delta": 0.5}))
+    result = read(tmp_path / "calibrated_threshold.json")
+    first, last = result["candidates"]
+    assert first["risk"] == 0 == first["exit_share"] and first["certified"]  # 0.5^6 <= 0.05
+    assert last["exit_share"] > 0.3 and last["ideal_speedup"] > 1.2
