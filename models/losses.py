@@ -6,13 +6,14 @@ to minimise and its parts to log. Layers count from 1; N is the number of target
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.decoder_view import DecoderView
@@ -35,6 +36,24 @@ class LossTerms:
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def without_logits(model: nn.Module) -> Iterator[None]:
+    """A forward pass whose LM head sees no position: logits are (B, 0, V).
+
+    Losses project the states of their exits themselves, the last layer's too, in chunks.
+    """
+
+    def hide_states(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        handle.remove()  # a loss may use the head before the pass has ended
+        return (inputs[0][:, :0],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hide_states)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass
@@ -87,21 +106,11 @@ class ExitCrossEntropy:
     def __call__(self, view: DecoderView, outputs: Any, tokens: TargetTokens) -> LossTerms:
         states = view.training_states(outputs)
         weights = self.layer_weights
-        losses = {layer: self._at(layer, view, states, outputs.logits, tokens) for layer in weights}
+        losses = {layer: self._at(layer, view, states, tokens) for layer in weights}
         total = sum(weight * losses[layer] for layer, weight in weights.items())
         return LossTerms(total, {f"ce_layer_{layer}": loss.detach() for layer, loss in losses.items()})
 
-    def _at(
-        self,
-        layer: int,
-        view: DecoderView,
-        states: tuple[Tensor, ...],
-        final_logits: Tensor,
-        tokens: TargetTokens,
-    ) -> Tensor:
-        if layer == view.num_layers:  # the forward pass has computed these logits already
-            logits = full_precision(tokens.select(final_logits))
-            return F.cross_entropy(logits, tokens.labels, label_smoothing=self.label_smoothing)
+    def _at(self, layer: int, view: DecoderView, states: tuple[Tensor, ...], tokens: TargetTokens) -> Tensor:
         selected = tokens.select(normalized_state(view, states, layer))
         return chunked_cross_entropy(view, selected, tokens.labels, self.label_smoothing)
 
@@ -228,7 +237,7 @@ class ConfidenceHeadLoss:
 
     def __call__(self, view: DecoderView, outputs: Any, labels: Tensor) -> LossTerms:
         states, tokens = view.training_states(outputs), TargetTokens.of(labels)
-        deep_tokens = tokens.select(outputs.logits).argmax(-1)
+        deep_tokens = predict_tokens(view, tokens.select(normalized_state(view, states, view.num_layers)))
         losses = {layer: self._at(layer, view, states, tokens, deep_tokens) for layer in self.layers}
         total = sum(layer * loss for layer, loss in losses.items()) / sum(losses)
         return LossTerms(total, {f"cm_layer_{layer}": loss.detach() for layer, loss in losses.items()})

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.decoder_view import view_for
-from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
+from models.losses import INTERMEDIATE_LOSSES, build_exit_loss, without_logits
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples, tokenize
 from util.report import comparison_table, print_report
@@ -87,7 +88,8 @@ def measure(name: str, layers: int, flags: argparse.Namespace) -> dict[str, floa
         start = time.perf_counter()
         batch = batches[step % len(batches)]
         labels = batch["labels"]
-        outputs = model(**batch, output_hidden_states=loss is not None, use_cache=False)
+        with nullcontext() if loss is None else without_logits(model):
+            outputs = model(**batch, output_hidden_states=loss is not None, use_cache=False)
         total = outputs.loss if loss is None else loss(view, outputs, labels).total
         total.backward()
         optimizer.step()

@@ -31,7 +31,10 @@ def labelled_batch(batch=3, length=7):
 
 def loss_of(model, batch, name, shallow_layer=2, **settings):
     view = view_for(model)
-    outputs = model(**batch, output_hidden_states=True)
+    features = {key: value for key, value in batch.items() if key != "labels"}
+    features["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    with losses.without_logits(model):
+        outputs = model(**features, output_hidden_states=True)
     return build_exit_loss(view, name, shallow_layer, **settings)(view, outputs, batch["labels"])
 
 
@@ -112,12 +115,37 @@ def test_logits_of_all_layers_are_never_alive_together(monkeypatch):
     monkeypatch.setattr(losses, "TOKENS_PER_CHUNK", 8)
     model = tiny_model(num_layers=12)
     model.train()
-    alive, peak = weakref.WeakSet(), []
-    model.lm_head.register_forward_hook(
-        lambda module, args, output: alive.add(output) or peak.append(len(alive))
-    )
+    alive, peak, sizes = weakref.WeakSet(), [], []
+
+    def watch(module, args, output):
+        alive.add(output)
+        peak.append(len(alive))
+        sizes.append(output[..., 0].numel())
+
+    model.lm_head.register_forward_hook(watch)
     loss_of(model, labelled_batch(), "weighted_ce").total.backward()
     assert len(peak) > 24 and max(peak) <= 3
+    assert max(sizes) == 8  # tokens: those of the last layer as well
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["shallowdeep_kd_dyna", "confidence head"])
+def test_losses_need_no_logits_of_the_forward_pass(shape, name):
+    model, batch = tiny_model(shape).double(), labelled_batch()
+    attach_exit_heads(model, ExitConfig(train_meta_cm_head=True))
+    view = view_for(model)
+    loss = (
+        build_confidence_head_loss(view, 2) if name == "confidence head" else build_exit_loss(view, name, 2)
+    )
+    features = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    features["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    with losses.without_logits(model):
+        outputs = model(**features, output_hidden_states=True)
+    assert outputs.logits.numel() == 0
+    whole = model(**features, output_hidden_states=True)  # the head sees everything again
+    assert whole.logits.shape[:2] == batch["labels"].shape
+    total = loss(view, outputs, batch["labels"]).total
+    assert total.item() == pytest.approx(loss(view, whole, batch["labels"]).total.item(), rel=1e-9)
 
 
 def test_label_smoothing_matches_torch():

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny_models import padded_inputs, tiny_model
 from transformers import AutoTokenizer
 
@@ -69,10 +72,10 @@ def assert_same(first, second):
         torch.testing.assert_close(second[name], weight, msg=name)
 
 
-def torchrun(*argv):
+def torchrun(*argv, script="run.py"):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "run.py", *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    subprocess.run([*launcher, script, *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
 def test_two_processes_equal_one(base, tmp_path):
@@ -94,6 +97,23 @@ def test_two_processes_equal_one(base, tmp_path):
     both = [json.loads((tmp_path / folder / "eval_results.json").read_text()) for folder in ("two", "check")]
     for name in ("bleu", "chrf", "average_layers", "exit_share", "tokens", "confidence_intervals"):
         assert both[0][name] == both[1][name]
+
+
+def test_sharded_weights_have_the_same_loss_and_gradients():
+    """FSDP of both versions, T5 and BART, on two CPU processes."""
+    torchrun(script="tests/sharded_step.py")
+
+
+def test_accelerate_accepts_the_configuration_for_sharded_training(monkeypatch):
+    path = str(ROOT / "scripts/accelerate/fsdp.yaml")
+    flags = launch_command_parser().parse_args(["--config_file", path, "run.py", "--do_train"])
+    flags = _validate_launch_command(flags)[0]
+    assert flags.use_fsdp
+    for name, value in prepare_multi_gpu_env(flags).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (1, ["T5Block"])
+    assert "FULL_SHARD" in str(plugin.sharding_strategy) and "FULL" in str(plugin.state_dict_type)
 
 
 def drop_times(record):

@@ -10,6 +10,8 @@ import json
 import logging
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from models.decoding import early_exit_decode
 from models.exit_heads import ExitConfig, load_exit_heads
 from models.exit_policy import ExitPolicy
 from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
-from models.losses import ConfidenceHeadLoss, ExitLoss
+from models.losses import ConfidenceHeadLoss, ExitLoss, without_logits
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +61,34 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         if self.exit_loss is None or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
         if isinstance(self.exit_loss, ConfidenceHeadLoss):
             model.eval()  # the head has no dropout; the frozen model must predict as it will when deployed
+        # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
         features = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        outputs = model(**features, output_hidden_states=True, use_cache=False)
-        view = view_for(self.accelerator.unwrap_model(model))
-        with self.accelerator.autocast():
-            terms = self.exit_loss(view, outputs, inputs["labels"])
-        for name, value in terms.parts.items():
+        unwrapped = self.accelerator.unwrap_model(model)
+        with without_logits(unwrapped), self._loss_in_forward(unwrapped, inputs["labels"]):
+            outputs = model(**features, output_hidden_states=True, use_cache=False)
+        parts = dict(outputs)
+        total = parts.pop("total")
+        for name, value in parts.items():
             self.loss_parts[name].append(value)
-        return (terms.total, outputs) if return_outputs else terms.total
+        return (total, outputs) if return_outputs else total
+
+    @contextmanager
+    def _loss_in_forward(self, unwrapped: nn.Module, labels: Tensor) -> Iterator[None]:
+        """Let forward passes return the loss and its parts: only inside them are sharded weights whole."""
+        view = view_for(unwrapped)
+
+        def compute(module: nn.Module, inputs: tuple, outputs: Any) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                terms = self.exit_loss(view, outputs, labels)
+            return {"total": terms.total, **terms.parts}
+
+        handle = unwrapped.register_forward_hook(compute, prepend=True)  # before the weights are freed
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def evaluate(self, *args: Any, **gen_kwargs: Any) -> dict[str, float]:
         """Evaluate with the engine's loop, also in the middle of training; see Seq2SeqTrainer."""
