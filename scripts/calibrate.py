@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from util.arguments import (
     Parser,
     expand_argument_file,
     flag,
+    list_flag,
     parse_arguments,
     require,
     require_unit_interval,
@@ -47,6 +48,7 @@ from util.metrics import Reference
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
 from util.report import comparison_table, environment, print_report
 
+THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}
 COLUMNS = {
     "threshold": "threshold",
@@ -55,10 +57,6 @@ COLUMNS = {
     "speedup": "speed-up",
     "risk": "observed loss",
 }
-
-
-def default_thresholds() -> list[float]:
-    return [round(1 - step / 20, 2) for step in range(21)]
 
 
 @dataclass
@@ -74,9 +72,9 @@ class CalibrationArguments:
     consistency: str = flag(
         "textual", "Loss against full depth's text, or in the task's score.", CONSISTENCIES
     )
-    thresholds: list[float] = field(
-        default_factory=default_thresholds,
-        metadata={"help": "Candidates; a token exits above, so that 1.0 is full depth."},
+    thresholds: list[float] = list_flag(
+        THRESHOLDS,
+        "Candidates; a token exits above, so that 1.0 is full depth.",
     )
     fastest_by: str = flag("layers", "What the fastest is measured by.", tuple(SPEEDS))
     split: str = flag("validation", "Held-out samples to calibrate on.", ("validation", "test"))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError
-from util.arguments import Parser, flag, require, require_positive
+from util.arguments import Parser, flag, list_flag, require, require_positive
 from util.calibration import METHODS, P_VALUES, simulate
 from util.consistency import CONSISTENCIES
 from util.report import MARKERS, comparison_table, print_report, write_csv, write_json
@@ -40,26 +40,18 @@ COLUMNS = {
 
 @dataclass
 class SimulationArguments:
-    losses_file: str = flag(None, "The losses.npz of scripts/calibrate.py.")
-    output_dir: str = flag(None, "Where results are written.")
-    deltas: list[float] = field(
-        default_factory=lambda: list(DELTAS), metadata={"help": "Tolerated losses, in (0, 1)."}
-    )
+    losses_file: str = field(metadata={"help": "The losses.npz of scripts/calibrate.py."})
+    output_dir: str = field(metadata={"help": "Where results are written."})
+    deltas: list[float] = list_flag(DELTAS, "Tolerated losses, in (0, 1).")
     epsilon: float = flag(0.05, "Tolerated probability of a violation.")
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."}
-    )
-    p_values: list[str] = field(
-        default_factory=lambda: list(P_VALUES), metadata={"help": f"Of {', '.join(P_VALUES)}."}
-    )
+    methods: list[str] = list_flag(METHODS, f"Of {', '.join(METHODS)}.")
+    p_values: list[str] = list_flag(P_VALUES, f"Of {', '.join(P_VALUES)}.")
     consistency: str = flag("textual", "Which loss.", CONSISTENCIES)
     size: int | None = flag(None, "Samples in a calibration set (default: as many as were decoded).")
     resamples: int = flag(200, "Calibration sets.")
     seed: int = flag(0, "Draws of them.")
 
     def __post_init__(self) -> None:
-        for name in ("losses_file", "output_dir"):
-            require(getattr(self, name) is not None, f"--{name} is missing.")
         for name, values in {"deltas": self.deltas, "epsilon": [self.epsilon]}.items():
             require(all(0 < value < 1 for value in values), f"--{name} must lie between 0 and 1.")
         for name, known in {"methods": METHODS, "p_values": P_VALUES}.items():
