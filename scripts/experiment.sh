@@ -6,8 +6,11 @@
 #   METHOD  free | calm | static | full
 #
 # LAYERS is FREE's exit and Static's depth. DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz)
-# and the like, read instead of the hub. Further flags go to run.py and win over those set here.
+# and the like, read instead of the hub. Further flags go to run.py and win over those set here. Paths given by
+# the caller are relative to the caller's folder.
 source scripts/environment.sh
+ROOT=$PWD
+cd "$OLDPWD"
 
 experiment() {
   local task=$1 dataset=$2 model=$3 config=$4 layers=$5 mode=${6:-} method=${7:-}
@@ -21,7 +24,7 @@ experiment() {
   esac
   shift 7
   choose_method "$method" "$layers" "$mode"
-  local output=save/$dataset-$method data=(--task "$task" --dataset_name "$dataset")
+  local output=$ROOT/save/$dataset-$method data=(--task "$task" --dataset_name "$dataset")
   [ -z "${DATA_DIR:-}" ] || data+=(--data_dir "$DATA_DIR")
   "run_$mode" "$@"
 }
@@ -50,13 +53,16 @@ choose_method() { # sets TRAINING and DECODING
 run_train() {
   local settings=(--paper_settings True)
   [[ $dataset == debian_* ]] && settings=(--learning_rate 1e-4 --max_steps 1000 --per_device_train_batch_size 32)
-  launch run.py --model_name_or_path "$model" "${data[@]}" "${settings[@]}" "${TRAINING[@]}" \
+  launch "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${settings[@]}" "${TRAINING[@]}" \
     --do_train --output_dir "$output" --save_total_limit 2 --report_to tensorboard "$@"
 }
 
 run_eval() {
-  [ -n "${MODEL:-}" ] || [ ! -d "$output" ] || model=$output
-  python run.py --model_name_or_path "$model" "${data[@]}" "${DECODING[@]}" \
+  # An evaluation of another model leaves results in that folder as well: does it hold a model?
+  if [ -z "${MODEL:-}" ] && { [ -f "$output/config.json" ] || [ -f "$output/adapter_config.json" ]; }; then
+    model=$output
+  fi
+  python "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${DECODING[@]}" \
     --do_eval --deploy_scenario True --per_device_eval_batch_size 1 --output_dir "$output" "$@"
 }
 
@@ -65,9 +71,9 @@ run_smoke() {
   scratch=$(mktemp -d)
   trap "rm -rf '$scratch'" EXIT
   use_embedded_rows_without_data_dir
-  python run.py --config_name "$config" --tokenizer_name checkpoints/debian-t5-free "${data[@]}" "${rows[@]}" \
-    "${TRAINING[@]}" "${DECODING[@]}" --do_train --do_eval --output_dir "$scratch" --use_cpu --report_to none \
-    --max_steps 2 --per_device_train_batch_size 2 --max_train_samples 8 --max_eval_samples 3 \
+  python "$ROOT/run.py" --config_name "$ROOT/$config" --tokenizer_name "$ROOT/checkpoints/debian-t5-free" \
+    "${data[@]}" "${rows[@]}" "${TRAINING[@]}" "${DECODING[@]}" --do_train --do_eval --output_dir "$scratch" \
+    --use_cpu --report_to none --max_steps 2 --per_device_train_batch_size 2 --max_train_samples 8 --max_eval_samples 3 \
     --max_source_length 96 --max_target_length 12 --doc_stride 16 --save_strategy no \
     --deploy_scenario True --per_device_eval_batch_size 1 --disable_tqdm True "$@"
 }
@@ -84,6 +90,6 @@ use_embedded_rows_without_data_dir() { # sets rows and data
   elif [ "$task" = summarization ]; then
     data=(--task "$task" --dataset_name debian_synopsis)
   else
-    data=(--task "$task" --data_dir data/questions)
+    data=(--task "$task" --data_dir "$ROOT/data/questions")
   fi
 }

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/experiment.sh
-experiment translation debian_de_en "${MODEL:-checkpoints/debian-t5-free}" scripts/configs/smoke_t5.json 2 "$@"
+experiment translation debian_de_en "${MODEL:-$PWD/checkpoints/debian-t5-free}" scripts/configs/smoke_t5.json 2 "$@"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from real_rows import REAL_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run_*.sh"))
@@ -15,18 +18,52 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 METHODS = ("free", "calm", "static", "full")
 
 
-def run_script(name, *arguments, check=True):
-    command = ["bash", f"scripts/{name}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=check, capture_output=True, text=True)
+def run_script(name, *arguments, check=True, cwd=ROOT, **variables):
+    command = ["bash", os.path.relpath(ROOT / "scripts" / name, cwd), *arguments]
+    environment = ENVIRONMENT | variables
+    return subprocess.run(command, cwd=cwd, env=environment, check=check, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_smoke(script, method):
-    output = run_script(script, "smoke", method).stdout
+    """On the data set's own rows where they are there, on embedded ones elsewhere."""
+    rows = {"DATA_DIR": str(REAL_ROWS)} if REAL_ROWS.is_dir() else {}
+    check_smoke(run_script(script, "smoke", method, **rows).stdout, method)
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_dir(), reason="test_smoke has used the embedded rows")
+@pytest.mark.parametrize("script", ["run_sum_samsum.sh", "run_qa_squad.sh", "run_tr_iwslt.sh"])
+def test_smoke_without_data_dir(script):
+    check_smoke(run_script(script, "smoke", "free").stdout, "free")
+
+
+def check_smoke(output, method):
     figures = dict(re.findall(r"│ (\w+)\s+│\s+([\d.]+) │", output))
     assert figures["samples"] == "3" and float(figures["ms_per_token"]) > 0
     assert (figures["average_layers"] == "2.00") == (method == "static")
+
+
+def test_train_and_eval_of_local_files_from_another_folder(tmp_path):
+    """DATA_DIR, MODEL and flags name paths as seen from the caller's folder; later flags override."""
+    rows = [
+        {"id": str(number), "dialogue": f"Ann: we use tool {number}", "summary": f"Tool {number}."}
+        for number in range(8)
+    ]
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows" / f"samsum.{split}.jsonl").write_text(lines)
+    shutil.copytree(ROOT / "checkpoints/debian-t5-free", tmp_path / "tiny")
+    variables = {"cwd": tmp_path, "DATA_DIR": "rows", "CUDA_VISIBLE_DEVICES": ""}
+    short = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--shallow_exit_layer", "2"]
+    run_script("run_sum_samsum.sh", "train", "free", "--output_dir", "new", *short, **variables, MODEL="tiny")
+    assert json.loads((tmp_path / "new/trainer_state.json").read_text())["global_step"] == 2
+    assert json.loads((tmp_path / "new/exit_config.json").read_text())["shallow_exit_layer"] == 2
+    short = ["--max_eval_samples", "2", "--static_exit_layer", "3", "--max_target_length", "8", "--use_cpu"]
+    run_script("run_sum_samsum.sh", "eval", "static", "--output_dir", "out", *short, **variables, MODEL="new")
+    results = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert results["samples"] == 2 and results["average_layers"] == 3
 
 
 def test_there_is_a_script_for_every_data_set_of_the_paper():

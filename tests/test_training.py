@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,7 @@ def finished(base, tmp_path_factory):
         ("model.safetensors", "cut"),
         ("model.safetensors", "gone"),
         ("optimizer.pt", "cut"),
+        ("rng_state.pth", "cut"),
         ("trainer_state.json", "cut"),
         ("trainer_state.json", "gone"),
     ],
@@ -148,6 +150,39 @@ def test_damaged_checkpoints_are_passed_over(base, finished, tmp_path, caplog, f
     assert "checkpoint-6 is damaged" in caplog.text
     (tmp_path / "run" / "model.safetensors").unlink()
     assert_same(finished[1], train(base, tmp_path / "run"))
+
+
+DYING_RUN = """
+import os, signal, sys
+from pathlib import Path
+import run
+from util.trainer import EarlyExitTrainer
+
+save = EarlyExitTrainer._save
+
+def save_half_and_die(self, output_dir, *arguments):
+    save(self, output_dir, *arguments)
+    if output_dir.endswith("checkpoint-6"):
+        weights = Path(output_dir, "model.safetensors")
+        os.truncate(weights, weights.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+EarlyExitTrainer._save = save_half_and_die
+run.main(sys.argv[1:])
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_loses_no_older_one(base, finished, tmp_path, caplog):
+    flags = as_argv(**train_flags(base, tmp_path / "run"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    died = subprocess.run(
+        [sys.executable, "-c", DYING_RUN, *flags], cwd=ROOT, env=environment, capture_output=True
+    )
+    assert died.returncode == -signal.SIGKILL
+    with caplog.at_level("INFO"):
+        assert_same(finished[1], train(base, tmp_path / "run"))
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert f"Continuing from {tmp_path / 'run' / 'checkpoint-3'}" in caplog.text
 
 
 def test_a_full_disk_gets_one_line_and_loses_nothing(base, tmp_path, capsys, monkeypatch):

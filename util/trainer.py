@@ -140,7 +140,8 @@ def find_damage(checkpoint: Path) -> str | None:
     weights = [*checkpoint.glob("*.safetensors")]
     if not weights:
         return "no weights"
-    for path in [*weights, *checkpoint.glob("*.pt")]:
+    saved_by_torch = [path for suffix in ("pt", "pth", "bin") for path in checkpoint.glob(f"*.{suffix}")]
+    for path in [*weights, *saved_by_torch]:
         if not (reads_safetensors if path.suffix == ".safetensors" else reads_archive)(path):
             return path.name
     return None
