@@ -262,6 +262,8 @@ class TokenChooser:
     def count_accepted(self, input_ids: Tensor, drafts: Drafts) -> int:
         """How many of the newest n tokens of (B, T) all rows' deep logits let stand."""
         count = len(drafts.running)
+        if not self.processor and not self.config.do_sample:
+            return count_agreeing(input_ids[:, input_ids.shape[1] - count :], drafts)
         proposed, self.draft_scores = self.draft_scores[len(self.draft_scores) - count :], []
         start = input_ids.shape[1] - count
         for index, running in enumerate(drafts.running):
@@ -307,6 +309,15 @@ class TokenChooser:
             self.logits.append(logits)
         if self.config.return_dict_in_generate and self.config.output_scores:
             self.scores.append(scores)
+
+
+def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
+    """How many leading columns of (B, n) drafts are the deep logits' greedy choice, finished rows aside."""
+    differs = (drafts.logits.argmax(-1) != tokens).tolist()
+    for index, running in enumerate(drafts.running):
+        if any(row[index] and active for row, active in zip(differs, running, strict=True)):
+            return index
+    return len(drafts.running)
 
 
 class TokenStream:
