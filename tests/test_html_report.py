@@ -20,7 +20,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.html_report import depth_shades, relative_luminance
+from util.token_heat_map import depth_shades, relative_luminance
 
 EVIL = "<script>alert('x')</script>"
 LAYERS = 4
@@ -315,7 +315,23 @@ def test_figures_of_exits(everything):
     labels = everything[0].attributes("aria-label")
     assert "layer 2: 75.0% of 12 tokens; layer 4: 25.0% of 12 tokens" in labels
     assert any("adaptive | x: from 0.40 to 0.60" in label for label in labels)
-    assert any("FREE 0.4 (free): 200 at 1, 500 at 4" in label for label in labels)
+    assert any("FREE <b>0.4</b>: 200 at 1, 500 at 4" in label for label in labels)
+
+
+def test_points_tell_their_figures(everything):
+    page, _ = everything
+    figures = "2.00× speed-up [0.90, 3.00], 98.00% of full depth [95.00, 104.00]"
+    assert page.text.count(f"adaptive | x: {figures}") == 1
+    assert "the same near" not in page.text
+
+
+def test_bad_settings_do_not_hide_the_others(tmp_path):
+    folder, _ = make_sweep(tmp_path / "sweep")
+    figures = json.loads((folder / "sweep.json").read_text())
+    figures["rows"][2]["quality_share"] = 40.0
+    write_json(folder / "sweep.json", figures)
+    text = build(tmp_path, folder).text
+    assert "the same near 99%" in text and text.count("FREE <b>0.4</b>: 1.50× speed-up") == 2
 
 
 def test_judge(everything):
@@ -329,7 +345,8 @@ def test_judge(everything):
 def test_judge_without_pairs_or_answers(tmp_path):
     scores = {"judges": {"m": {"likert": {"systems": {"free": {"samples": 0}}}, "pairwise": {"samples": 0}}}}
     write_json(tmp_path / "judge" / "scores.json", scores)
-    page = build(tmp_path, tmp_path / "judge")
+    build(tmp_path, make_sweep(tmp_path / "sweep")[0])
+    page = build(tmp_path, tmp_path / "judge")  # the sweep's table must not stay behind
     assert page.sections == {"judge"} and not (tmp_path / "report" / "report.csv").exists()
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 from util.analysis import (
     Reliability,
@@ -28,6 +26,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
+from util.comparison import BASELINE, HF_GENERATE
 from util.report import format_figure, write_csv
 from util.report_figures import (
     CSS_NAMES,
@@ -41,12 +40,11 @@ from util.report_figures import (
     throughput_figure,
     trade_off_figure,
 )
-from util.result_files import BASELINE, JudgeScores, Results, ResultSet, Setting, Trace
+from util.result_files import JudgeScores, Results, ResultSet, Setting
+from util.token_heat_map import depth_shades, heat_section, shade_class
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-DEPTH_SHADES = 21  # colours between the first and the last layer
-HEAT_SAMPLES, HEAT_SETTINGS, HEAT_TOKENS = 4, 5, 60  # most samples a folder, settings a sample, tokens shown
-MAX_HEAT_SAMPLES = 12  # on the page
+OPTIONAL_FILES = ("report.csv", "report.md", "trade_off.png", "trade_off.svg")
 MAX_CURVES = 6  # in one calibration plot
 INTERVALS = {"quality_share": "quality_share_interval", "speedup": "speedup_interval"}
 COLUMNS = {
@@ -81,43 +79,18 @@ class TableData:
     marked: list[bool] = field(default_factory=list)  # rows on the Pareto front
 
 
-@dataclass
-class Token:
-    text: str
-    space: bool  # before it
-    shade: str  # CSS class
-    differs: bool
-    detail: str
-
-
-@dataclass
-class HeatRow:
-    setting: str
-    tokens: list[Token]
-    cut: bool
-
-
-@dataclass
-class HeatSample:
-    id: str
-    references: list[str]
-    full_depth: list[tuple[str, str]]  # (heading, prediction)
-    rows: list[HeatRow]
-
-
 def write_report(results: Results, output_dir: Path) -> list[Path]:
     """Write report.html, trade_off.png, trade_off.svg, report.csv and report.md; returns what was written."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    written = [output_dir / "report.html"]
+    for name in OPTIONAL_FILES:  # an older report's must not pass for this one's
+        (output_dir / name).unlink(missing_ok=True)
     table = results_table(results.sets)
     if table is not None:
         write_csv(output_dir / "report.csv", [flat_figures(*pair) for pair in settings_of(results.sets)])
         (output_dir / "report.md").write_text(as_markdown(table), encoding="utf8")
-        written += [output_dir / "report.csv", output_dir / "report.md"]
-    page = render_page(results, table, output_dir)
-    written[0].write_text(page, encoding="utf8")
-    written += [path for suffix in ("png", "svg") if (path := output_dir / f"trade_off.{suffix}").is_file()]
-    return written
+    page = output_dir / "report.html"
+    page.write_text(render_page(results, table, output_dir), encoding="utf8")
+    return [page, *(path for name in OPTIONAL_FILES if (path := output_dir / name).is_file())]
 
 
 def render_page(results: Results, table: TableData | None, output_dir: Path) -> str:
@@ -168,7 +141,7 @@ def cards_of(result: ResultSet) -> list[dict[str, str]]:
     by_name = {setting.name: setting for setting in result.settings}
     cards = []
     for method, name in result.fastest_99.items():
-        if method in (BASELINE, "HF generate") or name is None:
+        if method in (BASELINE, HF_GENERATE) or name is None:
             continue
         figures = by_name[name].figures
         detail = f"{name}: {figures['quality_share']:.1f}% of full depth's {score_name(result)}"
@@ -266,9 +239,13 @@ def as_markdown(table: TableData) -> str:
 
 def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any] | None:
     """Quality kept against measured speed-up; where no full depth is known, score against tokens/s."""
-    relative = [pair for pair in plotted_settings(sets) if pair[1].figures.get("quality_share") is not None]
+    relative = [
+        (result, setting)
+        for result, setting in plotted_settings(sets)
+        if None not in (setting.figures.get("quality_share"), setting.figures.get("speedup"))
+    ]
     related = len(relative) > 1
-    chosen = relative if related else plotted_settings(sets)
+    chosen = relative if related else [pair for pair in plotted_settings(sets) if has_speed_and_score(*pair)]
     scores = {score_name(result) for result, _ in chosen}
     if not chosen or (not related and len(scores) > 1):
         return None
@@ -286,17 +263,16 @@ def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any]
         "svg": inline_svg(figure, "trade-off", description, [point.detail for point in points]),
         "related": related,
         "batch_sizes": sorted({setting.batch_size for _, setting in chosen}),
-        "auc": [(name, format_figure(value)) for result in sets for name, value in result.auc.items()],
+        "auc": [(name, f"{value:.3f}") for result in sets for name, value in result.auc.items()],
     }
 
 
 def plotted_settings(sets: list[ResultSet]) -> list[tuple[ResultSet, Setting]]:
-    """Settings with figures at the smallest batch size of their folder: others measure something else."""
-    smallest = {
-        id(result): min((setting.batch_size for setting in result.settings if setting.figures), default=0)
-        for result in sets
-    }
-    return [pair for pair in settings_of(sets) if pair[1].batch_size == smallest[id(pair[0])]]
+    return [(result, setting) for result in sets for setting in result.main_settings if setting.figures]
+
+
+def has_speed_and_score(result: ResultSet, setting: Setting) -> bool:
+    return None not in (setting.figures.get("tokens_per_second"), setting.figures.get(result.main_score))
 
 
 def as_point(result: ResultSet, setting: Setting, related: bool) -> Point:
@@ -320,44 +296,49 @@ def as_point(result: ResultSet, setting: Setting, related: bool) -> Point:
 
 
 def throughput_section(sets: list[ResultSet]) -> Markup | None:
-    """Tokens per second of the settings that were measured at several batch sizes."""
-    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for _, setting in settings_of(sets):
-        if setting.figures.get("tokens_per_second") is not None:
-            series[series_name(setting)].append((setting.batch_size, setting.figures["tokens_per_second"]))
-    lines = [
-        Line(name, sorted(points)) for name, points in series.items() if len({size for size, _ in points}) > 1
-    ]
+    """Tokens per second over batch sizes, of one setting of each method on each checkpoint."""
+    lines = list(throughput_lines(sets).values())
     if not lines:
         return None
     summary = "; ".join(
         f"{line.name}: " + ", ".join(f"{speed:.0f} at {size}" for size, speed in line.points)
         for line in lines
     )
-    return inline_svg(
-        throughput_figure(lines), "throughput", f"Tokens per second over batch sizes. {summary}."
-    )
+    description = f"Tokens per second over batch sizes. {summary}."
+    return inline_svg(throughput_figure(lines), "throughput", description)
 
 
-def series_name(setting: Setting) -> str:
-    """What settings that differ only in their batch size share."""
-    threshold = "" if setting.threshold is None else f" {setting.threshold:g}"
-    layer = f", layer {setting.shallow_layer}" if setting.method == "Static" else ""
-    return f"{setting.method}{threshold}{layer}" + (f" ({setting.checkpoint})" if setting.checkpoint else "")
+def throughput_lines(sets: list[ResultSet]) -> dict[tuple[str, str], Line]:
+    """Lines by method and checkpoint: its fastest good setting, or else the first, at several batch sizes."""
+    series: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
+    for _, setting in settings_of(sets):
+        if setting.figures.get("tokens_per_second") is not None:
+            kind = setting.method, setting.checkpoint
+            series[(*kind, setting.threshold, setting.shallow_layer)].append(setting)
+    good = {name for result in sets for name in result.fastest_99.values()}
+    lines: dict[tuple[str, str], Line] = {}
+    for (method, checkpoint, *_), members in series.items():
+        members.sort(key=lambda setting: setting.batch_size)
+        points = [(setting.batch_size, setting.figures["tokens_per_second"]) for setting in members]
+        known = (method, checkpoint) in lines and members[0].name not in good
+        if len(dict(points)) > 1 and not known:
+            lines[method, checkpoint] = Line(members[0].name, points)
+    return lines
 
 
 # Exit depth
 
 
 def depth_section(sets: list[ResultSet]) -> list[dict[str, Any]]:
-    """Share of tokens for each exit layer, a bar for each setting that counted them."""
-    bars = []
-    for result in sets:
-        for setting in result.settings:
-            layers = setting.exit_layers
-            if layers and setting.num_layers:
-                bars.append(depth_bar(setting, layers))
-    return bars
+    """Share of tokens for each exit layer: a bar for each setting whose tokens leave at several layers."""
+    counted = [
+        (setting, layers)
+        for result in sets
+        for setting in result.main_settings
+        if setting.num_layers and (layers := setting.exit_layers)
+    ]
+    mixed = [(setting, layers) for setting, layers in counted if len(set(layers)) > 1]
+    return [depth_bar(setting, layers) for setting, layers in mixed or counted]
 
 
 def depth_bar(setting: Setting, layers: list[int]) -> dict[str, Any]:
@@ -371,29 +352,6 @@ def depth_bar(setting: Setting, layers: list[int]) -> dict[str, Any]:
         for layer, share in exit_shares(layers).items()
     ]
     return {"setting": setting.name, "parts": parts, "mean": statistics.mean(layers), "count": len(layers)}
-
-
-def shade_class(layer: int, num_layers: int) -> str:
-    """CSS class of an exit layer: `d0` for the first layer, `d20` for the last."""
-    return f"d{round((DEPTH_SHADES - 1) * (layer - 1) / max(1, num_layers - 1))}"
-
-
-def depth_shades() -> list[dict[str, str]]:
-    """Background and text colour of each shade of cividis, a map made for colour-blind readers."""
-    shades = []
-    for index in range(DEPTH_SHADES):
-        red, green, blue, _ = colormaps["cividis"](1 - index / (DEPTH_SHADES - 1))
-        light = relative_luminance(red, green, blue) > 0.19  # where dark text has as much contrast as white
-        shades.append({"back": to_hex((red, green, blue)), "text": "#0b0b0b" if light else "#ffffff"})
-    return shades
-
-
-def relative_luminance(*channels: float) -> float:
-    """WCAG's luminance of an sRGB colour with channels in [0, 1]."""
-    linear = [
-        channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 # Calibration and thresholds
@@ -442,7 +400,7 @@ def calibration_pairs(result: ResultSet) -> dict[str, tuple[list[float], list[fl
         for layer in possible_exits(result, setting):
             name = f"layer {layer} ({setting.checkpoint})" if setting.checkpoint else f"layer {layer}"
             pairs[name] = (confidences[:, layer - 1].tolist(), agrees[:, layer - 1].tolist())
-    for setting in result.settings:
+    for setting in result.main_settings:
         own = [pair for record in setting.records.values() for pair in record.get("calibration") or ()]
         if own:
             confidences, agrees = zip(*own, strict=True)
@@ -479,7 +437,7 @@ def threshold_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     """The adaptive threshold in force at each sample, in the order of decoding."""
     lines = []
     for result in sets:
-        for setting in result.settings:
+        for setting in result.main_settings:
             points = [
                 (row + 1, record["threshold"])
                 for row, record in sorted(setting.records.items())
@@ -495,103 +453,6 @@ def threshold_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     description = f"Threshold over samples. {summary}."
     figure = line_figure(lines, "sample", "threshold")
     return {"svg": inline_svg(figure, "thresholds", description), "summary": summary}
-
-
-# Token heat map
-
-
-def heat_section(sets: list[ResultSet]) -> dict[str, Any] | None:
-    """A few samples whose tokens left at different layers, as several settings decoded them."""
-    samples = [sample for result in sets for sample in heat_samples(result)][:MAX_HEAT_SAMPLES]
-    if not samples:
-        return None
-    depths = {setting.num_layers for result in sets for setting in result.settings if setting.num_layers}
-    depth = max(depths)
-    legend = [(layer, shade_class(layer, depth)) for layer in legend_layers(depth)]
-    return {"samples": samples, "legend": legend, "mixed_depths": len(depths) > 1}
-
-
-def legend_layers(depth: int) -> list[int]:
-    """All layers of a shallow model, else a handful."""
-    if depth <= 12:
-        return list(range(1, depth + 1))
-    return sorted({round(1 + (depth - 1) * step / 6) for step in range(7)})
-
-
-def heat_samples(result: ResultSet) -> list[HeatSample]:
-    shown = heat_settings(result)
-    scores: dict[int, tuple[int, int]] = {}
-    for setting in shown:
-        for row, record in setting.records.items():
-            if is_mixed(record) and record["tokens"] <= HEAT_TOKENS:
-                mixed, traced = scores.get(row, (0, 0))
-                scores[row] = (mixed + 1, traced + (row in setting.traces))
-    # Traced samples first, then those that most settings decoded at several depths; ties in order.
-    best = sorted(scores, key=lambda row: (-scores[row][1], -scores[row][0], row))[:HEAT_SAMPLES]
-    return [heat_sample(result, shown, row) for row in sorted(best)]
-
-
-def heat_settings(result: ResultSet) -> list[Setting]:
-    """One setting a method, if its tokens leave at several layers: the fastest good one, else the first."""
-    by_method: dict[str, Setting] = {}
-    for setting in result.settings:
-        if any(map(is_mixed, setting.records.values())) and setting.num_layers:
-            chosen = result.fastest_99.get(setting.method) == setting.name
-            if chosen or setting.method not in by_method:
-                by_method[setting.method] = setting
-    return list(by_method.values())[:HEAT_SETTINGS]
-
-
-def is_mixed(record: dict[str, Any]) -> bool:
-    return len(set(record["exit_layers"] or ())) > 1
-
-
-def heat_sample(result: ResultSet, shown: list[Setting], row: int) -> HeatSample:
-    having = [setting for setting in shown if row in setting.records]
-    record = having[0].records[row]
-    references = record["reference"] if isinstance(record["reference"], list) else [record["reference"]]
-    full = full_depth_outputs(result, having, row)
-    return HeatSample(str(record["id"]), references, full, [heat_row(setting, row) for setting in having])
-
-
-def full_depth_outputs(result: ResultSet, shown: list[Setting], row: int) -> list[tuple[str, str]]:
-    """What full depth makes of the sample, once for each checkpoint shown."""
-    checkpoints = {setting.checkpoint for setting in shown}
-    candidates = [*result.settings, *([result.baseline] if result.baseline else [])]
-    found = {}
-    for setting in candidates:
-        if setting.method == BASELINE and setting.checkpoint in checkpoints and row in setting.records:
-            found.setdefault(setting.checkpoint, setting.records[row]["prediction"])
-    return [(f"full depth ({name})" if name else "full depth", text) for name, text in found.items()]
-
-
-def heat_row(setting: Setting, row: int) -> HeatRow:
-    """Tokens of a record, with what its trace knows of them; the trace must be of the same tokens."""
-    record, trace = setting.records[row], setting.traces.get(row)
-    if trace is not None and trace.pieces != record["pieces"]:
-        trace = None
-    count = min(len(record["pieces"]), len(record["exit_layers"]), HEAT_TOKENS)
-    tokens = [heat_token(setting, record, trace, index) for index in range(count)]
-    return HeatRow(setting.name, tokens, len(record["pieces"]) > count)
-
-
-def heat_token(setting: Setting, record: dict[str, Any], trace: Trace | None, index: int) -> Token:
-    layer, piece = record["exit_layers"][index], record["pieces"][index]
-    parts = [f"“{readable(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
-    if trace is not None:
-        layers = sorted({layer, setting.shallow_layer or layer})
-        sure = ", ".join(f"{trace.confidences[index, at - 1]:.2f} at layer {at}" for at in layers)
-        parts += [f"confidence {sure}", f"deep model: “{readable(trace.deep[index]).strip(' ')}”"]
-    differs = trace is not None and trace.deep[index] != piece
-    shown = readable(piece)
-    space = shown.startswith(" ") and index > 0
-    return Token(shown.lstrip(" "), space, shade_class(layer, setting.num_layers), differs, "; ".join(parts))
-
-
-def readable(piece: str) -> str:
-    """A piece of SentencePiece or byte-level BPE with its space as a space; a lone space stays visible."""
-    text = piece.replace("▁", " ").replace("Ġ", " ")
-    return text if text.strip() else "␣"
 
 
 # Oracle
@@ -714,5 +575,5 @@ def source_section(result: ResultSet) -> dict[str, Any] | None:
 
 def as_text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "-" if value is None else str(value)
+        value = ", ".join(map(str, value))
+    return "-" if value is None or value == "" else str(value)

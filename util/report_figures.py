@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +39,12 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    "legend.columnspacing": 1.2,
     "font.size": 10,
     "svg.hashsalt": "exitlm",  # equal input gives equal files
 }
+NEAR = 5.0  # percentage points around full depth's quality
+MARKED_POINTS = 12  # on a line; more would hide it
 WIDTH, HEIGHT = 5.2, 3.7  # inches; 374 SVG units, about a phone's width, so that letters keep their size
 
 
@@ -70,49 +72,82 @@ class Line:
 
 
 def trade_off_figure(points: Sequence[Point], x_label: str, y_label: str, line: float | None) -> Figure:
-    """Quality against speed with intervals; rings mark the Pareto front, settings of a series are joined."""
+    """Quality against speed with intervals; rings mark the Pareto front, settings of a series are joined.
+
+    Where qualities differ much, a second panel shows those near `line`.
+    """
+    near = [point for point in points if line is not None and abs(point.y - line) <= NEAR]
+    crowded = bool(near) and max(abs(point.y - line) for point in points) > 3 * NEAR
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT + 0.7), layout="constrained")
-        if line is not None:
-            axes.axhline(line, color=INK, linewidth=1, linestyle="--", zorder=1)
-            label = f"{line:.0f}%"
-            axes.annotate(
-                label, (1, line), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
-            )
-        series = defaultdict(list)
-        for index, point in enumerate(points):
-            series[point.series].append((index, point))
-        for number, (name, members) in enumerate(series.items()):
-            draw_series(axes, number, name, sorted(members, key=lambda member: member[1].order))
-        if any(point.pareto for point in points):
-            axes.scatter([], [], s=110, facecolors="none", edgecolors=INK, label="Pareto front")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        size = (WIDTH, HEIGHT * (1.9 if crowded else 1) + 0.7)
+        figure, grid = plt.subplots(1 + crowded, figsize=size, layout="constrained", squeeze=False)
+        draw_trade_off(grid[0, 0], points, points, "point", line)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(y_label)
+        grid[-1, 0].set_xlabel(x_label)
+        limit_to(grid[0, 0], [point.y for point in points])
+        if crowded:
+            draw_trade_off(grid[1, 0], points, near, "near-point", line)
+            limit_to(grid[1, 0], [point.y for point in near])
+            grid[1, 0].set_title(f"the same near {line:.0f}%", loc="left", fontsize=9.5)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
-def draw_series(axes: Axes, number: int, name: str, members: list[tuple[int, Point]]) -> None:
-    color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
-    xs, ys = [point.x for _, point in members], [point.y for _, point in members]
+def draw_trade_off(
+    axes: Axes, points: Sequence[Point], shown: Sequence[Point], gid: str, line: float | None
+) -> None:
+    """One panel with those of the points that are `shown`; all of them number the series."""
+    if line is not None:
+        place = {
+            "xycoords": ("axes fraction", "data"),
+            "ha": "right",
+            "va": "bottom",
+            "annotation_clip": True,
+        }
+        axes.axhline(line, color=INK, linewidth=1, linestyle="--", zorder=1)
+        axes.annotate(f"{line:.0f}%", (1, line), fontsize=9, **place)
+    series: dict[str, list[tuple[str, Point]]] = {point.series: [] for point in points}
+    for index, point in enumerate(points):
+        if point in shown:
+            series[point.series].append((f"{gid}-{index}", point))
+    for number, (name, members) in enumerate(series.items()):
+        draw_series(axes, number, name, sorted(members, key=lambda member: member[1].order))
+    if any(point.pareto for point in points):
+        axes.scatter([], [], s=110, facecolors="none", edgecolors=INK, label="Pareto front")
+
+
+def limit_to(axes: Axes, values: list[float]) -> None:
+    """Let the y-axis span the values; intervals may leave it."""
+    margin = 0.12 * (max(values) - min(values)) or 1.0
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+
+
+def draw_series(axes: Axes, number: int, name: str, members: list[tuple[str, Point]]) -> None:
+    """Points with their gids, all in the look of series `number`."""
+    look = series_look(number)
+    marker = look.pop("marker")
     if len(members) > 1:
-        axes.plot(xs, ys, color=color, linewidth=1, alpha=0.6, zorder=2)
-    for index, point in members:
-        axes.errorbar(
-            point.x,
-            point.y,
-            xerr=error_bar(point.x, point.x_interval),
-            yerr=error_bar(point.y, point.y_interval),
-            color=color,
-            alpha=0.45,
-            linewidth=1,
-            zorder=2,
-        )
-        shown = name.lstrip("_") if index == members[0][0] else None
-        dot = axes.scatter(point.x, point.y, s=42, color=color, marker=marker, label=shown, zorder=4)
-        dot.set_gid(f"point-{index}")
+        xs, ys = [point.x for _, point in members], [point.y for _, point in members]
+        axes.plot(xs, ys, linewidth=1, alpha=0.6, zorder=2, **look)
+    for gid, point in members:
+        bars = {"xerr": error_bar(point.x, point.x_interval), "yerr": error_bar(point.y, point.y_interval)}
+        axes.errorbar(point.x, point.y, color=look["color"], alpha=0.35, linewidth=1, zorder=2, **bars)
+        label = name.lstrip("_") if gid == members[0][0] else None
+        dot = axes.scatter(point.x, point.y, s=36, color=look["color"], marker=marker, label=label, zorder=4)
+        dot.set_gid(gid)
         if point.pareto:
-            axes.scatter(point.x, point.y, s=130, facecolors="none", edgecolors=INK, zorder=3)
+            axes.scatter(point.x, point.y, s=120, facecolors="none", edgecolors=INK, zorder=3)
+
+
+def series_look(number: int) -> dict[str, str]:
+    """Colour, marker and line style; where colours run out, dashes tell lines apart."""
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": "-" if number < len(SERIES) else "--",
+    }
 
 
 def error_bar(value: float, bounds: list[float] | None) -> list[list[float]] | None:
@@ -128,9 +163,8 @@ def line_figure(lines: Sequence[Line], x_label: str, y_label: str) -> Figure:
         figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
         for number, line in enumerate(lines):
             xs, ys = zip(*line.points, strict=True)
-            marker = MARKERS[number % len(MARKERS)] if len(xs) <= 12 else None
-            color = SERIES[number % len(SERIES)]
-            axes.plot(xs, ys, color=color, marker=marker, label=line.name.lstrip("_"), linewidth=1.6)
+            look = series_look(number) | ({} if len(xs) <= MARKED_POINTS else {"marker": None})
+            axes.plot(xs, ys, label=line.name.lstrip("_"), linewidth=1.6, **look)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -157,15 +191,13 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
         )
         top.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
         for number, (name, curve) in enumerate(curves.items()):
-            color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+            look = series_look(number)
             confidences = [entry.confidence for entry in curve.bins]
             agreements = [entry.agreement for entry in curve.bins]
-            top.plot(
-                confidences, agreements, color=color, marker=marker, label=name.lstrip("_"), linewidth=1.4
-            )
+            top.plot(confidences, agreements, label=name.lstrip("_"), linewidth=1.4, **look)
             width = (curve.bins[0].high - curve.bins[0].low) / len(curves)
             places = [entry.low + (number + 0.5) * width for entry in curve.bins]
-            bottom.bar(places, [entry.count for entry in curve.bins], 0.85 * width, color=color)
+            bottom.bar(places, [entry.count for entry in curve.bins], 0.85 * width, color=look["color"])
         top.set_ylabel("agreement with last layer")
         top.set_ylim(0, 1.03)
         bottom.set_ylabel("tokens")
@@ -209,7 +241,7 @@ def inline_svg(figure: Figure, name: str, description: str, details: Sequence[st
     Args:
         name: prefix of the element's ids; distinct on a page.
         description: read out in place of the picture.
-        details: hover text of the artist with gid `point-<index>`.
+        details: hover texts of the artists with gid `point-<index>` or `near-point-<index>`.
     """
     buffer = io.StringIO()
     with plt.rc_context(STYLE | {"svg.fonttype": "none"}):
@@ -219,9 +251,11 @@ def inline_svg(figure: Figure, name: str, description: str, details: Sequence[st
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', text).group()
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    for index, detail in enumerate(details):
-        start = f'<g id="point-{index}">'
-        body = body.replace(start, f"{start}<title>{escape(detail)}</title>")
+    body = re.sub(
+        r'<g id="(?:near-)?point-(\d+)">',
+        lambda start: f"{start.group()}<title>{escape(details[int(start[1])])}</title>",
+        body,
+    )
     for color, variable in CSS_NAMES.items():
         body = body.replace(color, f"var(--{variable})")
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page

@@ -19,10 +19,10 @@ import numpy as np
 
 from models.errors import UserError
 from util.analysis import pareto_front
+from util.comparison import BASELINE, HF_GENERATE
 from util.significance import sum_ratio_interval
 from util.tasks import TASKS
 
-BASELINE = "Full depth"
 STAGES = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
 EXPECTED = (
     "eval_results.json or predict_results.json (of run.py), settings.json with records.jsonl or sweep.json "
@@ -95,6 +95,12 @@ class ResultSet:
     fastest_99: dict[str, str | None] = field(default_factory=dict)
     pareto: list[str] = field(default_factory=list)
     baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
+
+    @property
+    def main_settings(self) -> list[Setting]:
+        """Those at the smallest batch size; the others only tell of throughput."""
+        smallest = min((setting.batch_size for setting in self.settings), default=0)
+        return [setting for setting in self.settings if setting.batch_size == smallest]
 
 
 @dataclass
@@ -293,7 +299,7 @@ def find_main_score(figures: dict[str, Any], arguments: dict[str, Any], place: s
 def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
     """The method that the flags of a run switch on."""
     if "average_layers" not in figures:
-        return "HF generate"
+        return HF_GENERATE
     if arguments.get("use_shallow_deep"):
         if arguments.get("lossless"):
             return "FREE lossless"
