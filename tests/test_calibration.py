@@ -82,6 +82,20 @@ def test_p_values_fall_with_samples_and_rise_with_risk():
     assert (np.diff(bets) > 0).all() and (betting(np.tile(few, (2, 1)), DELTA, EPSILON) < bets).all()
 
 
+def test_betting_sample_by_sample():
+    losses = np.random.default_rng(0).beta(1, 6, size=30)
+    capital, highest = 1.0, 1.0
+    for index, loss in enumerate(losses):
+        # Means and variances so far, with half a loss of one half; a bet is laid before its sample is seen.
+        means = [(0.5 + losses[: seen + 1].sum()) / (seen + 2) for seen in range(index)]
+        squares = [(losses[seen] - means[seen]) ** 2 for seen in range(index)]
+        variance = (0.25 + sum(squares)) / (index + 1)
+        capital *= 1 - min(1, math.sqrt(2 * math.log(1 / EPSILON) / (30 * variance))) * (loss - DELTA)
+        highest = max(highest, capital)
+    assert highest > 2
+    assert betting(losses[:, None], DELTA, EPSILON)[0] == pytest.approx(1 / highest)
+
+
 def test_betting_wins_where_losses_vary_little():
     steady = np.full((200, 1), 0.1)
     assert betting(steady, 0.13, EPSILON)[0] < EPSILON < hoeffding_bentkus(0.1, 200, 0.13)
@@ -100,9 +114,11 @@ def test_bounds_invert_p_values(name):
     bounds = upper_bounds(losses, EPSILON, P_VALUES[name])
     assert (bounds > losses.mean(axis=0)).all()
     assert P_VALUES[name](losses, bounds, EPSILON) == pytest.approx(np.full(5, EPSILON), rel=1e-6)
-    for delta in (0.1, 0.15, 0.2, 0.25, 0.3):
+    for delta in np.linspace(0.1, 0.3, 41):
         decisions = [certify(method, losses, delta, EPSILON, name).certified for method in ("ltt", "ucb")]
         assert (decisions[0] == decisions[1]).all()
+        passes = P_VALUES[name](losses, delta, EPSILON) <= EPSILON
+        assert (decisions[0] == fixed_sequence(passes)).all()
 
 
 def test_conformal_risk_control_by_hand():
