@@ -353,8 +353,8 @@ def test_failed_write_leaves_whole_lines(tmp_path, monkeypatch):
 def test_a_thousand_requests_through_every_fault(tmp_path):
     requests = make(tmp_path, 250)
     assert len(requests) == 1000
-    with StandInServer(fault_rate=0.15, slow_delay=0.8) as server:
-        assert main(run_flags(tmp_path, server, "--concurrency", "16", "--timeout", "0.6")) == 0
+    with StandInServer(fault_rate=0.15, slow_delay=3.0) as server:
+        assert main(run_flags(tmp_path, server, "--concurrency", "16", "--timeout", "2.5")) == 0
         outcomes = Counter(call["outcome"] for call in server.calls)
     assert {"rate_limit", "server_error", "slow", "drop", "malformed", "cut_body"} < set(outcomes)
     records = answers_of(tmp_path)
