@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.decoder_view import view_for
-from models.losses import INTERMEDIATE_LOSSES, build_exit_loss, without_logits
+from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples, tokenize
 from util.report import comparison_table, print_report
@@ -79,19 +78,14 @@ def measure(name: str, layers: int, flags: argparse.Namespace) -> dict[str, floa
     torch.manual_seed(0)
     settings = (SMALL if layers == 6 else DEEP) | {"decoder_start_token_id": 0}
     model = T5ForConditionalGeneration(T5Config(**settings)).train()
-    view, loss = view_for(model), None
+    loss = None
     if name != "none":
-        loss = build_exit_loss(view, name, layers // 3 if name.startswith("shallow") else None)
+        loss = build_exit_loss(view_for(model), name, layers // 3 if name.startswith("shallow") else None)
     optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-4)
     batches, seconds, early = make_batches(flags, model), [], 0.0
     for step in range(flags.steps):
         start = time.perf_counter()
-        batch = batches[step % len(batches)]
-        labels = batch["labels"]
-        with nullcontext() if loss is None else without_logits(model):
-            outputs = model(**batch, output_hidden_states=loss is not None, use_cache=False)
-        total = outputs.loss if loss is None else loss(view, outputs, labels).total
-        total.backward()
+        run_step(model, loss, batches[step % len(batches)]).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -104,6 +98,18 @@ def measure(name: str, layers: int, flags: argparse.Namespace) -> dict[str, floa
         "memory_early": early,
         "memory_peak": peak_memory(),
     }
+
+
+def run_step(
+    model: T5ForConditionalGeneration, loss: ExitLoss | None, batch: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The loss of one batch, computed as EarlyExitTrainer does."""
+    if loss is None:
+        return model(**batch, use_cache=False).loss
+    features = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with without_logits(model):
+        outputs = model(**features, output_hidden_states=True, use_cache=False)
+    return loss(view_for(model), outputs, batch["labels"]).total
 
 
 def make_batches(

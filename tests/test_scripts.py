@@ -90,3 +90,14 @@ def test_eval_decodes_the_embedded_checkpoint(tmp_path):
     ]
     run_script("run_tr_debian.sh", "eval", "free", *flags)
     assert (tmp_path / "eval_results.json").is_file()
+
+
+@pytest.mark.parametrize("loss", ["none", "weighted_ce", "shallowdeep_kd_dyna"])
+def test_training_benchmark_measures(loss, monkeypatch):
+    from scripts import benchmark_training
+
+    tiny = {"num_layers": 6, "d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 4096}
+    monkeypatch.setattr(benchmark_training, "SMALL", tiny)
+    monkeypatch.setattr("sys.argv", ["benchmark_training.py", "--steps", "12", "--batch_size", "2"])
+    row = benchmark_training.measure(loss, 6, benchmark_training.parse_flags())
+    assert row["steps_per_second"] > 0 and 0 < row["memory_early"] <= row["memory_peak"]
