@@ -1,0 +1,74 @@
+"""Evaluation of questions whose contexts are read in windows, and the comparison with full depth."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from real_rows import ROOT
+
+import run
+from models.loading import load_model
+from util.evaluation import best_windows
+
+CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
+FLAGS = {
+    "model_name_or_path": CHECKPOINT,
+    "task": "question_answering",
+    "data_dir": str(ROOT / "data/questions"),
+    "do_eval": True,
+    "max_source_length": 48,
+    "doc_stride": 8,
+    "max_target_length": 6,
+    "use_cpu": True,
+    "report_to": "none",
+    "per_device_eval_batch_size": 4,
+}
+
+
+def evaluate(output_dir, **flags):
+    settings = FLAGS | {"output_dir": output_dir} | flags
+    run.main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    return json.loads((output_dir / "eval_results.json").read_text())
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_most_probable_window_answers(tmp_path):
+    results = evaluate(tmp_path / "full")
+    records = read_lines(tmp_path / "full/predictions.jsonl")
+    best = best_windows(records)
+    scored = read_lines(tmp_path / "full/predictions.scores.jsonl")
+    assert (
+        results["samples"] == len(best) == len(scored) == len({row["id"] for row in records}) < len(records)
+    )
+    assert results["f1"] == pytest.approx(sum(row["f1"] for row in scored) / len(scored))
+    for row in best:
+        rivals = [other["sequence_score"] for other in records if other["id"] == row["id"]]
+        assert row["sequence_score"] == max(rivals)
+
+
+def test_sequence_scores_are_mean_log_probabilities(tmp_path):
+    evaluate(tmp_path, max_eval_samples=2, max_source_length=512)
+    loaded = load_model(CHECKPOINT)
+    rows = read_lines(ROOT / "data/questions/validation.jsonl")
+    for row, record in zip(rows, read_lines(tmp_path / "predictions.jsonl"), strict=False):
+        source = f"question: {row['question']} context: {row['context']}"
+        labels = torch.tensor([loaded.tokenizer.convert_tokens_to_ids(record["pieces"])])
+        with torch.no_grad():
+            loss = loaded.model(**loaded.tokenizer(source, return_tensors="pt"), labels=labels).loss
+        assert record["sequence_score"] == pytest.approx(-loss.item(), rel=1e-3)
+
+
+def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
+    evaluate(tmp_path / "full")
+    baseline = {"baseline_predictions": tmp_path / "full/predictions.jsonl"}
+    same = evaluate(tmp_path / "same", **baseline)["vs_baseline"]
+    assert same["f1"]["difference"] == 0 and same["f1"]["p_value"] == 1
+    early = evaluate(tmp_path / "early", static_exit_layer=1, **baseline)
+    full = json.loads((tmp_path / "full/eval_results.json").read_text())
+    assert early["vs_baseline"]["f1"]["difference"] == pytest.approx(early["f1"] - full["f1"])
+    assert set(early["confidence_intervals"]) == {"exact_match", "f1"}
