@@ -82,7 +82,7 @@ class SweepArguments:
     lossless_thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.")
     adapt_zetas: list[float] = list_flag([0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.")
     calm_thresholds: list[float] = list_flag([0.3, 0.5, 0.7, 0.8, 0.9, 0.95], "CALM's.")
-    exit_layers: list[int] = list_flag([], "Layers after which CALM tests (default: all).")
+    exit_layers: list[int] = list_flag([], "CALM also with tests after these layers only.")
     conf_shortlist: str | None = flag(None, "File of scripts/learn_shortlist.py, for FREE shortlist.")
     batch_sizes: list[int] = list_flag([1], "Samples decoded together; every setting runs at each.")
     split: str = flag("test", "Which split is decoded.", ("validation", "test"))
@@ -184,11 +184,17 @@ def describe_methods(
     if checkpoint == "free":
         yield from describe_free(flags, loaded)
     if "CALM" in flags.methods and (checkpoint == "calm" or "calm" not in checkpoints):
-        layers = flags.exit_layers or None
-        for threshold in flags.calm_thresholds:
-            name = f"CALM {threshold}" + (f" at {','.join(map(str, layers))}" if layers else "")
-            policy = Calm(SoftmaxGap(), FixedThreshold(threshold), exit_layers=layers)
-            yield name, "CALM", policy, {"threshold": threshold}
+        yield from describe_calm(flags, "CALM", None)
+        if flags.exit_layers:
+            yield from describe_calm(
+                flags, f"CALM at {','.join(map(str, flags.exit_layers))}", flags.exit_layers
+            )
+
+
+def describe_calm(flags: SweepArguments, method: str, layers: list[int] | None) -> Iterator[MethodRow]:
+    for threshold in flags.calm_thresholds:
+        policy = Calm(SoftmaxGap(), FixedThreshold(threshold), exit_layers=layers)
+        yield f"{method} {threshold}", method, policy, {"threshold": threshold}
 
 
 def describe_free(flags: SweepArguments, loaded: LoadedModel) -> Iterator[MethodRow]:
