@@ -11,6 +11,7 @@ from models.loading import LoadedModel, create_model, load_model
 from models.losses import build_exit_loss
 from models.t5 import T5View
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
+from models.trace import LayerTrace, trace_layers
 from models.umt5 import UMT5View
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FixedThreshold",
     "Free",
     "FullDepth",
+    "LayerTrace",
     "LoadedModel",
     "Measured",
     "MetaClassifier",
@@ -42,5 +44,6 @@ __all__ = [
     "early_exit_decode",
     "load_model",
     "register_view",
+    "trace_layers",
     "view_for",
 ]
