@@ -388,3 +388,12 @@ def test_log_drops_only_the_line_that_was_cut(tmp_path):
         file.write('{"id": "3 \u2028 ü')
     log.path.write_bytes(log.path.read_bytes()[:-1])  # within a character
     assert [record["id"] for record in log.reopen()] == ["1", "2"]
+
+
+def test_missing_evaluation_rows_are_found_before_training(base, capsys):
+    flags = base | TRAINING | {"do_eval": "True"}
+    del flags["validation_file"]
+    with pytest.raises(SystemExit):
+        run.main(as_argv(flags))
+    assert "--validation_file" in capsys.readouterr().err
+    assert not Path(flags["output_dir"], "model.safetensors").exists()

@@ -1,0 +1,159 @@
+"""From flags to a trained model: `train(arguments, exit_flags, loaded)` trains it in place and saves it.
+
+What was interrupted continues from the newest whole checkpoint in --output_dir.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
+from transformers.trainer_utils import TrainOutput
+
+from models.decoder_view import DecoderView, view_for
+from models.errors import UserError
+from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.loading import LoadedModel
+from models.lora import add_lora, is_adapted, merge_lora
+from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
+from util.arguments import Arguments, ExitArguments
+from util.data import dataset_record, load_examples, tokenize
+from util.metrics import token_metrics
+from util.optimizer import build_muon
+from util.policies import build_policy
+from util.streaming import stream_training_rows
+from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
+
+
+def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) -> None:
+    """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
+    loss, exit_config = build_loss(arguments, loaded)
+    if arguments.training.fp16 and loaded.model.config.model_type in FP16_OVERFLOWS:
+        raise UserError(f"{loaded.model.config.model_type} overflows when trained in fp16: use --bf16.")
+    if arguments.lora.use_lora and not is_adapted(loaded.model):
+        flags = arguments.lora
+        settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
+        loaded.model = add_lora(loaded.model, *settings)
+    trainer = build_trainer(arguments, loaded, exit_loss=loss, exit_config=exit_config)
+    if exit_flags.methods:
+        trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
+    resume = arguments.training.resume_from_checkpoint
+    resume = resume or last_complete_checkpoint(arguments.training.output_dir)
+    if resume is not None:
+        refuse_other_exits(resume, exit_config)
+        logger.info("Continuing from %s.", resume)
+    result = train_or_explain(trainer, resume)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    loaded.model = merge_lora(loaded.model)
+
+
+def train_or_explain(trainer: EarlyExitTrainer, resume: str | None) -> TrainOutput:
+    """Train; a full disk is answered by one line, as nothing is lost."""
+    try:
+        return trainer.train(resume_from_checkpoint=resume)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = trainer.args.output_dir
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or is_full(folder):
+            raise UserError(
+                f"--output_dir {folder}: no space left on the disk. Free some and run the same command: it "
+                "continues from the newest whole checkpoint."
+            ) from error
+        raise
+
+
+def is_full(folder: str) -> bool:
+    return shutil.disk_usage(folder).free < 1 << 20
+
+
+def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
+    """Raise UserError if a training run to continue was begun with another exit loss or layer."""
+    if ExitConfig.load(checkpoint) != exit_config:
+        raise UserError(
+            f"{checkpoint} was begun with other exit settings: use its flags, or another --output_dir."
+        )
+
+
+def build_loss(
+    arguments: Arguments, loaded: LoadedModel
+) -> tuple[ExitLoss | ConfidenceHeadLoss | None, ExitConfig]:
+    """The loss that the flags name and the exit configuration to save with the checkpoint."""
+    flags = arguments.loss
+    trains_all_layers = flags.intermediate_loss_fn in ("ce", "weighted_ce")
+    inherited_layer = None if trains_all_layers else loaded.exit_config.shallow_exit_layer
+    shallow_layer = arguments.exit.shallow_exit_layer or inherited_layer
+    if flags.intermediate_loss_fn and not trains_all_layers and shallow_layer is None:
+        raise UserError(f"--intermediate_loss_fn {flags.intermediate_loss_fn} needs --shallow_exit_layer.")
+    before = loaded.exit_config
+    distils = (flags.intermediate_loss_fn or "").startswith("shallowdeep_kd")
+    exit_config = ExitConfig(
+        flags.intermediate_loss_fn or before.intermediate_loss_fn,
+        shallow_layer,
+        flags.distill_layer_alpha if distils else None,
+        flags.do_layer_transformation or before.do_layer_transformation,
+        flags.train_meta_cm_head or before.train_meta_cm_head,
+        flags.per_exit_head or before.per_exit_head,
+    )
+    attach_exit_heads(loaded.model, exit_config)
+    view = view_for(loaded.model)
+    keep_all_layers(view)
+    if flags.train_meta_cm_head:
+        freeze_backbone(loaded.model)
+        return build_confidence_head_loss(view, shallow_layer), exit_config
+    if flags.intermediate_loss_fn is None:
+        return None, exit_config
+    smoothing = arguments.training.label_smoothing_factor
+    loss = build_exit_loss(
+        view,
+        flags.intermediate_loss_fn,
+        shallow_layer,
+        flags.distill_layer_alpha,
+        smoothing,
+        shallow_weight=flags.shallow_loss_weight,
+    )
+    return loss, exit_config
+
+
+def keep_all_layers(view: DecoderView) -> None:
+    """Switch LayerDrop off: exit losses need every layer's state at its place."""
+    if getattr(view.decoder, "layerdrop", 0) > 0:
+        logger.warning("Training without decoder_layerdrop: exit losses need every layer.")
+        view.decoder.layerdrop = 0.0
+
+
+def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:
+    data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
+    record = dataset_record(data)
+    if data.streaming:
+        train_rows = stream_training_rows(record, data, tokenizer, training.seed)
+    else:
+        train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
+        train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
+    eval_rows = None
+    if training.eval_strategy != "no":
+        eval_rows = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
+        eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
+    if training.generation_max_length is None:
+        training.generation_max_length = data.val_max_target_length
+    patience = arguments.loss.early_stopping_patience
+    return EarlyExitTrainer(
+        model=loaded.model,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
+        compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
+        optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        **exit_options,
+    )
