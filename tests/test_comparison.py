@@ -196,7 +196,7 @@ def test_prediction_counts_every_part_and_wrong_exits():
 def test_measured_parts_are_plausible():
     loaded = load_model(str(ROOT / "checkpoints/debian-t5-free"))
     cost = CostModel.measure(loaded, [5, 10, 20], [0.02, 0.03, 0.05])
-    assert cost.layer > 0 and cost.head > 0 and cost.sample == pytest.approx(0.01)
+    assert cost.layer > 0 and cost.head >= 0 and cost.sample == pytest.approx(0.01)
 
 
 def test_recommended_candidate_is_the_fastest_that_agrees():

@@ -71,27 +71,29 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
     device = loaded.model.device
     memory = loaded.model.get_encoder()(input_ids=torch.ones(1, PREFIX, dtype=torch.long, device=device))
 
-    def run(hidden: Tensor) -> Callable[[], Any]:
-        state = view.begin(None, encoder_outputs=memory)
-        view.run_layers(state, prefix, 0, view.num_layers)
-
-        def call() -> None:
-            view.run_layers(state, hidden, 0, view.num_layers)
-            view.truncate(state, PREFIX)
-
-        return call
-
     state = view.begin(None, encoder_outputs=memory)
     prefix = view.embed(state, torch.ones(1, PREFIX, dtype=torch.long, device=device))  # (1, P, D)
-    one, window = (median_seconds(run(prefix[:, :size]), device) for size in (1, WINDOW))
-    last = prefix[:, -1]
-    head = median_seconds(lambda: view.project(view.normalize(last, view.num_layers)), device)
-    test = median_seconds(lambda: measure(view, view.normalize(last, view.num_layers)), device)
+    view.run_layers(state, prefix, 0, view.num_layers)
+
+    def time_step(size: int, read: Callable[[Tensor], Any]) -> float:
+        """A step of `size` tokens and what reads its state; the layers leave the head's weights out of the
+        processor's caches, as decoding does."""
+
+        def step() -> None:
+            hidden = view.run_layers(state, prefix[:, :size], 0, view.num_layers)
+            read(view.normalize(hidden[:, -1], view.num_layers))
+            view.truncate(state, PREFIX)
+
+        return median_seconds(step, device)
+
+    one, window = (time_step(size, lambda normalized: None) for size in (1, WINDOW))
+    with_head = time_step(1, view.project)
+    with_test = time_step(1, lambda normalized: measure(view, normalized))
     return {
         "layer": one / view.num_layers,
         "parallel_token": max(window - one, 0.0) / (WINDOW - 1) / view.num_layers,
-        "head": head,
-        "confidence": max(test - head, 0.0),
+        "head": max(with_head - one, 0.0),
+        "confidence": max(with_test - with_head, 0.0),
     }
 
 
