@@ -45,7 +45,7 @@ from util.comparison import (
     compare,
     decode_interleaved,
     fastest_good,
-    pareto_front,
+    name_front,
     trace_record,
     warm_up,
 )
@@ -287,7 +287,7 @@ def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings
     quality = TASKS[evaluation.task].main_score
     rows = compare(settings, evaluation)
     areas, fastest = areas_under_curves(rows), fastest_good(rows)
-    summary = {"auc": areas, "fastest_99": fastest, "pareto": pareto_front(rows, quality)}
+    summary = {"auc": areas, "fastest_99": fastest, "pareto": name_front(rows, quality)}
     write_json(folder / "sweep.json", {"rows": rows, **summary})
     write_csv(folder / "sweep.csv", rows)
     columns = dict([*list(COLUMNS.items())[:3], (quality, quality.upper()), *list(COLUMNS.items())[3:]])

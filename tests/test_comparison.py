@@ -18,7 +18,7 @@ from models.loading import load_model
 from models.threshold import FixedThreshold
 from models.trace import trace_layers
 from scripts import choose_exit, learn_shortlist, sweep
-from util.comparison import area_under, areas_under_curves, compare_quality, fastest_good, pareto_front
+from util.comparison import area_under, areas_under_curves, compare_quality, fastest_good, name_front
 from util.cost_model import CostModel, Prediction, Trace, parallel_windows, predict_free, recommend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def test_area_is_the_mean_quality_over_budgets():
 
 
 def test_front_and_fastest_good_setting():
-    assert pareto_front(ROWS, "bleu") == ["bold", "careful", "full"]
+    assert name_front(ROWS, "bleu") == ["bold", "careful", "full"]
     assert fastest_good(ROWS) == {"Full depth": "full", "FREE": "careful"}
     assert fastest_good([row("bad", 3.0, 1.0)]) == {"FREE": None}
 

@@ -19,6 +19,7 @@ from models.decoder_view import view_for
 from models.exit_policy import ExitPolicy
 from models.loading import LoadedModel
 from models.trace import trace_layers
+from util.analysis import pareto_front
 from util.evaluation import (
     EvaluationSettings,
     batch_indices,
@@ -183,14 +184,11 @@ def fastest_good(rows: list[dict[str, Any]]) -> dict[str, str | None]:
     return {method: row and row["name"] for method, row in best.items()}
 
 
-def pareto_front(rows: list[dict[str, Any]], quality: str) -> list[str]:
+def name_front(rows: list[dict[str, Any]], quality: str) -> list[str]:
     """Names of the settings at batch 1 that no other beats in both speed-up and quality, fastest first."""
-    front, best = [], -np.inf
-    for row in sorted(at_batch_one(rows), key=lambda row: (-row["speedup"], -row[quality])):
-        if row[quality] > best:
-            front.append(row["name"])
-            best = row[quality]
-    return front
+    candidates = sorted(at_batch_one(rows), key=lambda row: -row["speedup"])
+    front = pareto_front([(row["speedup"], row[quality]) for row in candidates])
+    return [candidates[index]["name"] for index in front]
 
 
 def areas_under_curves(rows: list[dict[str, Any]]) -> dict[str, float]:
