@@ -138,9 +138,9 @@ class AdaptiveThreshold:
     """FREE's adaptive threshold (section 4.3): the smallest confidence that is right often enough.
 
     Refitted before each of the first `max_sequences` sequences (a batch counts as one), as the smallest of
-    `GRID_POINTS` values in [`low`, `high`] from which on the posterior of being right exceeds `zeta`. Only the
-    newest `capacity` observations are kept. With `as_released=True` estimates follow the original's code (see
-    `BetaMixture`), which counts the grid points that pass, wherever they lie.
+    `GRID_POINTS` values in [`low`, `high`] from which on the posterior of being right exceeds `zeta`. Only
+    the newest `capacity` observations are kept. With `as_released=True` estimates follow the original's code
+    (see `BetaMixture`), which counts the grid points that pass, wherever they lie.
     """
 
     GRID_POINTS = 10
