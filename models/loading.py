@@ -73,6 +73,7 @@ def load_model(
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
     """
+    refuse_misspelt_folder(name_or_path)
     if find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub) is not None:
         return load_adapted_model(name_or_path, tokenizer_name, dtype, merge_adapter, **hub)
     exit_config = load_exit_config(name_or_path, **hub)
@@ -97,6 +98,17 @@ def load_model(
         hub = {**hub, "revision": "main"}  # the revision is the model's
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
+
+
+def refuse_misspelt_folder(name_or_path: str) -> None:
+    """Raise UserError if the name is no folder, but the one it would lie in holds checkpoints: it is not
+    meant for the hub, which would be asked for a long time where it cannot be reached."""
+    parent = Path(name_or_path).parent
+    if Path(name_or_path).exists() or parent == Path("."):
+        return
+    siblings = sorted(path.parent.name for path in parent.glob("*/config.json"))
+    if siblings:
+        raise UserError(f"There is no checkpoint {name_or_path}; {parent} has {', '.join(siblings)}.")
 
 
 def load_adapted_model(

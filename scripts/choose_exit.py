@@ -27,7 +27,15 @@ from models.errors import UserError
 from models.exit_policy import Free, FullDepth
 from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
-from util.arguments import DataArguments, flag, list_flag, parse_groups, require, require_unit_interval
+from util.arguments import (
+    DataArguments,
+    flag,
+    list_flag,
+    parse_groups,
+    require,
+    require_positive,
+    require_unit_interval,
+)
 from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.data import dataset_record, load_examples
@@ -61,6 +69,8 @@ class ChooserArguments:
     def __post_init__(self) -> None:
         require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
         require(bool(self.thresholds), "--thresholds: name at least one.")
+        require_positive("num_samples", self.num_samples)
+        require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
         for value in [*self.thresholds, self.min_agreement]:
             require_unit_interval("thresholds and --min_agreement", value)
 

@@ -61,7 +61,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer counts.")
     parser.add_argument("--dataset_name", required=True, choices=sorted(DATASETS))
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
     parser.add_argument("--size", type=int, default=500, help="Tokens on the shortlist, at least 2.")
     parser.add_argument("--shallow_layer", type=int, help="Where decisions are compared (default: its own).")
     parser.add_argument("--num_samples", type=int, default=100, help="Validation samples of the comparison.")
@@ -96,6 +96,9 @@ def measure_decisions(
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
     if layer is None:
         raise UserError(f"{flags.model_name_or_path} was not trained with an exit: name a --shallow_layer.")
+    depth = view_for(loaded.model).num_layers
+    if not 1 <= layer < depth:
+        raise UserError(f"--shallow_layer must lie in 1..{depth - 1}, got {layer}.")
     measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []

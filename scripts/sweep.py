@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
+from models.decoder_view import view_for
 from models.errors import UserError
 from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.loading import LoadedModel, load_model
@@ -35,6 +36,7 @@ from util.arguments import (
     non_default_settings,
     parse_groups,
     require,
+    require_positive,
     require_unit_interval,
 )
 from util.comparison import (
@@ -98,6 +100,7 @@ class SweepArguments:
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
+        require_positive("num_samples", self.num_samples)
         require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
         largest = max(self.batch_sizes)
         require(
@@ -130,6 +133,8 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     evaluation = EvaluationSettings(
         data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
     )
+    for name, layers in asdict(flags).items():
+        check_layers(name, layers, checkpoints)
     settings = build_settings(flags, checkpoints)
     identity = {name: fingerprint(loaded) for name, loaded in checkpoints.items()}
     log = PredictionLog(evaluation.predictions_file, non_default_settings(flags, data) | identity)
@@ -150,6 +155,13 @@ def load_checkpoints(flags: SweepArguments) -> dict[str, LoadedModel]:
     for loaded in checkpoints.values():
         loaded.model.to(device)
     return checkpoints
+
+
+def check_layers(name: str, layers: Any, checkpoints: dict[str, LoadedModel]) -> None:
+    """Raise UserError if a flag names a layer that some decoder cannot exit after."""
+    depth = min(view_for(loaded.model).num_layers for loaded in checkpoints.values())
+    for layer in layers if name.endswith("_layers") else ():
+        require(1 <= layer < depth, f"--{name} must lie in 1..{depth - 1} here, got {layer}.")
 
 
 def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[Setting]:
@@ -178,8 +190,7 @@ def describe_methods(
     if HF_GENERATE in flags.methods:
         yield HF_GENERATE, HF_GENERATE, None, {}
     if "Static" in flags.methods:
-        depth = Setting("", "", checkpoint, loaded, None).num_layers
-        for layer in flags.static_layers or range(1, depth):
+        for layer in flags.static_layers or range(1, view_for(loaded.model).num_layers):
             yield f"Static {layer}", "Static", StaticExit(layer), {"shallow_layer": layer}
     if checkpoint == "free":
         yield from describe_free(flags, loaded)

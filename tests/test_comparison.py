@@ -150,6 +150,11 @@ def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
         (["--free", "checkpoints/debian-t5-free", "--methods", "FRE"], "--methods: there is no FRE"),
         (["--free", "checkpoints/debian-t5-free", "--batch_sizes", "2", "3"], "--batch_sizes must divide"),
         (["--free", "checkpoints/debian-t5-calm", "--num_samples", "2"], "--shallow_layers"),
+        (["--free", "checkpoints/debian-t5-free", "--num_samples", "0"], "--num_samples must be positive"),
+        (
+            ["--free", "checkpoints/debian-t5-free", "--num_samples", "2", "--shallow_layers", "12"],
+            "--shallow_layers must lie in 1..7",
+        ),
         (["--free", "checkpoints/debian-t5-free", "--free_thresholds", "1.5"], "free_thresholds must lie"),
     ],
 )

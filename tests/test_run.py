@@ -107,6 +107,13 @@ BAD_FLAGS = {
         "--shallow_exit_layer",
     ),
     "FREE without a layer": (FREE | {"model_name_or_path": "PLAIN"}, "--shallow_exit_layer"),
+    "truth that is neither": ({"paper_settings": "maybe"}, "--paper_settings"),
+    "misspelt folder": ({"model_name_or_path": str(ROOT / "checkpoints/debian-t5-fre")}, "debian-t5-free"),
+    "no baseline": ({"baseline_predictions": str(ROOT / "README.md")}, "README.md, line 1"),
+    "no adaptive threshold": (
+        FREE | {"use_adapt_threshold": True, "adapt_threshold_file": str(ROOT / "README.md")},
+        "--adapt_threshold_file",
+    ),
     "loss without a name": ({"output_hidden_states_decoder": True}, "--intermediate_loss_fn"),
 }
 

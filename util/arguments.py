@@ -528,7 +528,7 @@ def expand_argument_file(argv: list[str]) -> list[str]:
 
 def expand_paper_settings(argv: list[str]) -> list[str]:
     """Put the paper's hyper-parameters before the other flags, which override them, if they are wanted."""
-    wanted = HfArgumentParser((PaperSettings,)).parse_args_into_dataclasses(
+    wanted = Parser((PaperSettings,)).parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )[0]
     if not wanted.paper_settings:

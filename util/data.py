@@ -24,6 +24,7 @@ from util.arguments import DataArguments
 from util.tasks import DATASETS, PARQUET, DatasetRecord
 
 logger = logging.getLogger(__name__)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our errors name file and line
 
 FILE_FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 SPLIT_FILES = {"train": "train_file", "validation": "validation_file", "test": "test_file"}

@@ -68,8 +68,9 @@ def evaluate(
     """Decode all examples as `decode_split` does and sum them up; None where that returns None.
 
     Raises:
-        UserError: asked to continue an evaluation that had other settings.
+        UserError: asked to continue an evaluation that had other settings, or an unusable baseline.
     """
+    baseline = read_baseline(settings.baseline_predictions)  # now, not after hours
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
@@ -79,7 +80,7 @@ def evaluate(
     write_sample_scores(scores_path, samples, settings.task)
     cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
     extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
-    return results | judge(samples, settings) | extra
+    return results | judge(samples, settings, baseline) | extra
 
 
 def decode_split(
@@ -370,7 +371,9 @@ def score(records: list[dict[str, Any]], task: str) -> dict[str, Any]:
     return scores
 
 
-def judge(records: list[dict[str, Any]], settings: EvaluationSettings) -> dict[str, Any]:
+def judge(
+    records: list[dict[str, Any]], settings: EvaluationSettings, baseline: dict[str, str] | None
+) -> dict[str, Any]:
     """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
     predictions, references = texts_of(records)
     results: dict[str, Any] = {
@@ -379,9 +382,13 @@ def judge(records: list[dict[str, Any]], settings: EvaluationSettings) -> dict[s
     signatures = METRICS[TASKS[settings.task].metric]().signatures
     if signatures:
         results["signatures"] = signatures
-    if settings.baseline_predictions is not None:
-        baseline = read_baseline(settings.baseline_predictions, records)
-        results["vs_baseline"] = paired_bootstrap(settings.task, predictions, baseline, references)
+    if baseline is not None:
+        missing = [record["id"] for record in records if record["id"] not in baseline]
+        if missing:
+            where = f"--baseline_predictions {settings.baseline_predictions}"
+            raise UserError(f"{where} lacks {len(missing)} samples, such as {missing[0]}.")
+        theirs = [baseline[record["id"]] for record in records]
+        results["vs_baseline"] = paired_bootstrap(settings.task, predictions, theirs, references)
     return results
 
 
@@ -390,15 +397,25 @@ def texts_of(records: list[dict[str, Any]]) -> tuple[list[str], list[Reference]]
     return [row["prediction"] for row in records], [row["reference"] for row in records]
 
 
-def read_baseline(path: Path, records: list[dict[str, Any]]) -> list[str]:
-    """Another system's predictions of the same samples, in the order of `records`."""
+def read_baseline(path: Path | None) -> dict[str, str] | None:
+    """Another system's prediction of each sample, by id.
+
+    Raises:
+        UserError: the file is not a predictions.jsonl.
+    """
+    if path is None:
+        return None
+    rows = []
     with path.open(encoding="utf8") as file:
-        rows = [json.loads(line) for line in file]
-    theirs = {row["id"]: row["prediction"] for row in best_windows(rows)}
-    missing = [record["id"] for record in records if record["id"] not in theirs]
-    if missing:
-        raise UserError(f"--baseline_predictions {path} lacks {len(missing)} samples, such as {missing[0]}.")
-    return [theirs[record["id"]] for record in records]
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                rows.append(row | {"id": row["id"], "prediction": row["prediction"]})
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"--baseline_predictions {path}, line {number}: not a prediction of run.py."
+                ) from error
+    return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
 
 
 def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str) -> None:

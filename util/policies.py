@@ -37,12 +37,6 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
                 "--use_shallow_deep needs --shallow_exit_layer: the checkpoint was not trained with one."
             )
         flags = replace(flags, shallow_exit_layer=trained.shallow_exit_layer)
-    elif flags.shallow_exit_layer not in (None, trained.shallow_exit_layer) and trained.shallow_exit_layer:
-        logger.warning(
-            "--shallow_exit_layer %s differs from the %s that the checkpoint was trained with.",
-            flags.shallow_exit_layer,
-            trained.shallow_exit_layer,
-        )
     for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_layers"):
         value = getattr(flags, name)
         for layer in value if isinstance(value, list) else [value]:
@@ -51,6 +45,12 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
                     f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, "
                     f"got {layer}."
                 )
+    if flags.shallow_exit_layer not in (None, trained.shallow_exit_layer) and trained.shallow_exit_layer:
+        logger.warning(
+            "--shallow_exit_layer %s differs from the %s that the checkpoint was trained with.",
+            flags.shallow_exit_layer,
+            trained.shallow_exit_layer,
+        )
     return flags
 
 
@@ -121,7 +121,11 @@ def free_threshold(flags: ExitArguments) -> Threshold:
     if not flags.use_adapt_threshold:
         return FixedThreshold(flags.shallow2deep_conf_threshold)
     if flags.adapt_threshold_file is not None:
-        return AdaptiveThreshold.load(flags.adapt_threshold_file)
+        try:
+            return AdaptiveThreshold.load(flags.adapt_threshold_file)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            file = flags.adapt_threshold_file
+            raise UserError(f"--adapt_threshold_file {file} is not what run.py writes.") from error
     return AdaptiveThreshold(flags.shallow2deep_conf_threshold, flags.adapt_zeta)
 
 
