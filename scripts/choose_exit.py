@@ -31,6 +31,7 @@ from util.arguments import (
     DataArguments,
     flag,
     list_flag,
+    make_output_dir,
     parse_groups,
     require,
     require_positive,
@@ -91,8 +92,7 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     if torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    folder = Path(flags.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_dir(Path(flags.output_dir))
     evaluation = EvaluationSettings(
         data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
     )

@@ -24,7 +24,7 @@ from models.errors import UserError
 from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import DataArguments
+from util.arguments import DataArguments, make_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
@@ -74,6 +74,7 @@ def main() -> None:
 
 
 def run(flags: argparse.Namespace) -> None:
+    make_output_dir(flags.output_dir)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -136,7 +137,6 @@ def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel
 def report(flags: argparse.Namespace, settings: list[Setting], evaluation: EvaluationSettings) -> None:
     quality = TASKS[evaluation.task].main_score
     rows = compare(settings, evaluation)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(flags).items()}
     context = {"arguments": arguments, "environment": environment(settings[0].loaded.model)}
     write_json(flags.output_dir / "report.json", {**context, "rows": rows})

@@ -33,6 +33,7 @@ from util.arguments import (
     DataArguments,
     flag,
     list_flag,
+    make_output_dir,
     non_default_settings,
     parse_groups,
     require,
@@ -128,8 +129,7 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     checkpoints = load_checkpoints(flags)
     loaded = next(iter(checkpoints.values()))
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    folder = Path(flags.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_dir(Path(flags.output_dir))
     evaluation = EvaluationSettings(
         data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
     )

@@ -143,6 +143,11 @@ def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
     assert "num_samples" in refuse(sweep, tmp_path, *other)
 
 
+def test_output_dir_that_is_a_file_is_refused():
+    flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "1"]
+    assert "--output_dir" in refuse(sweep, ROOT / "README.md", *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -68,6 +68,16 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def make_output_dir(folder: Path) -> Path:
+    """Make --output_dir, or raise UserError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+    require(os.access(folder, os.W_OK), f"--output_dir {folder} is not writable.")
+    return folder
+
+
 def require_unit_interval(name: str, value: float | None) -> None:
     require(value is None or 0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")
 
@@ -440,12 +450,7 @@ class Arguments:
 
     def _make_output_dir(self) -> None:
         """Find out now, not after hours, whether results can be written."""
-        folder = Path(self.training.output_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
-        require(os.access(folder, os.W_OK), f"--output_dir {folder} is not writable.")
+        make_output_dir(Path(self.training.output_dir))
         resume = self.training.resume_from_checkpoint
         require(
             resume is None or Path(resume).is_dir(),

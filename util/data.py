@@ -79,6 +79,8 @@ def load_examples(
     Raises:
         UserError: there is no such split, file, column or language, or no row can be used.
     """
+    if max_samples is not None and max_samples < 1:
+        raise UserError(f"The number of samples must be positive, got {max_samples}.")
     rows, origin = load_rows(record, data_args, split)
     if len(rows) == 0:
         raise UserError(f"{origin}: the {split} split is empty.")
