@@ -97,7 +97,7 @@ BAD_FLAGS = {
     ),
     "no keys for skipped tokens": (FREE | {"parallel_gen_token": False}, "--copy_skipped_hidden_states"),
     "beams": (FREE | {"num_beams": 4}, "--num_beams"),
-    "unknown flag": ({"shalow_exit_layer": 2}, "shalow_exit_layer"),
+    "unknown flag": ({"shalow_exit_layer": 2}, "did you mean --shallow_exit_layer?"),
     "unknown choice": ({"intermediate_loss_fn": "kd"}, "intermediate_loss_fn"),
     "missing file": ({"validation_file": "nowhere.jsonl"}, "nowhere.jsonl"),
     "missing model": ({"model_name_or_path": "./nowhere"}, "./nowhere"),
@@ -395,6 +395,14 @@ def test_log_drops_only_the_line_that_was_cut(tmp_path):
         file.write('{"id": "3 \u2028 ü')
     log.path.write_bytes(log.path.read_bytes()[:-1])  # within a character
     assert [record["id"] for record in log.reopen()] == ["1", "2"]
+
+
+def test_help_shows_all_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    shown = capsys.readouterr().out
+    flags = ("--model_name_or_path", "--use_shallow_deep", "--intermediate_loss_fn", "--paper_settings")
+    assert stop.value.code == 0 and all(flag in shown for flag in flags)
 
 
 def test_missing_evaluation_rows_are_found_before_training(base, capsys):

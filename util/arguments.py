@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -481,11 +482,18 @@ def parse_groups(
     Raises:
         UserError: unknown, missing, malformed or contradictory flags.
     """
-    parser = Parser(groups, description=description)
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:  # unknown flags
-        raise UserError(" ".join(str(error).split())) from error
+    return parse_exactly(Parser(groups, description=description), argv)
+
+
+def parse_exactly(parser: Parser, argv: list[str] | None) -> tuple[Any, ...]:
+    """The parser's dataclasses; UserError if a word is left over."""
+    *groups, rest = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        near = difflib.get_close_matches(rest[0].split("=")[0], parser._option_string_actions, n=1)
+        raise UserError(f"Unknown flag {rest[0]}" + (f": did you mean {near[0]}?" if near else "."))
+    return tuple(groups)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -507,10 +515,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
     argv = expand_paper_settings(argv)
     try:
-        return Arguments(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+        return Arguments(*parse_exactly(parser, argv))
     except UserError:
         raise
-    except (ValueError, ImportError) as error:  # from TrainingArguments' own checks, and unknown flags
+    except (ValueError, ImportError) as error:  # from TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -533,7 +541,8 @@ def expand_argument_file(argv: list[str]) -> list[str]:
 
 def expand_paper_settings(argv: list[str]) -> list[str]:
     """Put the paper's hyper-parameters before the other flags, which override them, if they are wanted."""
-    wanted = Parser((PaperSettings,)).parse_args_into_dataclasses(
+    parser = Parser((PaperSettings,), add_help=False, allow_abbrev=False)  # --help is for the whole
+    wanted = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )[0]
     if not wanted.paper_settings:

@@ -6,6 +6,7 @@ on a 0-100 scale; resampling rows of statistics is all that confidence intervals
 
 from __future__ import annotations
 
+import logging
 import re
 import string
 from collections import Counter
@@ -33,6 +34,7 @@ USUALLY_LOWER_CASE = (  # in capitals they begin a sentence, even after an abbre
 )
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer again and again
 Reference = str | list[str]
 """One reference text, or several of which the best counts."""
 
