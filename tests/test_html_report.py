@@ -98,55 +98,67 @@ def make_record(number, exit_layers, seconds=0.5, **more):
     }
 
 
-def make_sweep(folder):
-    """Two methods and an adaptive threshold on one checkpoint, at two batch sizes."""
-    exits = {"Full depth": [4, 4, 4, 4], "FREE": [2, 4, 2, 2], "FREE adaptive": [2, 2, 4, 4]}
-    settings = [
-        {
-            "name": name,
-            "method": method,
-            "checkpoint": "free",
-            "threshold": None if method == "Full depth" else 0.4,
-            "shallow_layer": None if method == "Full depth" else 2,
-            "batch_size": size,
-            "num_layers": LAYERS,
-        }
-        for name, method, size in [
-            ("Full depth", "Full depth", 1),
-            ("FREE <b>0.4</b>", "FREE", 1),
-            ("adaptive | x", "FREE adaptive", 1),
-            ("Full depth, batch 4", "Full depth", 4),
-            ("FREE 0.4, batch 4", "FREE", 4),
-        ]
+SETTINGS = [
+    {
+        "name": name,
+        "method": method,
+        "checkpoint": "free",
+        "threshold": None if method == "Full depth" else 0.4,
+        "shallow_layer": None if method == "Full depth" else 2,
+        "batch_size": size,
+        "num_layers": LAYERS,
+    }
+    for name, method, size in [
+        ("Full depth", "Full depth", 1),
+        ("FREE <b>0.4</b>", "FREE", 1),
+        ("adaptive | x", "FREE adaptive", 1),
+        ("Full depth, batch 4", "Full depth", 4),
+        ("FREE 0.4, batch 4", "FREE", 4),
     ]
-    records, traces = [], []
-    for setting in settings:
+]
+EXITS = {"Full depth": [4, 4, 4, 4], "FREE": [2, 4, 2, 2], "FREE adaptive": [2, 2, 4, 4]}
+
+
+def make_sweep_records():
+    """Three samples of each setting."""
+    records = []
+    for setting in SETTINGS:
         for row in range(3):
-            place = {"setting": setting["name"], "row": row}
-            record = make_record(row, exits[setting["method"]], **place)
+            record = make_record(row, EXITS[setting["method"]], setting=setting["name"], row=row)
             if setting["method"] == "FREE adaptive":
                 record |= {"threshold": 0.4 + row / 10, "calibration": [[0.9, 1], [0.2, 0]]}
             records.append(record)
-            trace = {key: record[key] for key in ("setting", "row", "id", "pieces", "exit_layers")}
-            trace["confidences"] = [[0.1, 0.35, 0.6, 0.9]] * 4
-            trace["agrees"] = [[0, 1, 1, 1], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]]
-            traces.append(trace | {"deep": ["▁Text", "▁other", "▁", "</s>"]})
-    rows = [
-        setting
-        | {
-            "bleu": 20 + index,
-            "chrf": 40.5,
-            "interval": [18.0, 23.5],
-            "quality_share": 100.0 - index,
-            "quality_share_interval": [95.0, 104.0],
-            "speedup": 1 + index / 2,
-            "speedup_interval": [0.9, 3.0],
-            "tokens_per_second": 100.0 * (index + 1),
-            "ms_per_token": 4.0,
-            "average_layers": 3.25 if index else None,
-        }
-        for index, setting in enumerate(settings)
-    ]
+    return records
+
+
+def make_trace(record):
+    return {key: record[key] for key in ("setting", "row", "id", "pieces", "exit_layers")} | {
+        "confidences": [[0.1, 0.35, 0.6, 0.9]] * 4,
+        "agrees": [[0, 1, 1, 1], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]],
+        "deep": ["▁Text", "▁other", "▁", "</s>"],
+    }
+
+
+def make_figures(index, setting):
+    """A setting's row of sweep.json."""
+    return setting | {
+        "bleu": 20 + index,
+        "chrf": 40.5,
+        "interval": [18.0, 23.5],
+        "quality_share": 100.0 - index,
+        "quality_share_interval": [95.0, 104.0],
+        "speedup": 1 + index / 2,
+        "speedup_interval": [0.9, 3.0],
+        "tokens_per_second": 100.0 * (index + 1),
+        "ms_per_token": 4.0,
+        "average_layers": 3.25 if index else None,
+    }
+
+
+def make_sweep(folder):
+    """Two methods and an adaptive threshold on one checkpoint, at two batch sizes."""
+    records = make_sweep_records()
+    rows = [make_figures(index, setting) for index, setting in enumerate(SETTINGS)]
     context = {
         "arguments": {"free": "checkpoints/free", "note": EVIL},
         "environment": {"torch": "2"},
@@ -155,11 +167,11 @@ def make_sweep(folder):
         "task": "translation",
         "main_score": "bleu",
         "samples": 3,
-        "settings": settings,
+        "settings": SETTINGS,
     }
     write_json(folder / "settings.json", context)
     write_lines(folder / "records.jsonl", records)
-    write_lines(folder / "traces.jsonl", traces)
+    write_lines(folder / "traces.jsonl", map(make_trace, records))
     summary = {
         "auc": {"FREE (free)": 0.87654},
         "fastest_99": {"Full depth": "Full depth", "FREE": "FREE <b>0.4</b>", "FREE adaptive": None},
