@@ -7,7 +7,6 @@ Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_ea
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from models.decoder_view import view_for
-from models.errors import UserError
+from models.errors import one_line_errors
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
@@ -30,11 +29,8 @@ STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "pred
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    with one_line_errors():
         run(parse_arguments(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(arguments: Arguments) -> None:

@@ -1,5 +1,21 @@
 """The one error that bad input raises: a single line that names the flag or file and says what to do."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
-    """Wrong flags, data or checkpoint. `run.py` prints it without a traceback and exits with code 2."""
+    """Wrong flags, data or checkpoint; commands wrap themselves in `one_line_errors`."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Answer a UserError by its line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

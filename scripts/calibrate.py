@@ -25,7 +25,7 @@ from transformers import set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.decoder_view import view_for
-from models.errors import UserError
+from models.errors import one_line_errors
 from models.loading import LoadedModel
 from run import build_model, evaluation_settings, longest_output, place
 from util.arguments import (
@@ -100,11 +100,8 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    try:
+    with one_line_errors():
         calibrate(*parse_flags(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:

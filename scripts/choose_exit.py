@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
-from models.errors import UserError
+from models.errors import one_line_errors
 from models.exit_policy import Free, FullDepth
 from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
@@ -78,11 +78,8 @@ class ChooserArguments:
 
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
-    try:
+    with one_line_errors():
         choose(*parse_groups((ChooserArguments, DataArguments), __doc__, argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def choose(flags: ChooserArguments, data: DataArguments) -> None:

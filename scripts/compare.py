@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.decoder_view import view_for
-from models.errors import UserError
+from models.errors import UserError, one_line_errors
 from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
@@ -66,11 +66,8 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     flags = parse_flags()
     disable_progress_bar()
-    try:
+    with one_line_errors():
         run(flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import ShortlistGap, SoftmaxGap
 from models.decoder_view import view_for
-from models.errors import UserError
+from models.errors import UserError, one_line_errors
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
 from util.arguments import DataArguments
@@ -44,7 +44,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
-    try:
+    with one_line_errors():
         loaded = load_model(flags.model_name_or_path)
         shortlist = learn_shortlist(loaded, load_split(flags, loaded, flags.split), flags.size)
         flags.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,9 +52,6 @@ def main(argv: list[str] | None = None) -> None:
         write_json(flags.output_file, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")
         print_report(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError
+from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, require, require_positive
 from util.calibration import METHODS, P_VALUES, simulate
 from util.consistency import CONSISTENCIES
@@ -64,13 +64,10 @@ class SimulationArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with one_line_errors():
         flags = parse_flags(argv)
         rows = simulate_all(flags, *read_losses(flags))
         write_results(flags, rows, Path(flags.output_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_flags(argv: list[str] | None) -> SimulationArguments:

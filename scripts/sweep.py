@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.decoder_view import view_for
-from models.errors import UserError
+from models.errors import one_line_errors
 from models.exit_policy import Calm, Free, FullDepth, StaticExit
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
@@ -116,11 +116,8 @@ class SweepArguments:
 
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
-    try:
+    with one_line_errors():
         sweep(*parse_groups((SweepArguments, DataArguments), __doc__, argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def sweep(flags: SweepArguments, data: DataArguments) -> None:

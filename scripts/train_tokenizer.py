@@ -14,7 +14,7 @@ from transformers import T5Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError
+from models.errors import one_line_errors
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples
 from util.tasks import DATASETS
@@ -26,10 +26,8 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    try:
+    with one_line_errors():
         train(arguments.dataset_name, arguments.vocab_size, arguments.output_dir)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 def train(dataset_name: str, vocab_size: int, output_dir: Path) -> None:
