@@ -64,6 +64,7 @@ COLUMNS = {
     "checkpoint": "model",
     "batch_size": "batch",
     "quality_share": "% of full",
+    "unchanged": "unchanged",
     "tokens_per_second": "tokens/s",
     "ms_per_token": "ms/token",
     "speedup": "speed-up",

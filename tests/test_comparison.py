@@ -111,6 +111,10 @@ def test_sweep_writes_figures_records_and_traces(swept):
         f"{name}{size}" for name in ("Full depth", "FREE 0.4", "FREE adaptive 0.8") for size in ("", " x2")
     }
     assert rows["Full depth"]["speedup"] == rows["Full depth x2"]["quality_share"] / 100 == 1
+    assert (
+        rows["Full depth"]["unchanged"] == 1
+        and rows["FREE 0.4 x2"]["unchanged"] == rows["FREE 0.4"]["unchanged"]
+    )
     free = rows["FREE 0.4"]
     assert free["real_over_ideal"] == pytest.approx(free["speedup"] / free["ideal_speedup"])
     assert free["speedup_interval"][0] <= free["speedup"] <= free["speedup_interval"][1]

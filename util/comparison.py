@@ -134,6 +134,7 @@ def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dic
         row["interval"] = interval(draws[setting.name])
         row |= compare_quality(*scores, draws[setting.name], draws[baseline.name])
         row |= compare_speed(setting.records, baseline.records)
+        row["unchanged"] = share_equal(setting.records, baseline.records)
         if row.get("ideal_speedup"):
             row["real_over_ideal"] = row["speedup"] / row["ideal_speedup"]
     return list(own.values())
@@ -161,6 +162,13 @@ def compare_quality(
         "quality_share": 100 * score / full_score,
         "quality_share_interval": interval(100 * draws / full_draws),
     }
+
+
+def share_equal(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> float:
+    """Share of samples whose tokens are full depth's, all of them."""
+    return float(
+        np.mean([ours["pieces"] == full["pieces"] for ours, full in zip(records, baseline, strict=True)])
+    )
 
 
 def compare_speed(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
