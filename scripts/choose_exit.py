@@ -72,8 +72,9 @@ class ChooserArguments:
         require(bool(self.thresholds), "--thresholds: name at least one.")
         require_positive("num_samples", self.num_samples)
         require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
-        for value in [*self.thresholds, self.min_agreement]:
-            require_unit_interval("thresholds and --min_agreement", value)
+        require_unit_interval("min_agreement", self.min_agreement)
+        for value in self.thresholds:
+            require_unit_interval("thresholds", value)
 
 
 def main(argv: list[str] | None = None) -> None:
