@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from models.decoder_view import view_for
 from models.errors import one_line_errors
+from models.families import view_for
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments

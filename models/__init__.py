@@ -1,49 +1,36 @@
-"""The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading."""
+"""The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading.
 
-from models.bart import BartView
-from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoder_view import DecoderView, register_view, view_for
-from models.decoding import DecodeStats, early_exit_decode
-from models.errors import UserError
-from models.exit_heads import ExitConfig
-from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, SequencePolicy, StaticExit, StepResult
-from models.loading import LoadedModel, create_model, load_model
-from models.losses import build_exit_loss
-from models.t5 import T5View
-from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
-from models.trace import LayerTrace, trace_layers
-from models.umt5 import UMT5View
+Names are loaded when they are first used, so that `import models.errors` does not load torch.
+"""
 
-__all__ = [
-    "AdaptiveThreshold",
-    "BartView",
-    "Calm",
-    "ConfidenceMeasure",
-    "DecayingThreshold",
-    "DecodeStats",
-    "DecoderView",
-    "ExitConfig",
-    "ExitPolicy",
-    "FixedThreshold",
-    "Free",
-    "FullDepth",
-    "LayerTrace",
-    "LoadedModel",
-    "Measured",
-    "MetaClassifier",
-    "SequencePolicy",
-    "ShortlistGap",
-    "SoftmaxGap",
-    "StaticExit",
-    "StepResult",
-    "T5View",
-    "UMT5View",
-    "UserError",
-    "build_exit_loss",
-    "create_model",
-    "early_exit_decode",
-    "load_model",
-    "register_view",
-    "trace_layers",
-    "view_for",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+EXPORTS = {
+    "confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
+    "decoder_view": ("DecoderState", "DecoderView"),
+    "decoding": ("DecodeStats", "early_exit_decode", "generate"),
+    "errors": ("UserError",),
+    "exit_heads": ("ExitConfig",),
+    "exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
+    "families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
+    "free": ("Free",),
+    "loading": ("LoadedModel", "create_model", "load_model"),
+    "losses": ("build_exit_loss",),
+    "threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
+    "trace": ("LayerTrace", "trace_layers"),
+}
+HOMES = {name: module for module, names in EXPORTS.items() for name in names}
+__all__ = sorted(HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,32 +1,33 @@
-"""A stateless, layer-by-layer look at a Hugging Face decoder.
+"""A decoder seen layer by layer: the only way in which loop, policies, losses and analysis see a model.
 
-`view_for(model)` returns the view of the model's family; the decoding loop, the exit policies and the
-losses see models only through it. What belongs to one generation lives in the state that `begin` returns.
+`models.families.view_for(model)` gives the view of a model's family. A view is stateless and lives as long
+as its model; what belongs to one generation lies in the `DecoderState` that `begin` returns.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, T5ForConditionalGeneration
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
-from models.errors import UserError
 
-DecoderState = Any
-"""Per-generation state of a view: cache, encoder memory, masks. Policies hand it through, unopened."""
+class DecoderState:
+    """What one generation needs; views add caches, masks and encoder memory of their own.
 
-CACHE_KEYWORD = (  # transformers renamed this argument of all models and of `generate` in 5.24
-    "cache"
-    if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters
-    else "past_key_values"
-)
+    `lengths[i]` counts the tokens whose keys/values layer i (from 0) holds. It is the truth: whatever a
+    buffer holds beyond it does not exist.
+    """
 
-REGISTERED_VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {}
-"""Families that `register_view` added to those that come with the package."""
+    def __init__(self, num_layers: int) -> None:
+        self.lengths = [0] * num_layers
+        self.waiting: list[Any] = []  # tokens that the exit policy keeps between steps
+
+    def truncate(self, length: int) -> None:
+        """Forget the keys/values of every layer beyond the first `length` tokens."""
+        for layer, held in enumerate(self.lengths):
+            self.lengths[layer] = min(held, length)
 
 
 class DecoderView(Protocol):
@@ -36,10 +37,14 @@ class DecoderView(Protocol):
     num_layers: int
 
     def begin(self, cache: Cache | None, **model_kwargs: Any) -> DecoderState:
-        """Collect what every layer of this generation needs: encoder memory, masks, positions."""
+        """Collect what every layer of this generation needs: encoder memory, masks, positions.
+
+        A cache that holds tokens is continued. A view names the keywords that it reads, as others are
+        refused.
+        """
 
     def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
-        """Embed token ids: (B, Q) -> (B, Q, D)."""
+        """Embed the token ids that follow those of layer 0: (B, Q) -> (B, Q, D)."""
 
     def run_layers(
         self, state: DecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
@@ -53,11 +58,8 @@ class DecoderView(Protocol):
     def write_kv(self, state: DecoderState, hidden: Tensor, start: int, stop: int) -> None:
         """Cache what layers `start`..`stop - 1` make of (B, Q, D) as keys/values, without running them."""
 
-    def cached_length(self, state: DecoderState, layer: int) -> int:
-        """Number of tokens whose keys/values `layer` holds."""
-
-    def truncate(self, state: DecoderState, length: int) -> None:
-        """Forget the self-attention keys/values of every layer beyond the first `length` tokens."""
+    def deliver_cache(self, state: DecoderState, cache: Cache | None) -> Cache:
+        """Put the keys/values of the tokens that every layer holds into `cache`, or into a new one."""
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).
@@ -75,49 +77,5 @@ class DecoderView(Protocol):
         """Decoder states of a forward pass with `output_hidden_states`: layer i's output at index i (0:
         embeddings), un-normalized but for the last, which the decoder has already normalized."""
 
-
-def view_for(model: nn.Module) -> DecoderView:
-    """Return the view that serves `model`.
-
-    Raises:
-        UserError: the model's family has no view; the message lists those that have one.
-    """
-    families = view_families() | REGISTERED_VIEWS
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in families:
-        raise UserError(
-            f"No decoder view for model family {family!r} (supported: {', '.join(sorted(families))}). "
-            "To add one, implement models.decoder_view.DecoderView and pass it to register_view: "
-            "docs/add_a_model_family.md shows how."
-        )
-    return families[family](model)
-
-
-def register_view(family: str, view: Callable[[PreTrainedModel], DecoderView]) -> None:
-    """Let `view_for` serve models whose `config.model_type` is `family` by `view`."""
-    REGISTERED_VIEWS[family] = view
-
-
-def view_families() -> dict[str, Callable[[PreTrainedModel], DecoderView]]:
-    """The view of each `config.model_type`; imported late, as views import this module."""
-    from models.bart import BartView
-    from models.t5 import T5View
-    from models.umt5 import UMT5View
-
-    return {
-        "bart": BartView,
-        "longt5": T5View,
-        "marian": BartView,
-        "mbart": BartView,
-        "mt5": T5View,
-        "pegasus": BartView,
-        "t5": T5View,
-        "umt5": UMT5View,
-    }
-
-
-def causal_mask_(mask: Tensor, past: int) -> Tensor:
-    """Block, in an additive (Q, past + Q) mask, the keys that come after each query; in place."""
-    blocked = torch.ones_like(mask, dtype=torch.bool).triu(past + 1)
-    return mask.masked_fill_(blocked, torch.finfo(mask.dtype).min)
+    def keep_all_layers(self) -> bool:
+        """Switch off whatever skips layers at random in training; whether anything did."""

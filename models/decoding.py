@@ -3,7 +3,8 @@
     stats = DecodeStats()
     model.generate(**inputs, custom_generate=early_exit_decode, exit_policy=Free(...), decode_stats=stats)
 
-Generation config, logits processors, stopping criteria and encoder preparation stay those of `generate`.
+Generation config, logits processors, stopping criteria, streamers and encoder preparation stay those of
+`generate`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
-from models.decoder_view import CACHE_KEYWORD, DecoderState, DecoderView, view_for
+from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import Drafts, ExitPolicy, FullDepth, StepResult
+from models.exit_policy import ExitPolicy, FullDepth, StepResult
+from models.families import view_for
+from models.generate_contract import arguments_kept_by_generate, model_arguments, refuse_unsupported
+from models.token_choice import TokenChooser, TokenStream
 
 
 @dataclass
@@ -68,21 +80,19 @@ class DecodeStats:
 
     def reset(self, num_layers: int, batch_size: int) -> None:
         """Forget an earlier generation."""
-        self.__init__(num_layers, batch_size)
+        vars(self).update(vars(DecodeStats(num_layers, batch_size)))
 
-    def record(self, result: StepResult, active: list[bool]) -> None:
-        """Add one step, taken for the active rows."""
-        self.steps += 1
-        kept = len(self.columns) - result.retract
-        retracted, self.columns = self.columns[kept:], self.columns[:kept]
-        layers = [self.num_layers] * len(active) if result.retract else result.exit_layers
-        self.columns.append(
-            [layer if running else None for layer, running in zip(layers, active, strict=True)]
-        )
-        self.confidences.append(result.confidences)
-        self.rollbacks += result.retract > 0
+    def take_back(self, count: int) -> None:
+        """Forget the newest `count` tokens, but not the work they cost."""
+        retracted, self.columns = self.columns[-count:], self.columns[:-count]
+        self.rollbacks += 1
         self.retracted_tokens += sum(layer is not None for column in retracted for layer in column)
-        self.record_cost(result, sum(active))
+
+    def record_token(self, exit_layers: list[int], active: list[bool]) -> None:
+        """Add a token that was chosen for the active rows."""
+        self.columns.append(
+            [layer if running else None for layer, running in zip(exit_layers, active, strict=True)]
+        )
 
     def record_cost(self, result: StepResult, rows: int) -> None:
         """Add the work of a step for some rows."""
@@ -100,244 +110,170 @@ def early_exit_decode(
     generation_config: GenerationConfig,
     exit_policy: ExitPolicy | None = None,
     decode_stats: DecodeStats | None = None,
-    token_streamer: BaseStreamer | None = None,
-    synced_gpus: bool = False,
+    decoder_view: DecoderView | None = None,
+    streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateEncoderDecoderOutput:
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) start tokens; all but the last run at full depth.
+        input_ids: (B, P) prompt, at least a start token; all but the last run at full depth.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
-        token_streamer: gets each token once it can no longer be taken back. (`generate` keeps its own
-            `streamer` argument from custom loops, hence the name.)
+        decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
+        streamer: gets each token once it can no longer be taken back; the prompt it has from `generate`.
+        model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, then filled.
+            It comes back with the tokens that every layer has keys/values for, so that after early exits it
+            may be shorter than the sequence.
 
     Returns:
         (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
 
     Raises:
-        UserError: beam search, or a policy whose layers the model does not have.
+        UserError: whatever `generate` can do but this loop cannot, and a policy that does not fit the model.
     """
-    if generation_config.num_beams > 1:
-        raise UserError("early_exit_decode decodes one beam: set num_beams=1.")
-    view = view_for(model)
-    policy = exit_policy or FullDepth()
+    kept, cache = arguments_kept_by_generate(), model_kwargs.pop("cache", None)
+    refuse_unsupported(generation_config, kept)
+    view, policy = decoder_view or view_for(model), exit_policy or FullDepth()
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
-    chooser = TokenChooser(logits_processor, stopping_criteria, generation_config, policy.retracts)
-    stream = TokenStream(token_streamer, policy.retracts, input_ids.shape[1])
+    chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
+    stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
-        state = view.begin(model_kwargs.pop(CACHE_KEYWORD, None), **model_kwargs)
-        prefill(view, state, input_ids[:, :-1])
-        input_ids = decode_tokens(view, state, policy, input_ids, chooser, stream, stats)
-    return chooser.output(input_ids)
+        state = view.begin(cache, **model_arguments(view, model_kwargs))
+        prefill(view, state, input_ids, model_kwargs.get("decoder_attention_mask"))
+        decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids)
+        input_ids = decoding.run()
+    returned = None
+    if generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache)):
+        returned = view.deliver_cache(state, cache)
+    return chooser.output(input_ids, returned)
 
 
-def decode_tokens(
-    view: DecoderView,
-    state: DecoderState,
-    policy: ExitPolicy,
-    input_ids: Tensor,
-    chooser: TokenChooser,
-    stream: TokenStream,
-    stats: DecodeStats,
-) -> Tensor:
-    """Append tokens to (B, P) ids until every row has stopped: (B, P + T)."""
-    prompt_length, active = input_ids.shape[1], [True] * len(input_ids)
-    while any(active):
-        position = input_ids.shape[1] - prompt_length
-        result = policy.step(view, state, view.embed(state, input_ids[:, -1:]), position, active)
-        active = verify_drafts(view, state, input_ids, chooser, result, active)
-        input_ids, active = take(input_ids, result, active, chooser, stats)
-        stream.show(input_ids, result.deep_pass)
-        if not any(active):
-            input_ids, active = finish(view, state, policy, input_ids, chooser, stats)
-    stream.end(input_ids)
-    return input_ids
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    *,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[Any] | None = None,
+    **options: Any,
+) -> Tensor | GenerateEncoderDecoderOutput:
+    """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
+    tokenizer `generate` keeps from custom loops."""
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise UserError("stop_strings need a tokenizer=.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return model.generate(inputs, custom_generate=early_exit_decode, stopping_criteria=criteria, **options)
 
 
-def take(
-    input_ids: Tensor, result: StepResult, active: list[bool], chooser: TokenChooser, stats: DecodeStats
-) -> tuple[Tensor, list[bool]]:
-    """Take back what the step retracts and append the token it predicts."""
-    if result.retract:
-        input_ids = chooser.retract(input_ids, result.retract)
-    stats.record(result, active)
-    return chooser.append(input_ids, result.logits, active)
+def is_given(cache: Cache | None) -> bool:
+    """Whether the caller of `generate` passed the cache, or `generate` made it."""
+    return getattr(cache, "_is_user_defined", False)
 
 
-def finish(
-    view: DecoderView,
-    state: DecoderState,
-    policy: ExitPolicy,
-    input_ids: Tensor,
-    chooser: TokenChooser,
-    stats: DecodeStats,
-) -> tuple[Tensor, list[bool]]:
-    """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
-    stopped = [False] * len(input_ids)
-    result = policy.finish(view, state)
-    if result is None:
-        return input_ids, stopped
-    active = verify_drafts(view, state, input_ids, chooser, result, stopped)
-    if result.retract:
-        return take(input_ids, result, active, chooser, stats)
-    stats.record_cost(result, len(input_ids))
-    return input_ids, stopped
+def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask: Tensor | None) -> None:
+    """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer.
 
-
-def verify_drafts(
-    view: DecoderView,
-    state: DecoderState,
-    input_ids: Tensor,
-    chooser: TokenChooser,
-    result: StepResult,
-    active: list[bool],
-) -> list[bool]:
-    """Judge the newest tokens; retract the first that any row rejects and all after it, with their caches.
-
-    Returns which rows choose the next token: after a retraction, those that were unfinished back then.
+    As in `generate`, ids that come with a cache follow those that it holds, unless a mask (B, P) of the same
+    length says that they include them.
     """
-    drafts = result.drafts
-    if drafts is None:
-        return active
-    accepted, count = chooser.count_accepted(input_ids, drafts), len(drafts.running)
-    if accepted == count:
-        return active
-    result.retract = count - accepted
-    result.logits = drafts.logits[:, accepted]
-    # Inputs up to the rejected token's predecessor stay cached: all tokens but the retracted ones.
-    view.truncate(state, input_ids.shape[1] - result.retract)
-    return drafts.running[accepted]
+    cached, given = state.lengths[0], input_ids.shape[1]
+    start = cached if mask is not None and mask.shape[1] == given else 0
+    if mask is not None and mask.shape[1] not in (given, cached + given):
+        raise UserError(
+            f"decoder_attention_mask has {mask.shape[1]} positions for {given} token ids and {cached} cached."
+        )
+    if start >= given:
+        raise UserError(f"The cache holds {cached} tokens: decoder_input_ids must go on from there.")
+    if given - start > 1:
+        view.run_layers(state, view.embed(state, input_ids[:, start:-1]), 0, view.num_layers)
 
 
-def prefill(view: DecoderView, state: DecoderState, token_ids: Tensor) -> None:
-    """Cache the keys/values of prompt tokens (B, P - 1) in every layer."""
-    if token_ids.shape[1] > 0:
-        view.run_layers(state, view.embed(state, token_ids), 0, view.num_layers)
-
-
-class TokenChooser:
-    """Picks tokens from logits as `generate` would, and tells which rows go on."""
+class Decoding:
+    """One `generate` call under way: (B, P + t) ids so far, and which rows are unfinished."""
 
     def __init__(
         self,
-        processor: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        keeps_drafts: bool = False,
+        view: DecoderView,
+        state: DecoderState,
+        policy: ExitPolicy,
+        chooser: TokenChooser,
+        stream: TokenStream,
+        stats: DecodeStats,
+        input_ids: Tensor,
     ) -> None:
-        self.processor = processor
-        self.criteria = criteria
-        self.config = config
-        self.pad_token = config._pad_token_tensor
-        self.logits: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.keeps_drafts = keeps_drafts
-        self.draft_scores: list[Tensor] = []  # (B, V) of tokens since the last verdict, when sampling
-        self.residual: Tensor | None = None  # (B, V) probabilities that replace those of rejected drafts
+        self.view = view
+        self.state = state
+        self.policy = policy
+        self.chooser = chooser
+        self.stream = stream
+        self.stats = stats
+        self.input_ids = input_ids
+        self.active = [True] * len(input_ids)
+        self.prompt_length = input_ids.shape[1]
+        # The newest token of the ids is not cached yet; a cache given by the caller may hold more than them.
+        self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
 
-    def append(self, input_ids: Tensor, logits: Tensor, active: list[bool]) -> tuple[Tensor, list[bool]]:
-        """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
-        logits = logits.to(torch.float32, copy=True)  # processors may write into it
-        scores = self.processor(input_ids, logits)
-        self._keep(logits, scores)
-        if self.config.do_sample:
-            probabilities = scores.softmax(-1) if self.residual is None else self.residual
-            tokens = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
-            self.residual = None
-            if self.keeps_drafts:
-                self.draft_scores.append(scores)
+    def run(self) -> Tensor:
+        """Append tokens until every row has stopped: (B, P + T)."""
+        while any(self.active):
+            self.step()
+            if not any(self.active):
+                self.close()
+        self.stream.end(self.input_ids)
+        return self.input_ids
+
+    def step(self) -> None:
+        """Decode one token of each unfinished row."""
+        position, rows = self.input_ids.shape[1] - self.prompt_length, sum(self.active)
+        result = self.policy.step(self.view, self.state, self.input_ids[:, -1:], position, self.active)
+        self.stats.steps += 1
+        self.stats.confidences.append(result.confidences)
+        self.stats.record_cost(result, rows)
+        self.settle(result, closing=False)
+        self.stream.show(self.input_ids, result.deep_pass)
+
+    def close(self) -> None:
+        """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
+        result = self.policy.finish(self.view, self.state)
+        if result is not None:
+            self.stats.record_cost(result, len(self.input_ids))
+            self.settle(result, closing=True)
+
+    def settle(self, result: StepResult, *, closing: bool) -> None:
+        """Take back what the step says should go, and append the token it predicts."""
+        scores = None
+        if result.drafts is not None:
+            drafts = result.drafts
+            verdict = self.chooser.verify(self.input_ids, drafts, self.active)
+            self.active, scores = verdict.active, verdict.scores
+            result.retract = len(drafts.running) - verdict.accepted
+            if result.retract:
+                result.logits = drafts.logits[:, verdict.accepted]
+        if result.retract:
+            self.take_back(result.retract)
+            result.exit_layers = [self.view.num_layers] * len(self.active)
+        if any(self.active) and (result.retract or not closing):
+            self.append(result, scores)
+
+    def take_back(self, count: int) -> None:
+        """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""
+        self.input_ids = self.chooser.take_back(self.input_ids, count)
+        self.stats.take_back(count)
+        self.state.truncate(self.cached_before + self.input_ids.shape[1])
+
+    def append(self, result: StepResult, scores: Tensor | None) -> None:
+        """Choose the next token from the step's logits, or from scores that were processed already."""
+        self.stats.record_token(result.exit_layers, self.active)
+        ids, active = self.input_ids, self.active
+        if scores is not None:
+            self.input_ids, self.active = self.chooser.pick(ids, result.logits, scores, active)
         else:
-            tokens = scores.argmax(-1, keepdim=True)
-        if not all(active):
-            running = torch.tensor(active, device=tokens.device)[:, None]
-            tokens = torch.where(running, tokens, self.pad_token)
-        input_ids = torch.cat([input_ids, tokens], dim=1)
-        stopped = self.criteria(input_ids, None).tolist()  # the step's one wait besides the exit test
-        return input_ids, [row and not stop for row, stop in zip(active, stopped, strict=True)]
-
-    def count_accepted(self, input_ids: Tensor, drafts: Drafts) -> int:
-        """How many of the newest n tokens of (B, T) all rows' deep logits let stand."""
-        count = len(drafts.running)
-        if not self.processor and not self.config.do_sample:
-            return count_agreeing(input_ids[:, input_ids.shape[1] - count :], drafts)
-        proposed, self.draft_scores = self.draft_scores[len(self.draft_scores) - count :], []
-        start = input_ids.shape[1] - count
-        for index, running in enumerate(drafts.running):
-            prefix, tokens = input_ids[:, : start + index], input_ids[:, start + index]
-            scores = self.processor(prefix, drafts.logits[:, index].to(torch.float32, copy=True))
-            finished = ~torch.tensor(running, device=tokens.device)
-            if self.config.do_sample:
-                accepted = self._accept(tokens, proposed[index].softmax(-1), scores.softmax(-1), finished)
-            else:
-                accepted = bool(((scores.argmax(-1) == tokens) | finished).all())
-            if not accepted:
-                return index
-        return count
-
-    def _accept(self, tokens: Tensor, draft: Tensor, target: Tensor, finished: Tensor) -> bool:
-        """Accept each row's token with probability min(1, target / draft); if any is rejected, leave behind
-        what to sample from instead: the residual, or the token where it was accepted (Leviathan et al.,
-        2023, algorithm 1)."""
-        chosen = tokens[:, None]  # (B, 1)
-        luck = torch.rand_like(chosen, dtype=target.dtype)
-        accepted = (luck * draft.gather(1, chosen) <= target.gather(1, chosen)) | finished[:, None]
-        if accepted.all():
-            return True
-        residual = (target - draft).clamp(min=0)
-        self.residual = torch.where(accepted, torch.zeros_like(target).scatter_(1, chosen, 1.0), residual)
-        self.residual /= self.residual.sum(-1, keepdim=True)
-        return False
-
-    def retract(self, input_ids: Tensor, count: int) -> Tensor:
-        """Forget the newest `count` tokens."""
-        del self.logits[-count:], self.scores[-count:]
-        return input_ids[:, :-count]
-
-    def output(self, sequences: Tensor) -> Tensor | GenerateEncoderDecoderOutput:
-        """What `generate` returns; copies, as tensors made in inference mode are of limited use outside."""
-        if not self.config.return_dict_in_generate:
-            return sequences.clone()
-        scores, logits = (tuple(map(torch.clone, kept)) or None for kept in (self.scores, self.logits))
-        return GenerateEncoderDecoderOutput(sequences=sequences.clone(), scores=scores, logits=logits)
-
-    def _keep(self, logits: Tensor, scores: Tensor) -> None:
-        if self.config.return_dict_in_generate and self.config.output_logits:
-            self.logits.append(logits)
-        if self.config.return_dict_in_generate and self.config.output_scores:
-            self.scores.append(scores)
-
-
-def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
-    """How many leading columns of (B, n) drafts are the deep logits' greedy choice, finished rows aside."""
-    differs = (drafts.logits.argmax(-1) != tokens).tolist()
-    for index, running in enumerate(drafts.running):
-        if any(row[index] and active for row, active in zip(differs, running, strict=True)):
-            return index
-    return len(drafts.running)
-
-
-class TokenStream:
-    """Feeds a streamer; a policy that retracts is shown only up to its newest deep pass."""
-
-    def __init__(self, streamer: BaseStreamer | None, retracts: bool, shown: int) -> None:
-        self.streamer = streamer
-        self.retracts = retracts
-        self.shown = shown
-
-    def show(self, input_ids: Tensor, deep_pass: bool) -> None:
-        if self.streamer is not None and (deep_pass or not self.retracts):
-            self._flush(input_ids)
-
-    def end(self, input_ids: Tensor) -> None:
-        if self.streamer is not None:
-            self._flush(input_ids)
-            self.streamer.end()
-
-    def _flush(self, input_ids: Tensor) -> None:
-        for position in range(self.shown, input_ids.shape[1]):
-            self.streamer.put(input_ids[:, position].cpu())
-        self.shown = input_ids.shape[1]
+            provisional = self.policy.retracts and not result.deep_pass
+            self.input_ids, self.active = self.chooser.choose(
+                ids, result.logits, active, provisional=provisional
+            )

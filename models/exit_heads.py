@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.decoder_view import view_for
 from models.errors import UserError
+from models.families import view_for
 
 T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"

@@ -1,23 +1,23 @@
-"""When does a token stop? FullDepth, StaticExit, Calm and Free: objects that decode one token a step.
+"""When does a token stop? FullDepth, StaticExit and Calm: objects that decode one token a step.
 
-A policy is chosen by object: `generate(..., custom_generate=early_exit_decode, exit_policy=Free(...))`. To
-add one, implement `ExitPolicy`. Layers count from 1: exiting at layer k means that layers 1..k ran.
+A policy is chosen by object: `generate(..., custom_generate=early_exit_decode, exit_policy=Calm(...))`. To
+add one, implement `ExitPolicy`. What it keeps between steps goes into the generation's state, so that one
+object serves many generations at once. Layers count from 1: exiting at layer k means that layers 1..k ran.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.threshold import AdaptiveThreshold, Threshold
+from models.threshold import Threshold
 
 
 @dataclass
@@ -48,12 +48,12 @@ class ExitPolicy(Protocol):
     """Whether steps may take tokens back."""
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        """Reset what belongs to one generation; raise UserError for layers the decoder does not have."""
+        """Get ready for a generation; raise UserError for what this decoder or batch cannot do."""
 
     def step(
-        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
+        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        """Decode from (B, 1, D) embeddings of the newest tokens; `position` counts generated tokens from 0.
+        """Decode one token from the newest ones, (B, 1) ids; `position` counts generated tokens from 0.
 
         Rows that are not active are finished and must not trigger work.
         """
@@ -78,9 +78,9 @@ class FullDepth(SequencePolicy):
     """Every token runs all layers: the model as it is."""
 
     def step(
-        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
+        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        return static_step(view, state, hidden, view.num_layers)
+        return static_step(view, state, token_ids, view.num_layers)
 
 
 class StaticExit(SequencePolicy):
@@ -93,9 +93,9 @@ class StaticExit(SequencePolicy):
         check_layer("StaticExit", self.layer, view.num_layers)
 
     def step(
-        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
+        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        return static_step(view, state, hidden, self.layer)
+        return static_step(view, state, token_ids, self.layer)
 
 
 class Calm(SequencePolicy):
@@ -130,9 +130,10 @@ class Calm(SequencePolicy):
         return layer >= self.min_layer if self.exit_layers is None else layer in self.exit_layers
 
     def step(
-        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
+        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
         threshold, num_layers = self.threshold.at(position), view.num_layers
+        hidden = view.embed(state, token_ids)  # (B, 1, D)
         undecided = list(active)
         exit_layers = [num_layers] * len(active)
         logits, tests = None, []
@@ -159,201 +160,9 @@ class Calm(SequencePolicy):
         return StepResult(logits, exit_layers, num_layers, num_layers, tests)
 
 
-class PendingToken(NamedTuple):
-    """A token that exited and still lacks deep keys/values."""
-
-    hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
-    confidence: list[float]  # (B,)
-    sure: list[bool]  # (B,)
-    active: list[bool]  # (B,) which rows were unfinished
-    logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
-
-
-class Free:
-    """FREE (Bae et al., 2023): one exit after `shallow_layer`, synchronized parallel decoding.
-
-    Confident tokens stop there and wait; the first unconfident one runs the deep layers for itself and all
-    waiting ones in parallel, which makes every key/value exact. The variants: `copy_skipped` copies states
-    as CALM does instead of waiting; `rollback_threshold` takes back the first waiting token whose
-    cross-entropy under the deep model exceeds it, and all after it; `causal_catch_up=False` lets the tokens
-    of a parallel pass see each other in both directions, as the original's `--parallel_causal_mask False`.
-
-    `lossless` makes every shallow token a draft that the next parallel pass accepts or rejects, as in
-    speculative decoding (Leviathan et al., 2023): output equals full depth's, token for token when greedy,
-    in distribution when sampling. `max_pending` forces a pass once that many tokens wait.
-
-    With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token, unless it
-    is a draft. The first draft that any row rejects makes all rows go on from there.
-    """
-
-    def __init__(
-        self,
-        shallow_layer: int,
-        confidence: ConfidenceMeasure,
-        threshold: Threshold,
-        copy_skipped: bool = False,
-        rollback_threshold: float | None = None,
-        causal_catch_up: bool = True,
-        lossless: bool = False,
-        max_pending: int | None = None,
-    ) -> None:
-        if lossless and (copy_skipped or rollback_threshold is not None or not causal_catch_up):
-            raise UserError("lossless excludes copy_skipped, rollback_threshold and causal_catch_up=False.")
-        if copy_skipped and rollback_threshold is not None:
-            raise UserError("rollback_threshold needs the parallel pass that copy_skipped removes.")
-        self.shallow_layer = shallow_layer
-        self.confidence = confidence
-        self.threshold = threshold
-        self.copy_skipped = copy_skipped
-        self.rollback_threshold = rollback_threshold
-        self.causal_catch_up = causal_catch_up
-        self.lossless = lossless
-        self.max_pending = max_pending
-        self.retracts = lossless or rollback_threshold is not None
-        self.pending: list[PendingToken] = []
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether deep passes feed an adaptive threshold that still learns."""
-        return isinstance(self.threshold, AdaptiveThreshold) and self.threshold.learning
-
-    def begin(self, view: DecoderView, batch_size: int) -> None:
-        check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
-        if self.rollback_threshold is not None and batch_size > 1:
-            # Alone, a row judges its tokens at its own deep passes: others' would change its output.
-            raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
-        self.pending = []
-        self.threshold.start_sequence()
-
-    def step(
-        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
-    ) -> StepResult:
-        # Step 1. Run the shallow layers and test their prediction.
-        hidden = view.run_layers(state, hidden, 0, self.shallow_layer)
-        normalized = view.normalize(hidden[:, -1], self.shallow_layer)
-        measured = self.confidence(view, normalized)
-        confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
-        sure = [value > threshold for value in confidence]
-        if self.max_pending is not None and len(self.pending) >= self.max_pending:
-            sure = [False] * len(sure)
-        exits = all(row or not running for row, running in zip(sure, active, strict=True))
-        logits = measured.logits
-        if logits is None and (exits or any(sure) or self.calibrates):
-            logits = view.project(normalized)
-        compared = logits if self.calibrates or self.rollback_threshold is not None else None
-        token = PendingToken(hidden, confidence, sure, active, compared)
-        # Step 2. Stop here, or run the deep layers for this token and all that wait.
-        if exits:
-            return self._stop(view, state, token, logits)
-        result = self._go_deep(view, state, token)
-        if any(sure) and not self.lossless:
-            result.logits = choose_rows(sure, logits, result.logits)
-            result.exit_layers = [self.shallow_layer if row else view.num_layers for row in sure]
-        return result
-
-    def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
-        """Catch up on the tokens still waiting, to verify them or to teach an adaptive threshold."""
-        learns = self.calibrates and not self.threshold.as_released
-        if not self.pending or not (learns or self.lossless):
-            return None
-        *self.pending, last = self.pending
-        return self._go_deep(view, state, last, shallow_calls=0)
-
-    def _stop(
-        self, view: DecoderView, state: DecoderState, token: PendingToken, logits: Tensor
-    ) -> StepResult:
-        if self.copy_skipped:
-            view.write_kv(state, token.hidden, self.shallow_layer, view.num_layers)
-        else:
-            self.pending.append(token)
-        layer = self.shallow_layer
-        return StepResult(logits, [layer] * len(token.confidence), layer, layer, [token.confidence])
-
-    def _go_deep(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        token: PendingToken,
-        shallow_calls: int | None = None,
-    ) -> StepResult:
-        """Run layers S+1..L on the waiting tokens and `token`, W together; compare and roll back if asked."""
-        window, self.pending = [*self.pending, token], []
-        start, stop = self.shallow_layer, view.num_layers
-        hidden = self._run_deep_layers(view, state, window)
-        compares = self.calibrates or self.retracts
-        compared = hidden if compares else hidden[:, -1:]
-        logits = view.project(view.normalize(compared, stop))  # (B, W or 1, V)
-        calls = start if shallow_calls is None else shallow_calls
-        result = StepResult(
-            logits[:, -1],
-            [stop] * len(token.active),
-            layer_calls=calls + stop - start,
-            layer_tokens=calls + (stop - start) * len(window),
-            confidences=[token.confidence],
-            deep_pass=True,
-        )
-        if self.calibrates:
-            result.calibration = self._calibrate(window, logits)
-        if self.lossless:  # at the end of a sequence the window's last token is a draft as well
-            count = len(window) if shallow_calls == 0 else len(window) - 1
-            result.drafts = Drafts(logits[:, :count], [waiting.active for waiting in window[:count]])
-        elif self.retracts:
-            self._roll_back(view, state, window, logits, result)
-        return result
-
-    def _run_deep_layers(self, view: DecoderView, state: DecoderState, window: list[PendingToken]) -> Tensor:
-        """Layers S+1..L on a parallel window: (B, W, D). Under `copy_skipped`, where W is 1, sure rows keep
-        their shallow state, as they would alone."""
-        hidden = torch.cat([token.hidden for token in window], dim=1)
-        if self.copy_skipped and any(window[-1].sure):
-            unsure = [not row for row in window[-1].sure]
-            for layer in range(self.shallow_layer + 1, view.num_layers + 1):
-                hidden = run_undecided(view, state, hidden, layer, unsure)
-            return hidden
-        return view.run_layers(
-            state, hidden, self.shallow_layer, view.num_layers, causal=self.causal_catch_up
-        )
-
-    def _calibrate(self, window: list[PendingToken], deep_logits: Tensor) -> list[tuple[float, bool]]:
-        """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
-        alone = len(window) == 1 and not self.copy_skipped
-        if self.threshold.as_released and alone:  # the original counts only tokens that had company
-            return []
-        shallow = torch.stack([waiting.logits.argmax(-1) for waiting in window], dim=1)  # (B, W)
-        right = (shallow == deep_logits.argmax(-1)).tolist()
-        pairs = [
-            (waiting.confidence[row], right[row][index])
-            for index, waiting in enumerate(window)
-            for row, running in enumerate(waiting.active)
-            if running
-        ]
-        self.threshold.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
-        return pairs
-
-    def _roll_back(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        window: list[PendingToken],
-        deep_logits: Tensor,
-        result: StepResult,
-    ) -> None:
-        """Take back the first waiting token that the deep model finds too unlikely, and all after it."""
-        shallow = [waiting.logits.argmax(-1) for waiting in window[:-1]]
-        if not shallow:
-            return
-        surprise = F.cross_entropy(deep_logits[0, :-1].float(), torch.cat(shallow), reduction="none")
-        wrong = (surprise > self.rollback_threshold).tolist()
-        if any(wrong):
-            first = wrong.index(True)
-            result.retract = len(shallow) - first
-            result.logits = deep_logits[:, first]
-            view.truncate(state, view.cached_length(state, 0) - result.retract)
-
-
-def static_step(view: DecoderView, state: DecoderState, hidden: Tensor, layers: int) -> StepResult:
+def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layers: int) -> StepResult:
     """Run the first `layers` layers and predict from there."""
-    hidden = view.run_layers(state, hidden, 0, layers)
+    hidden = view.run_layers(state, view.embed(state, token_ids), 0, layers)
     logits = view.project(view.normalize(hidden[:, -1], layers))
     return StepResult(logits, [layers] * len(logits), layers, layers)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Protocol
@@ -162,6 +163,7 @@ class AdaptiveThreshold:
         self.max_sequences = max_sequences
         self.capacity = capacity
         self.as_released = as_released
+        self.lock = threading.Lock()  # one threshold may learn from several generations at once
         self.reset()
 
     def reset(self) -> None:
@@ -178,18 +180,20 @@ class AdaptiveThreshold:
         return self.num_sequences <= self.max_sequences
 
     def start_sequence(self) -> None:
-        if self.confidences and self.learning:
-            self._refit()
-        self.num_sequences += 1
+        with self.lock:
+            if self.confidences and self.learning:
+                self._refit()
+            self.num_sequences += 1
 
     def at(self, position: int) -> float:
         return self.value
 
     def observe(self, confidences: list[float], right: list[bool]) -> None:
         """Add pairs of shallow confidence and agreement with the deep prediction."""
-        if self.learning:
-            self.confidences.extend(confidences)
-            self.right.extend(int(flag) for flag in right)
+        with self.lock:
+            if self.learning:
+                self.confidences.extend(confidences)
+                self.right.extend(int(flag) for flag in right)
 
     def _refit(self) -> None:
         self.mixture.fit(np.array(self.confidences), np.array(self.right))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.confidence import ConfidenceMeasure, SoftmaxGap
-from models.decoder_view import view_for
+from models.families import view_for
 
 
 @dataclass

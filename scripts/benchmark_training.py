@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.decoder_view import view_for
+from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples, tokenize

@@ -24,8 +24,8 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.decoder_view import view_for
 from models.errors import one_line_errors
+from models.families import view_for
 from models.loading import LoadedModel
 from run import build_model, evaluation_settings, longest_output, place
 from util.arguments import (

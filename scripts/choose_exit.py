@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
-from models.exit_policy import Free, FullDepth
+from models.exit_policy import FullDepth
+from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
 from util.arguments import (

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.decoder_view import view_for
+from models.families import view_for
 from models.loading import load_model
 
 CARD = """\

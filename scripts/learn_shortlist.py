@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import ShortlistGap, SoftmaxGap
-from models.decoder_view import view_for
 from models.errors import UserError, one_line_errors
+from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
 from util.arguments import DataArguments

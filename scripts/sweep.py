@@ -24,9 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
-from models.decoder_view import view_for
 from models.errors import one_line_errors
-from models.exit_policy import Calm, Free, FullDepth, StaticExit
+from models.exit_policy import Calm, FullDepth, StaticExit
+from models.families import view_for
+from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import (

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Seq2SeqTrainingArguments
 
-from models.decoder_view import view_for
 from models.exit_heads import ExitConfig, attach_exit_heads
+from models.families import view_for
 from models.losses import build_confidence_head_loss, build_exit_loss
 from util.trainer import EarlyExitTrainer
 

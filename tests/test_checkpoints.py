@@ -8,7 +8,8 @@ import pytest
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
-from models.exit_policy import Free, FullDepth
+from models.exit_policy import FullDepth
+from models.free import Free
 from models.loading import load_model
 from models.threshold import FixedThreshold
 

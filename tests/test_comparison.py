@@ -13,7 +13,7 @@ import torch
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
-from models.exit_policy import Free
+from models.free import Free
 from models.loading import load_model
 from models.threshold import FixedThreshold
 from models.trace import trace_layers

@@ -11,9 +11,10 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from models.confidence import SoftmaxGap
-from models.decoder_view import view_for
 from models.decoding import DecodeStats, early_exit_decode
-from models.exit_policy import Calm, Free, FullDepth, StaticExit
+from models.exit_policy import Calm, FullDepth, StaticExit
+from models.families import view_for
+from models.free import Free
 from models.loading import load_model
 from models.losses import (
     INTERMEDIATE_LOSSES,

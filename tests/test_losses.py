@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models import losses
-from models.decoder_view import view_for
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.families import view_for
 from models.losses import (
     INTERMEDIATE_LOSSES,
     align_closest,

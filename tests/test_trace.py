@@ -8,7 +8,7 @@ from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
-from models.exit_policy import Free
+from models.free import Free
 from models.threshold import FixedThreshold
 from models.trace import trace_layers
 

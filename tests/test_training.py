@@ -20,7 +20,7 @@ from tiny_models import padded_inputs, tiny_model
 from transformers import AutoTokenizer
 
 import run
-from models.decoder_view import view_for
+from models.families import view_for
 from models.loading import load_model
 from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint

@@ -6,8 +6,6 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from models.decoder_view import CACHE_KEYWORD
-
 VOCABULARY = 97
 T5_SETTINGS = {
     "d_model": 32,
@@ -99,4 +97,4 @@ def empty_cache() -> EncoderDecoderCache:
 
 def greedy(model, inputs, **options) -> torch.Tensor:
     """What Hugging Face decodes."""
-    return model.generate(**inputs, **{CACHE_KEYWORD: empty_cache()}, do_sample=False, **options)
+    return model.generate(**inputs, cache=empty_cache(), do_sample=False, **options)

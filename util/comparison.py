@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from models.decoder_view import view_for
 from models.exit_policy import ExitPolicy
+from models.families import view_for
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.analysis import pareto_front

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.confidence import SoftmaxGap
-from models.decoder_view import view_for
+from models.families import view_for
 from models.loading import LoadedModel
 
 REPEATS = 40
@@ -82,7 +82,7 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
         def step() -> None:
             hidden = view.run_layers(state, prefix[:, :size], 0, view.num_layers)
             read(view.normalize(hidden[:, -1], view.num_layers))
-            view.truncate(state, PREFIX)
+            state.truncate(PREFIX)
 
         return median_seconds(step, device)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.generation import GenerateEncoderDecoderOutput
 
-from models.decoder_view import view_for
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
+from models.families import view_for
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import SEEN_COLUMN, count_long_sources

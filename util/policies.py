@@ -12,10 +12,11 @@ from datasets import Dataset
 from torch import Tensor
 
 from models.confidence import ConfidenceMeasure, MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoder_view import view_for
 from models.errors import UserError
 from models.exit_heads import ExitConfig
-from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, StaticExit
+from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
+from models.families import view_for
+from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.arguments import DataArguments, ExitArguments

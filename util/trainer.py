@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 
-from models.decoder_view import view_for
 from models.decoding import early_exit_decode
 from models.exit_heads import ExitConfig, load_exit_heads
 from models.exit_policy import ExitPolicy
+from models.families import view_for
 from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
 from models.losses import ConfidenceHeadLoss, ExitLoss, without_logits
 

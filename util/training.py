@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 
-from models.decoder_view import DecoderView, view_for
+from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.families import view_for
 from models.loading import LoadedModel
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
@@ -125,9 +126,8 @@ def build_loss(
 
 def keep_all_layers(view: DecoderView) -> None:
     """Switch LayerDrop off: exit losses need every layer's state at its place."""
-    if getattr(view.decoder, "layerdrop", 0) > 0:
+    if view.keep_all_layers():
         logger.warning("Training without decoder_layerdrop: exit losses need every layer.")
-        view.decoder.layerdrop = 0.0
 
 
 def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:

@@ -7,24 +7,11 @@ normalize before and have one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor, nn
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from models.decoder_view import CACHE_KEYWORD
-from models.encoder_decoder import EncoderDecoderView, catch_up_mask, own_cache, source_mask, split_heads
 from models.errors import UserError
-
-
-@dataclass
-class BartState:
-    """What one generation adds to the model: S source tokens."""
-
-    cache: EncoderDecoderCache
-    encoder_hidden: Tensor  # (B, S, D)
-    cross_mask: Tensor  # (B or 1, 1, 1, S) additive: 0 at real source tokens
+from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, split_heads
 
 
 class BartView(EncoderDecoderView):
@@ -39,39 +26,13 @@ class BartView(EncoderDecoderView):
         self.output_bias = model.final_logits_bias
         self.position_offset = getattr(decoder.embed_positions, "offset", 0)
 
-    def begin(
-        self,
-        cache: Cache | None,
-        *,
-        encoder_outputs: Any,
-        attention_mask: Tensor | None = None,
-        **_: Any,
-    ) -> BartState:
-        encoder_hidden = encoder_outputs[0]
-        return BartState(own_cache(cache), encoder_hidden, source_mask(encoder_hidden, attention_mask))
-
-    def embed(self, state: BartState, token_ids: Tensor) -> Tensor:
-        start = self.cached_length(state, 0) + self.position_offset
+    def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
+        start = state.lengths[0] + self.position_offset
         positions = self.decoder.embed_positions.weight[start : start + token_ids.shape[1]]
         if len(positions) < token_ids.shape[1]:
             limit = len(self.decoder.embed_positions.weight) - self.position_offset
             raise UserError(f"The model has {limit} positions: generate at most that many tokens.")
         return self.embedding_norm(self.decoder.embed_tokens(token_ids) * self.embed_scale + positions)
-
-    def run_layers(
-        self, state: BartState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
-    ) -> Tensor:
-        past = self.cached_length(state, start)
-        mask = catch_up_mask(state.encoder_hidden, hidden.shape[1], past, causal)
-        for layer in self.layers[start:stop]:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                encoder_hidden_states=state.encoder_hidden,
-                encoder_attention_mask=state.cross_mask,
-                **{CACHE_KEYWORD: state.cache},
-            )
-        return hidden
 
     def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalizes_before:

@@ -1,0 +1,67 @@
+"""Keys/values in buffers with room to grow, under Hugging Face's cache interface.
+
+Layers of Hugging Face models call `update` as they run; how many tokens a layer holds is `lengths[layer]` of
+the generation's state, so that taking tokens back is setting a number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+INITIAL_CAPACITY = 64
+
+
+class BufferLayer(DynamicLayer):
+    """One layer's keys/values (B, H, N, W), of which the first `lengths[index]` count."""
+
+    def __init__(self, lengths: list[int], index: int) -> None:
+        super().__init__()
+        self.lengths = lengths
+        self.index = index
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (B, H, Q, W) keys/values; return all that count."""
+        start = self.lengths[self.index]
+        stop = start + key_states.shape[-2]
+        if not self.is_initialized or stop > self.keys.shape[-2]:
+            self._grow(key_states, value_states, stop)
+        self.keys[:, :, start:stop] = key_states
+        self.values[:, :, start:stop] = value_states
+        self.lengths[self.index] = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        return self.lengths[self.index]
+
+    def _grow(self, keys: Tensor, values: Tensor, needed: int) -> None:
+        """Make room for `needed` tokens, and as many again."""
+        old, capacity = (self.keys, self.values), max(INITIAL_CAPACITY, 2 * needed)
+        self.keys = keys.new_empty(*keys.shape[:2], capacity, keys.shape[3])
+        self.values = values.new_empty(*values.shape[:2], capacity, values.shape[3])
+        length = self.lengths[self.index] if self.is_initialized else 0
+        for buffer, before in zip((self.keys, self.values), old if length else (), strict=False):
+            buffer[:, :, :length] = before[:, :, :length]
+        self.device, self.is_initialized = keys.device, True
+
+
+def make_buffers(lengths: list[int], cache: Cache | None = None) -> Cache:
+    """Buffers of all layers, with what the layers of a given cache hold."""
+    layers = [BufferLayer(lengths, index) for index in range(len(lengths))]
+    for index, layer in enumerate(cache.layers if cache is not None else ()):
+        if index < len(layers) and layer.get_seq_length() > 0:
+            layers[index].update(layer.keys, layer.values)
+    return Cache(layers=layers)
+
+
+def as_dynamic_cache(cache: Cache, length: int) -> DynamicCache:
+    """A cache of Hugging Face's with copies of the first `length` tokens of every layer."""
+    copies = DynamicCache()
+    for index, layer in enumerate(cache.layers if length > 0 else ()):
+        copies.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+    return copies

@@ -1,0 +1,161 @@
+"""What the views of all encoder-decoder families share: state, driving the layers, heads of exits.
+
+A family states how it embeds, what it projects, and how its layers are called where that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from models.decoder_view import DecoderState
+from models.errors import UserError
+from models.families.buffers import as_dynamic_cache, make_buffers
+from models.families.masks import padding_mask, source_mask, step_mask
+
+
+class EncoderDecoderState(DecoderState):
+    """S source tokens, P prompt tokens."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        cache: EncoderDecoderCache | None,
+        encoder_hidden: Tensor,
+        attention_mask: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+    ) -> None:
+        super().__init__(num_layers)
+        refuse_other_caches(cache)
+        holds_tokens = cache is not None and cache.get_seq_length() > 0
+        given = cache.self_attention_cache if holds_tokens else None
+        self.cache = EncoderDecoderCache(
+            make_buffers(self.lengths, given),
+            # An empty one that was built from a config is sized by the encoder's depth.
+            cache.cross_attention_cache if holds_tokens else DynamicCache(),
+        )
+        self.encoder_hidden = encoder_hidden  # (B, S, D)
+        self.source_mask = source_mask(encoder_hidden, attention_mask)  # (B or 1, 1, 1, S)
+        self.padding = None  # (B, 1, 1, P) additive, where prompts are padded
+        if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
+            self.padding = padding_mask(encoder_hidden, decoder_attention_mask)
+
+
+class EncoderDecoderView:
+    """Base of the views: a family adds `embed`, `project_kv` and `project`."""
+
+    output_scale: float | None = None  # of the LM head's input
+    output_bias: Tensor | None = None  # (1, V), added to its output
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], final_norm: nn.Module) -> None:
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.layers = list(layers)  # slicing a ModuleList would build a new module
+        self.num_layers = len(self.layers)
+        self.final_norm = final_norm
+        heads = getattr(model, "per_exit_heads", {})
+        self.per_exit_heads = {int(layer): heads[layer] for layer in heads}
+
+    def begin(
+        self,
+        cache: Cache | None,
+        *,
+        encoder_outputs: BaseModelOutput,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> EncoderDecoderState:
+        state = EncoderDecoderState(
+            self.num_layers, cache, encoder_outputs[0], attention_mask, decoder_attention_mask
+        )
+        if len(set(state.lengths)) > 1:
+            raise UserError(f"The given cache holds {state.lengths} tokens in its layers: not of one call.")
+        return state
+
+    def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
+        """What every layer is called with besides states and cache, for `new` tokens after those that layer
+        `start` holds: masks, biases, encoder memory."""
+        past = state.lengths[start]
+        return {
+            "attention_mask": step_mask(state.encoder_hidden, new, past, causal, state.padding),
+            "encoder_hidden_states": state.encoder_hidden,
+            "encoder_attention_mask": state.source_mask,
+        }
+
+    def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
+        raise NotImplementedError
+
+    def run_layers(
+        self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
+    ) -> Tensor:
+        inputs = self.step_inputs(state, start, hidden.shape[1], causal)
+        return self.apply_layers(hidden, inputs, state.cache, start, stop)
+
+    def apply_layers(
+        self, hidden: Tensor, inputs: dict[str, Any], cache: EncoderDecoderCache, start: int, stop: int
+    ) -> Tensor:
+        """Layers `start`..`stop - 1` of the unmodified model on (B, Q, D): a function of tensors alone, as
+        keys/values come from and go to whatever `cache.update` does with them."""
+        for layer in self.layers[start:stop]:
+            output = layer(hidden, cache=cache, **inputs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def write_kv(self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int) -> None:
+        for index in range(start, stop):
+            keys, values = self.project_kv(self.layers[index], hidden)
+            state.cache.self_attention_cache.update(keys, values, index)
+
+    def deliver_cache(self, state: EncoderDecoderState, cache: Cache | None) -> EncoderDecoderCache:
+        held = min(state.lengths)
+        source = state.encoder_hidden.shape[1] if held > 0 else 0
+        delivered = EncoderDecoderCache(
+            as_dynamic_cache(state.cache.self_attention_cache, held),
+            as_dynamic_cache(state.cache.cross_attention_cache, source),
+        )
+        if cache is None:
+            return delivered
+        vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
+        return cache
+
+    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        if layer in self.per_exit_heads:
+            hidden = self.per_exit_heads[layer](hidden)
+        return self.final_norm(hidden)
+
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied
+        scale, bias = self.output_scale, self.output_bias
+        weight = weight if scale is None else weight * scale
+        bias = None if bias is None else bias.detach().flatten()[token_ids]
+        return lambda normalized: F.linear(normalized, weight, bias)
+
+    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
+        return outputs.decoder_hidden_states
+
+    def keep_all_layers(self) -> bool:
+        dropped = getattr(self.decoder, "layerdrop", 0) > 0
+        if dropped:
+            self.decoder.layerdrop = 0.0
+        return dropped
+
+
+def refuse_other_caches(cache: Cache | None) -> None:
+    """Raise UserError for a cache whose tensors are no plain keys/values of encoder and decoder."""
+    if cache is None:
+        return
+    parts = getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)
+    if not all(isinstance(part, DynamicCache) and not part.offloading for part in parts):
+        raise UserError(
+            "Only a cache of EncoderDecoderCache(DynamicCache(), DynamicCache()) can be continued or filled."
+        )
+
+
+def split_heads(projected: Tensor, head_width: int) -> Tensor:
+    """(B, Q, H * W) -> (B, H, Q, W)."""
+    return projected.unflatten(-1, (-1, head_width)).transpose(1, 2)

@@ -1,0 +1,54 @@
+"""T5 family (T5, T5 v1.1, mT5, LongT5): relative attention biases, RMS norms before each sub-layer.
+
+`T5View(model)` drives the blocks of an unmodified `T5ForConditionalGeneration`; see `DecoderView`. LongT5's
+sparse attention concerns the encoder alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, split_heads
+
+INITIAL_BIAS_LENGTH = 64
+
+
+class T5View(EncoderDecoderView):
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.get_decoder()
+        super().__init__(model, decoder.block, nn.Sequential(decoder.final_layer_norm, decoder.dropout))
+        # mT5 has no such setting: it never scales.
+        scaled = getattr(model.config, "scale_decoder_outputs", False)
+        self.output_scale = model.config.d_model**-0.5 if scaled else None
+
+    def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
+        return self.decoder.embed_tokens(token_ids)
+
+    def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
+        inputs, past = super().step_inputs(state, start, new, causal), state.lengths[start]
+        inputs["encoder_decoder_position_bias"] = inputs.pop("encoder_attention_mask")
+        return inputs | {"position_bias": self._bias_rows(state, past, past + new)}
+
+    def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        normalized = layer.layer[0].layer_norm(hidden)
+        attention = layer.layer[0].SelfAttention
+        width = attention.key_value_proj_dim
+        return split_heads(attention.k(normalized), width), split_heads(attention.v(normalized), width)
+
+    def project(self, normalized: Tensor) -> Tensor:
+        if self.output_scale is not None:
+            normalized = normalized * self.output_scale
+        return self.model.lm_head(normalized)
+
+    def _bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor:
+        """Bias of queries `past`..`total - 1` over keys 0..`total - 1`: (1, H, Q, total). Block 0 owns it,
+        all layers share it, and the state keeps it, (1, H, N, N), for the steps to come."""
+        bias = getattr(state, "relative_bias", None)
+        if bias is None or total > bias.shape[-1]:
+            length = max(INITIAL_BIAS_LENGTH, 2 * total)
+            attention = self.layers[0].layer[0].SelfAttention
+            bias = state.relative_bias = attention.compute_bias(length, length)
+        return bias[:, :, past:total, :total]

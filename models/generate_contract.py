@@ -1,0 +1,71 @@
+"""What `generate` keeps from a custom loop: taken over where it can be, else refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
+
+from models.decoder_view import DecoderView
+from models.errors import UserError
+
+GENERATE_CODE = inspect.unwrap(GenerationMixin.generate).__code__
+NEUTRAL = {"use_cache", "logits_to_keep"}  # change no output of this loop
+UNSUPPORTED_MODES = {
+    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search: leave out penalty_alpha",
+    GenerationMode.ASSISTED_GENERATION: (
+        "assisted generation: leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+    ),
+    GenerationMode.DOLA_GENERATION: "DoLa: leave out dola_layers",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beams: leave out constraints and force_words_ids",
+}
+
+
+def arguments_kept_by_generate() -> dict[str, Any]:
+    """`streamer`, `assistant_model`, `synced_gpus` of the `generate` call that this runs in, if there is one.
+
+    `generate` hands a custom loop only arguments that its own loops do not have, so that a streamer would
+    get neither tokens nor an end, and its reader wait for ever.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not GENERATE_CODE:
+        frame = frame.f_back
+    names = ("streamer", "assistant_model", "synced_gpus")
+    return {} if frame is None else {name: frame.f_locals[name] for name in names}
+
+
+def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
+    """Raise UserError for the first setting that the loop would ignore."""
+    mode = config.get_generation_mode(kept.get("assistant_model"))
+    if config.num_beams is not None and config.num_beams > 1:
+        raise UserError("early_exit_decode decodes one beam: set num_beams=1.")
+    if mode in UNSUPPORTED_MODES:
+        raise UserError(f"early_exit_decode does no {UNSUPPORTED_MODES[mode]}.")
+    if kept.get("synced_gpus"):
+        raise UserError("early_exit_decode does not decode with sharded weights (synced_gpus): gather them.")
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(config, name) and config.return_dict_in_generate:
+            raise UserError(
+                f"early_exit_decode does not return {name}, as tokens skip layers: use models.trace_layers, "
+                "or generate without custom_generate."
+            )
+    if config.cache_implementation not in (None, "dynamic"):
+        raise UserError(
+            f"early_exit_decode keeps its own cache: leave out cache_implementation="
+            f"{config.cache_implementation!r}."
+        )
+    if config.prefill_chunk_size is not None:
+        raise UserError("early_exit_decode prefills at once: leave out prefill_chunk_size.")
+    if config.guidance_scale not in (None, 1, 1.0):
+        raise UserError("early_exit_decode runs no unconditional pass: leave out guidance_scale.")
+
+
+def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that `view.begin` reads; UserError if there is any other with a value."""
+    known = [name for name in inspect.signature(view.begin).parameters if name != "cache"]
+    unread = [name for name, value in given.items() if value is not None and name not in {*known, *NEUTRAL}]
+    if unread:
+        raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
+    return {name: value for name, value in given.items() if name in known}

@@ -1,0 +1,245 @@
+"""Which token a row of logits becomes, as `generate` would choose it, and who is shown it when.
+
+Policies may take tokens back. Processors and criteria may keep state (a watermark's context, a count of
+calls); they are then copied before each token that may be taken back, so that they go on as if it had never
+been. State outside of their objects (globals, closures) cannot be seen and is not taken back.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
+
+from models.errors import UserError
+from models.exit_policy import Drafts
+
+STATELESS = (  # of transformers: nothing that these keep changes what they say
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper "
+    "RepetitionPenaltyLogitsProcessor EncoderRepetitionPenaltyLogitsProcessor TopPLogitsWarper "
+    "TopKLogitsWarper TopHLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper "
+    "EtaLogitsWarper NoRepeatNGramLogitsProcessor EncoderNoRepeatNGramLogitsProcessor "
+    "SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor "
+    "ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor ExponentialDecayLengthPenalty "
+    "LogitNormalization SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor "
+    "WatermarkLogitsProcessor MaxLengthCriteria MaxTimeCriteria StopStringCriteria EosTokenCriteria"
+)
+
+
+@dataclass
+class BeforeToken:
+    """What is restored when a token is taken back."""
+
+    processor: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    scores: Tensor | None = None  # (B, V) that the token was sampled from
+
+
+@dataclass
+class Verdict:
+    """On n drafts: how many all rows accept, and which rows go on after those."""
+
+    accepted: int
+    active: list[bool]
+    scores: Tensor | None = None  # (B, V) processed, of the token instead of the first rejected
+
+
+class TokenChooser:
+    """Picks tokens from logits as `generate` would, and tells which rows go on."""
+
+    def __init__(
+        self, processor: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
+    ) -> None:
+        self.processor = processor
+        self.criteria = criteria
+        self.config = config
+        self.pad_token = config._pad_token_tensor
+        returns = config.return_dict_in_generate
+        self.logits: list[Tensor] | None = [] if returns and config.output_logits else None
+        self.scores: list[Tensor] | None = [] if returns and config.output_scores else None
+        self.provisional: list[BeforeToken] = []  # one for each newest token that may be taken back
+        self.residual: Tensor | None = None  # (B, V) probabilities that replace those of rejected drafts
+
+    def choose(
+        self, input_ids: Tensor, logits: Tensor, active: list[bool], *, provisional: bool = False
+    ) -> tuple[Tensor, list[bool]]:
+        """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
+        if provisional:
+            self.provisional.append(BeforeToken(snapshot(self.processor), snapshot(self.criteria)))
+        else:
+            self.provisional = []
+        return self.pick(input_ids, logits, self._process(input_ids, logits), active)
+
+    def pick(
+        self, input_ids: Tensor, logits: Tensor, scores: Tensor, active: list[bool]
+    ) -> tuple[Tensor, list[bool]]:
+        """`choose` from scores that processors have seen already."""
+        self._keep(logits, scores)
+        if self.config.do_sample:
+            probabilities = scores.softmax(-1) if self.residual is None else self.residual
+            tokens = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            self.residual = None
+            if self.provisional:
+                self.provisional[-1].scores = scores
+        else:
+            tokens = scores.argmax(-1, keepdim=True)
+        if not all(active):
+            running = torch.tensor(active, device=tokens.device)[:, None]
+            tokens = torch.where(running, tokens, self.pad_token)
+        input_ids = torch.cat([input_ids, tokens], dim=1)
+        return input_ids, self._unfinished(input_ids, active)
+
+    def take_back(self, input_ids: Tensor, count: int) -> Tensor:
+        """Forget the newest `count` tokens, and that processors and criteria saw them."""
+        if self.provisional:  # none are left after a verdict, which has restored them itself
+            before = self.provisional[-count]
+            self.processor, self.criteria = before.processor, before.criteria
+            del self.provisional[-count:]
+        for kept in (self.logits, self.scores):
+            if kept is not None:
+                del kept[-count:]
+        return input_ids[:, :-count]
+
+    def verify(self, input_ids: Tensor, drafts: Drafts, active: list[bool]) -> Verdict:
+        """Judge the newest n tokens of (B, T) ids, all of them provisional, by the deep model's logits."""
+        count = len(drafts.running)
+        start = input_ids.shape[1] - count
+        proposed, self.provisional = self.provisional[-count:], []
+        # Step 1. Go back to where the first draft was chosen.
+        self.processor, self.criteria = proposed[0].processor, proposed[0].criteria
+        if self._judges_by_argmax():
+            accepted = count_agreeing(input_ids[:, start:], drafts)
+            return Verdict(accepted, [*drafts.running, active][accepted])
+        recheck = not is_stateless(self.criteria)
+        for index, running in enumerate(drafts.running):
+            # Step 2. Score as full depth would have; the first draft that differs is rejected.
+            prefix, tokens = input_ids[:, : start + index], input_ids[:, start + index]
+            logits = drafts.logits[:, index]
+            scores = self._process(prefix, logits)
+            if not self._accepts(tokens, proposed[index].scores, scores, running):
+                return Verdict(index, running, scores)
+            self._keep(logits, scores, at=index - count)
+            # Step 3. Criteria that keep state or read scores may see another end than the drafts did.
+            after = [*drafts.running, active][index + 1]
+            if recheck:
+                rows = self._unfinished(input_ids[:, : start + index + 1], running)
+                if rows != after:
+                    return Verdict(index + 1, rows)
+        return Verdict(count, active)
+
+    def output(self, sequences: Tensor, cache: Cache | None) -> Tensor | GenerateEncoderDecoderOutput:
+        """What `generate` returns; copies, as tensors made in inference mode are of limited use outside."""
+        if not self.config.return_dict_in_generate:
+            return sequences.clone()
+        scores, logits = (tuple(map(torch.clone, kept or ())) or None for kept in (self.scores, self.logits))
+        return GenerateEncoderDecoderOutput(
+            sequences=sequences.clone(), scores=scores, logits=logits, cache=cache
+        )
+
+    def _judges_by_argmax(self) -> bool:
+        """Whether drafts can be judged all at once, by the deep model's most probable tokens."""
+        keeps = self.logits is not None or self.scores is not None
+        return not (self.processor or self.config.do_sample or keeps) and is_stateless(self.criteria)
+
+    def _process(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        return self.processor(input_ids, logits.to(torch.float32, copy=True))  # they may write into it
+
+    def _unfinished(self, input_ids: Tensor, active: list[bool]) -> list[bool]:
+        """Which of the active rows no criterion stops; the step's one wait besides the exit test."""
+        stopped = self.criteria(input_ids, None if self.scores is None else tuple(self.scores)).tolist()
+        return [row and not stop for row, stop in zip(active, stopped, strict=True)]
+
+    def _accepts(self, tokens: Tensor, proposed: Tensor | None, scores: Tensor, running: list[bool]) -> bool:
+        finished = ~torch.tensor(running, device=tokens.device)
+        if self.config.do_sample:
+            return self._accepts_sampled(tokens, proposed.softmax(-1), scores.softmax(-1), finished)
+        return bool(((scores.argmax(-1) == tokens) | finished).all())
+
+    def _accepts_sampled(self, tokens: Tensor, draft: Tensor, target: Tensor, finished: Tensor) -> bool:
+        """Accept each row's token with probability min(1, target / draft); if any is rejected, leave behind
+        what to sample from instead: the residual, or the token where it was accepted (Leviathan et al.,
+        2023, algorithm 1)."""
+        chosen = tokens[:, None]  # (B, 1)
+        luck = torch.rand_like(chosen, dtype=target.dtype)
+        accepted = (luck * draft.gather(1, chosen) <= target.gather(1, chosen)) | finished[:, None]
+        if accepted.all():
+            return True
+        residual = (target - draft).clamp(min=0)
+        self.residual = torch.where(accepted, torch.zeros_like(target).scatter_(1, chosen, 1.0), residual)
+        self.residual /= self.residual.sum(-1, keepdim=True)
+        return False
+
+    def _keep(self, logits: Tensor, scores: Tensor, at: int | None = None) -> None:
+        """Add what the output returns of a token, or replace what it has of the one `at` a place."""
+        for kept, new in ((self.logits, logits.to(torch.float32)), (self.scores, scores)):
+            if kept is not None and at is None:
+                kept.append(new)
+            elif kept is not None:
+                kept[at] = new
+
+
+def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
+    """How many leading columns of (B, n) drafts are the deep logits' greedy choice, finished rows aside."""
+    differs = (drafts.logits.float().argmax(-1) != tokens).tolist()
+    for index, running in enumerate(drafts.running):
+        if any(row[index] and active for row, active in zip(differs, running, strict=True)):
+            return index
+    return len(drafts.running)
+
+
+def is_stateless(items: list[Any]) -> bool:
+    known, kinds = STATELESS.split(), map(type, items)
+    return all(kind.__module__.startswith("transformers.") and kind.__name__ in known for kind in kinds)
+
+
+def snapshot(items: LogitsProcessorList | StoppingCriteriaList) -> LogitsProcessorList | StoppingCriteriaList:
+    """A copy of the list in which whatever may keep state is copied; models and tokenizers are shared."""
+    if is_stateless(items):
+        return items
+    return type(items)(item if is_stateless([item]) else copy_item(item) for item in items)
+
+
+def copy_item(item: Any) -> Any:
+    shared = (nn.Module, PreTrainedTokenizerBase)
+    memo = {id(value): value for value in vars(item).values() if isinstance(value, shared)}
+    try:
+        return copy.deepcopy(item, memo)
+    except (TypeError, NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{type(item).__name__} cannot be copied ({error}): lossless decoding and rollback take tokens "
+            "back and need to restore its state. Decode without them, or give it a __deepcopy__."
+        ) from error
+
+
+class TokenStream:
+    """Feeds a streamer; a policy that retracts is shown only up to its newest deep pass."""
+
+    def __init__(self, streamer: BaseStreamer | None, retracts: bool, shown: int) -> None:
+        self.streamer = streamer
+        self.retracts = retracts
+        self.shown = shown
+
+    def show(self, input_ids: Tensor, deep_pass: bool) -> None:
+        if self.streamer is not None and (deep_pass or not self.retracts):
+            self._flush(input_ids)
+
+    def end(self, input_ids: Tensor) -> None:
+        if self.streamer is not None:
+            self._flush(input_ids)
+            self.streamer.end()
+
+    def _flush(self, input_ids: Tensor) -> None:
+        for position in range(self.shown, input_ids.shape[1]):
+            self.streamer.put(input_ids[:, position].cpu())
+        self.shown = input_ids.shape[1]

@@ -1,0 +1,66 @@
+"""What a parallel pass of FREE says to the shallow tokens before it: keep them, or take them back.
+
+`Rollback` is the original's: the deep model finds a token too unlikely. `Drafting` makes every shallow token
+a proposal of speculative decoding; the loop, which knows processors and sampling, gives the verdict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.exit_policy import Drafts, StepResult
+
+
+class WaitingToken(NamedTuple):
+    """A token that exited and still lacks deep keys/values."""
+
+    hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
+    confidence: list[float]  # (B,)
+    sure: list[bool]  # (B,)
+    active: list[bool]  # (B,) which rows were unfinished
+    logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
+
+
+class Verification(Protocol):
+    def judge(
+        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+    ) -> None:
+        """Note in `result` what becomes of the n tokens that exited; `deep_logits` (B, W, V), W >= n.
+
+        `closing`: the sequence has ended, and no token of its own needed the deep layers.
+        """
+
+
+class Drafting:
+    """Lossless: the tokens are drafts, to be accepted or rejected."""
+
+    def judge(
+        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+    ) -> None:
+        if exited:
+            result.drafts = Drafts(deep_logits[:, : len(exited)], [token.active for token in exited])
+
+
+class Rollback:
+    """Take back the first token that is too unlikely under the deep model, and all after it, while the
+    sequence goes on; batch 1."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold  # of the cross-entropy, in nats
+
+    def judge(
+        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+    ) -> None:
+        if not exited or closing:  # a finished sequence stands
+            return
+        shallow = torch.cat([token.logits.argmax(-1) for token in exited])  # (n,)
+        surprise = F.cross_entropy(deep_logits[0, : len(exited)].float(), shallow, reduction="none")
+        wrong = (surprise > self.threshold).tolist()
+        if any(wrong):
+            first = wrong.index(True)
+            result.retract = len(exited) - first
+            result.logits = deep_logits[:, first]
