@@ -34,6 +34,25 @@ from util.significance import confidence_intervals, paired_bootstrap
 from util.tasks import TASKS
 from util.timing import Stopwatch
 
+# How an evaluation decodes is its own affair, whatever a checkpoint's generation config says; what shapes the
+# text (penalties, shortest length, forced tokens) stays the checkpoint's.
+SETTLED = {
+    "do_sample": False,
+    "max_new_tokens": None,
+    "max_time": None,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "cache_implementation": None,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict_in_generate": False,
+}
+
 
 @dataclass
 class EvaluationSettings:
@@ -173,7 +192,7 @@ def decode_batch(
         return_tensors="pt",
     ).to(loaded.model.device)
     stats = DecodeStats()
-    options = {"max_length": settings.max_length, "num_beams": settings.num_beams, "do_sample": False}
+    options = SETTLED | {"max_length": settings.max_length, "num_beams": settings.num_beams}
     competes = "window" in batch.column_names
     if competes:
         options |= {"return_dict_in_generate": True, "output_scores": True}
@@ -197,10 +216,12 @@ def sequence_scores(output: GenerateEncoderDecoderOutput, tokens: list[list[int]
 
 def generated_tokens(loaded: LoadedModel, sequences: Tensor) -> list[list[int]]:
     """Token ids without start token and padding, end-of-sequence included."""
-    end = loaded.tokenizer.eos_token_id
+    ends = loaded.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     rows = []
     for row in sequences[:, 1:].tolist():
-        rows.append(row[: row.index(end) + 1] if end in row else row)
+        length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:length])
     return rows
 
 
