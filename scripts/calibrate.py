@@ -46,7 +46,7 @@ from util.data import dataset_record, load_examples
 from util.evaluation import best_windows, decode_split, fingerprint, summarize_depth, texts_of
 from util.metrics import Reference
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
-from util.report import comparison_table, environment, print_report
+from util.tables import comparison_table, environment, print_report
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}

@@ -41,7 +41,7 @@ from util.comparison import BASELINE, Setting, compare, decode_interleaved, trac
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
-from util.report import comparison_table, environment, print_report, write_json
+from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
 
 COLUMNS = {

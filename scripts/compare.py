@@ -28,7 +28,7 @@ from util.arguments import DataArguments, make_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
-from util.report import (
+from util.tables import (
     color_by_depth,
     comparison_table,
     depth_legend,

@@ -55,7 +55,7 @@ from util.comparison import (
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, PredictionLog, fingerprint, replay_calibration
 from util.policies import build_measure
-from util.report import comparison_table, environment, print_report, write_csv, write_json
+from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 
 METHODS = (HF_GENERATE, "Static", "FREE", "FREE adaptive", "FREE lossless", "FREE shortlist", "CALM")

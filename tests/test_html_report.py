@@ -20,7 +20,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.token_heat_map import depth_shades, relative_luminance
+from util.report.heat_map import depth_shades, relative_luminance
 
 EVIL = "<script>alert('x')</script>"
 LAYERS = 4

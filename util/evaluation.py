@@ -29,8 +29,8 @@ from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import SEEN_COLUMN, count_long_sources
 from util.metrics import METRICS, Reference, compute_scores
-from util.report import environment, write_json
 from util.significance import confidence_intervals, paired_bootstrap
+from util.tables import environment, write_json
 from util.tasks import TASKS
 from util.timing import Stopwatch
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from models.errors import UserError
 from util.analysis import pareto_front
 from util.comparison import BASELINE, HF_GENERATE
+from util.report.results import JudgeScores, Results, ResultSet, Setting, Trace
 from util.significance import sum_ratio_interval
 from util.tasks import TASKS
 
@@ -43,78 +43,6 @@ FIGURE_KEYS = (
     "exit_share",
 )
 INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
-
-
-@dataclass
-class Trace:
-    """What every layer predicted for one sample's T tokens."""
-
-    row: int
-    id: str
-    pieces: list[str]
-    exit_layers: list[int] | None
-    confidences: np.ndarray  # (T, L)
-    agrees: np.ndarray  # (T, L) 0/1
-    deep: list[str]  # (T) the last layer's predictions
-
-
-@dataclass
-class Setting:
-    """One way of decoding: a method at a threshold on a checkpoint. `records` holds its samples by row."""
-
-    name: str
-    method: str
-    checkpoint: str
-    threshold: float | None
-    shallow_layer: int | None
-    batch_size: int
-    num_layers: int | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
-    traces: dict[int, Trace] = field(default_factory=dict)
-
-    @property
-    def exit_layers(self) -> list[int]:
-        return [layer for record in self.records.values() for layer in record["exit_layers"] or ()]
-
-
-@dataclass
-class ResultSet:
-    """The settings of one folder, on the same samples. `pareto` and `fastest_99` hold names of settings."""
-
-    label: str
-    kind: str  # "sweep" or "run"
-    dataset: str | None
-    split: str | None
-    main_score: str
-    samples: int
-    settings: list[Setting]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    auc: dict[str, float] = field(default_factory=dict)
-    fastest_99: dict[str, str | None] = field(default_factory=dict)
-    pareto: list[str] = field(default_factory=list)
-    baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
-
-    @property
-    def main_settings(self) -> list[Setting]:
-        """Those at the smallest batch size; the others only tell of throughput."""
-        smallest = min((setting.batch_size for setting in self.settings), default=0)
-        return [setting for setting in self.settings if setting.batch_size == smallest]
-
-
-@dataclass
-class JudgeScores:
-    """`scores` is laid out as `gpt_eval.report` says."""
-
-    label: str
-    scores: dict[str, Any]
-
-
-@dataclass
-class Results:
-    sets: list[ResultSet] = field(default_factory=list)
-    judges: list[JudgeScores] = field(default_factory=list)
 
 
 def read_folders(folders: Sequence[str | Path]) -> Results:

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from util.comparison import BASELINE
-from util.result_files import ResultSet, Setting, Trace
+from util.report.results import ResultSet, Setting, Trace
 
 DEPTH_SHADES = 21  # colours between the first and the last layer
 HEAT_SAMPLES, HEAT_SETTINGS, HEAT_TOKENS = 4, 5, 60  # most samples a folder, settings a sample, tokens shown

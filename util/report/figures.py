@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.analysis import Oracle, Reliability
-from util.report import MARKERS, plt
+from util.tables import MARKERS, plt
 
 INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
 # Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
