@@ -39,6 +39,7 @@ from util.tables import (
     write_json,
 )
 from util.tasks import DATASETS, TASKS
+from util.timing_doubts import untrusted_timing
 
 SHOWN = ("FREE, fixed", "CALM")  # their outputs are printed in colour
 
@@ -136,7 +137,8 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
     rows = compare(settings, evaluation)
     arguments = {name: str(value) for name, value in vars(flags).items()}
     context = {"arguments": arguments, "environment": environment(settings[0].loaded.model)}
-    write_json(flags.output_dir / "report.json", {**context, "rows": rows})
+    doubts = untrusted_timing(rows)
+    write_json(flags.output_dir / "report.json", {**context, "untrusted_timing": doubts, "rows": rows})
     write_csv(flags.output_dir / "report.csv", rows)
     plot_trade_off(flags.output_dir / "report.png", rows, quality, rows[1])
     columns = {
@@ -152,7 +154,9 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
         "exit_share": "exits",
     }
     title = f"{flags.dataset_name}, {rows[0]['samples']} {flags.split} samples, batch 1, greedy"
-    print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(settings))
+    print_report(
+        comparison_table(title, columns, rows), doubts or "", depth_legend(), *show_samples(settings)
+    )
     print_report(f"\nWrote report.json, report.csv and report.png to {flags.output_dir}")
 
 
