@@ -253,6 +253,7 @@ def write_settings(
         "task": data.task,
         "main_score": TASKS[data.task].main_score,
         "samples": samples,
+        "interleaved": True,  # so that the times of settings compare
         "settings": [setting.describe() for setting in settings],
     }
     write_json(folder / "settings.json", content)

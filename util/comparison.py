@@ -99,11 +99,17 @@ def decode_interleaved(
             for rows in batch_indices(block.start, block.stop, setting.batch_size):
                 batch = examples.select(rows)
                 decoded = decode_batch(setting.loaded, setting.policy, batch, evaluation)
+                described = describe_batch(setting.loaded, batch, decoded)
                 setting.records += [
-                    {"setting": setting.name, "row": row, **record}
-                    for row, record in zip(rows, describe_batch(setting.loaded, batch, decoded), strict=True)
+                    mark_record(setting, row, record) for row, record in zip(rows, described, strict=True)
                 ]
         keep([record for setting in settings for record in setting.records[-len(block) :]])
+
+
+def mark_record(setting: Setting, row: int, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its setting and row; the source, alike for all settings, stays with full depth alone."""
+    source = {"source": record.pop("source")}
+    return {"setting": setting.name, "row": row, **(source if setting.method == BASELINE else {}), **record}
 
 
 def largest_batch(settings: list[Setting]) -> int:

@@ -235,6 +235,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
     for row, example in enumerate(batch):
         record = {
             "id": example["id"],
+            "source": example["source"],
             "prediction": texts[row],
             "reference": example.get("references") or example["target"],
             "tokens": len(decoded.sequences[row]),

@@ -1,4 +1,7 @@
-"""Decoded samples with each token in the colour of its exit layer, for the HTML report."""
+"""Decoded samples with each token in the colour of its exit layer, for the HTML report.
+
+A card holds one sample: its source, its reference, and what every method made of it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from util.comparison import BASELINE
+from util.comparison import BASELINE, HF_GENERATE
 from util.report.results import ResultSet, Setting, Trace
 
 DEPTH_SHADES = 21  # colours between the first and the last layer
-HEAT_SAMPLES, HEAT_SETTINGS, HEAT_TOKENS = 4, 5, 60  # most samples a folder, settings a sample, tokens shown
-MAX_HEAT_SAMPLES = 12  # on the page
+HEAT_SAMPLES, MAX_HEAT_SAMPLES = 4, 12  # of a data set, on the page
+HEAT_TOKENS = 60  # more are not shown
+SHORT_SOURCE = 400  # characters; longer ones unfold
 
 
 @dataclass
@@ -27,28 +31,49 @@ class Token:
 
 @dataclass
 class HeatRow:
+    """What a setting made of a sample: tokens in colour, or where they tell nothing, the text."""
+
     setting: str
     tokens: list[Token]
-    cut: bool
+    cut: bool = False
+    text: str = ""
 
 
 @dataclass
 class HeatSample:
     id: str
+    data: str
+    source: str | None
     references: list[str]
-    full_depth: list[tuple[str, str]]  # (heading, prediction)
     rows: list[HeatRow]
 
 
+@dataclass
+class Shown:
+    """A setting and where it has its samples."""
+
+    setting: Setting
+    rows: dict[str, int]  # sample's id -> row; the first of several windows
+
+
 def heat_section(sets: list[ResultSet]) -> dict[str, Any] | None:
-    """A few samples whose tokens left at different layers, as several settings decoded them."""
-    samples = [sample for result in sets for sample in heat_samples(result)][:MAX_HEAT_SAMPLES]
+    """A few samples whose tokens left at different layers, as one setting of each method decoded them."""
+    groups: dict[tuple[str | None, str | None], list[ResultSet]] = {}
+    for result in sets:
+        groups.setdefault((result.dataset, result.split), []).append(result)
+    samples = [sample for group in groups.values() for sample in heat_samples(group)][:MAX_HEAT_SAMPLES]
     if not samples:
         return None
     depths = {setting.num_layers for result in sets for setting in result.settings if setting.num_layers}
     depth = max(depths)
     legend = [(layer, shade_class(layer, depth)) for layer in legend_layers(depth)]
-    return {"samples": samples, "legend": legend, "mixed_depths": len(depths) > 1}
+    return {
+        "samples": samples,
+        "legend": legend,
+        "mixed_depths": len(depths) > 1,
+        "several": len(groups) > 1,
+        "short_source": SHORT_SOURCE,
+    }
 
 
 def legend_layers(depth: int) -> list[int]:
@@ -58,56 +83,81 @@ def legend_layers(depth: int) -> list[int]:
     return sorted({round(1 + (depth - 1) * step / 6) for step in range(7)})
 
 
-def heat_samples(result: ResultSet) -> list[HeatSample]:
-    shown = heat_settings(result)
-    scores: dict[int, tuple[int, int]] = {}
-    for setting in shown:
-        for row, record in setting.records.items():
+def heat_samples(group: list[ResultSet]) -> list[HeatSample]:
+    """Samples of one data set, whichever folders decoded them."""
+    shown = [Shown(setting, first_rows(setting)) for result in group for setting in heat_settings(result)]
+    scores: dict[str, tuple[int, int]] = {}
+    for one in shown:
+        for name, row in one.rows.items():
+            record = one.setting.records[row]
             if is_mixed(record) and record["tokens"] <= HEAT_TOKENS:
-                mixed, traced = scores.get(row, (0, 0))
-                scores[row] = (mixed + 1, traced + (row in setting.traces))
+                mixed, traced = scores.get(name, (0, 0))
+                scores[name] = (mixed + 1, traced + (row in one.setting.traces))
     # Traced samples first, then those that most settings decoded at several depths; ties in order.
-    best = sorted(scores, key=lambda row: (-scores[row][1], -scores[row][0], row))[:HEAT_SAMPLES]
-    return [heat_sample(result, shown, row) for row in sorted(best)]
+    places = {name: place for place, name in enumerate(scores)}
+    best = sorted(scores, key=lambda name: (-scores[name][1], -scores[name][0], places[name]))[:HEAT_SAMPLES]
+    return [heat_sample(group[0].data, shown, name) for name in sorted(best, key=places.get)]
+
+
+def first_rows(setting: Setting) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for row, record in setting.records.items():
+        rows.setdefault(str(record["id"]), row)
+    return rows
 
 
 def heat_settings(result: ResultSet) -> list[Setting]:
-    """One setting a method, if its tokens leave at several layers: the fastest good one, else the first."""
-    by_method: dict[str, Setting] = {}
+    """One setting of each method on each checkpoint: its fastest good one, else the one of best quality."""
+
+    def preference(setting: Setting) -> tuple[bool, float]:
+        return setting.name in good, setting.figures.get("quality_share") or 0.0
+
+    good = set(result.fastest_99.values())
+    chosen: dict[tuple[str, str], Setting] = {}
     for setting in result.main_settings:
-        if any(map(is_mixed, setting.records.values())) and setting.num_layers:
-            chosen = result.fastest_99.get(setting.method) == setting.name
-            if chosen or setting.method not in by_method:
-                by_method[setting.method] = setting
-    return list(by_method.values())[:HEAT_SETTINGS]
+        best = chosen.setdefault((setting.method, setting.checkpoint), setting)
+        if preference(setting) > preference(best):
+            chosen[setting.method, setting.checkpoint] = setting
+    return list(chosen.values())
 
 
 def is_mixed(record: dict[str, Any]) -> bool:
     return len(set(record["exit_layers"] or ())) > 1
 
 
-def heat_sample(result: ResultSet, shown: list[Setting], row: int) -> HeatSample:
-    having = [setting for setting in shown if row in setting.records]
-    record = having[0].records[row]
-    references = record["reference"] if isinstance(record["reference"], list) else [record["reference"]]
-    full = full_depth_outputs(result, having, row)
-    return HeatSample(str(record["id"]), references, full, [heat_row(setting, row) for setting in having])
+def heat_sample(data: str, shown: list[Shown], name: str) -> HeatSample:
+    having = [(one.setting, one.rows[name]) for one in shown if name in one.rows]
+    reference = having[0][0].records[having[0][1]]["reference"]
+    same = [pair for pair in having if pair[0].records[pair[1]]["reference"] == reference]
+    sources = [source for setting, row in same if (source := setting.records[row].get("source"))]
+    return HeatSample(
+        id=name,
+        data=data,
+        source=sources[0] if sources else None,
+        references=reference if isinstance(reference, list) else [reference],
+        rows=[*plain_rows(same), *(heat_row(*pair) for pair in same if not is_plain(pair[0]))],
+    )
 
 
-def full_depth_outputs(result: ResultSet, shown: list[Setting], row: int) -> list[tuple[str, str]]:
-    """What full depth makes of the sample, once for each checkpoint shown."""
-    checkpoints = {setting.checkpoint for setting in shown}
-    candidates = [*result.settings, *([result.baseline] if result.baseline else [])]
-    found = {}
-    for setting in candidates:
-        if setting.method == BASELINE and setting.checkpoint in checkpoints and row in setting.records:
-            found.setdefault(setting.checkpoint, setting.records[row]["prediction"])
-    return [(f"full depth ({name})" if name else "full depth", text) for name, text in found.items()]
+def is_plain(setting: Setting) -> bool:
+    """Whether all tokens leave at the last layer anyway."""
+    return setting.method in (BASELINE, HF_GENERATE)
+
+
+def plain_rows(pairs: list[tuple[Setting, int]]) -> list[HeatRow]:
+    """What full depth makes of the sample: a row for each text, named after all who say so."""
+    names: dict[str, list[str]] = {}
+    for setting, row in pairs:
+        if is_plain(setting):
+            names.setdefault(setting.records[row]["prediction"], []).append(setting.name)
+    return [HeatRow(", ".join(who), [], text=text) for text, who in names.items()]
 
 
 def heat_row(setting: Setting, row: int) -> HeatRow:
     """Tokens of a record, with what its trace knows of them; the trace must be of the same tokens."""
     record, trace = setting.records[row], setting.traces.get(row)
+    if not record["exit_layers"] or not setting.num_layers:
+        return HeatRow(setting.name, [], text=record["prediction"])
     if trace is not None and trace.pieces != record["pieces"]:
         trace = None
     count = min(len(record["pieces"]), len(record["exit_layers"]), HEAT_TOKENS)

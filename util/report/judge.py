@@ -23,6 +23,7 @@ def judge_section(judge: JudgeScores) -> dict[str, Any]:
         if scores.get("pairwise", {}).get("samples"):
             comparisons.append(comparison(model, scores["pairwise"]))
     table = TableData(
+        "Mean ratings, 1 to 5",
         ["system", "judge", "samples", *dimensions],
         [
             [text_cell(name), text_cell(model), number_cell(entry["samples"])]

@@ -58,6 +58,12 @@ class ResultSet:
     fastest_99: dict[str, str | None] = field(default_factory=dict)
     pareto: list[str] = field(default_factory=list)
     baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
+    interleaved: bool = False  # the settings decoded in turn: only then their times compare
+
+    @property
+    def data(self) -> str:
+        """Which samples these are; figures of different ones do not belong into one table."""
+        return f"{self.dataset or 'local data'}, {self.samples} {self.split} samples"
 
     @property
     def main_settings(self) -> list[Setting]:

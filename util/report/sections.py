@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.comparison import BASELINE
+from util.comparison import BASELINE, GOOD_SHARE
 from util.report.figures import (
     Line,
     Point,
     inline_svg,
     line_figure,
+    near_points,
     oracle_figure,
     reliability_figure,
     save_figure,
@@ -32,37 +35,52 @@ from util.report.figures import (
 )
 from util.report.heat_map import shade_class
 from util.report.results import ResultSet, Setting
-from util.report.table import TableData, format_interval, number_cell, score_name, settings_of, text_cell
+from util.report.table import TableData, format_interval, number_cell, score_name, text_cell
 
 MAX_CURVES = 6  # in one calibration plot
 
 
+@dataclass
+class Measure:
+    """What an axis shows: a key of the figures, its interval's key, its label, and the unit of a value."""
+
+    key: str
+    interval: str | None
+    label: str
+    unit: str
+
+
 def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any] | None:
-    """Quality kept against measured speed-up; where no full depth is known, score against tokens/s."""
-    relative = [
-        (result, setting)
-        for result, setting in plotted_settings(sets)
-        if None not in (setting.figures.get("quality_share"), setting.figures.get("speedup"))
-    ]
-    related = len(relative) > 1
-    chosen = relative if related else [pair for pair in plotted_settings(sets) if has_speed_and_score(*pair)]
-    scores = {score_name(result) for result, _ in chosen}
-    if not chosen or (not related and len(scores) > 1):
+    """Quality kept against measured speed-up; where none was measured, against the ideal one."""
+    found = choose_measures(plotted_settings(sets))
+    if found is None:
         return None
-    points = [as_point(result, setting, related) for result, setting in chosen]
-    quality = " or ".join(sorted(scores))
-    labels = ("speed-up over full depth (measured)", f"{quality}, % of full depth")
-    if not related:
-        labels = ("tokens per second", quality)
-    figure = trade_off_figure(points, *labels, 99.0 if related else None)
+    pairs, x, y = found
+    several = len({result.data for result, _ in pairs}) > 1
+    points = [as_point(result, setting, x, y, several) for result, setting in pairs]
+    line = GOOD_SHARE if y.key == "quality_share" else None
+    near = near_points(points, line)
+    panels = [points, near] if near else [points]
+    both = trade_off_figure(points, panels, x.label, y.label, line)
     for suffix in ("png", "svg"):
-        save_figure(figure, output_dir / f"trade_off.{suffix}")
+        save_figure(both, output_dir / f"trade_off.{suffix}")
+    details = [point.detail for point in points]
     summary = "; ".join(point.detail for point in points if point.pareto) or f"{len(points)} settings"
-    description = f"Scatter plot of {labels[1]} against {labels[0]}. On the Pareto front: {summary}."
+    descriptions = [f"Scatter plot of {y.label} against {x.label}. On the Pareto front: {summary}."]
+    descriptions += [f"The same near {line:.0f}%."] if near else []
+    figures = [
+        trade_off_figure(points, [panel], x.label, y.label, line, legend=panel is points) for panel in panels
+    ]
     return {
-        "svg": inline_svg(figure, "trade-off", description, [point.detail for point in points]),
-        "related": related,
-        "batch_sizes": sorted({setting.batch_size for _, setting in chosen}),
+        "svgs": [
+            inline_svg(figure, f"trade-off-{number}", description, details)
+            for number, (figure, description) in enumerate(zip(figures, descriptions, strict=True))
+        ],
+        "near": line if near else None,
+        "line": line,
+        "measured": x.key == "speedup",
+        "pareto": any(point.pareto for point in points),
+        "batch_sizes": sorted({setting.batch_size for _, setting in pairs}),
         "auc": [(name, f"{value:.3f}") for result in sets for name, value in result.auc.items()],
     }
 
@@ -71,33 +89,53 @@ def plotted_settings(sets: list[ResultSet]) -> list[tuple[ResultSet, Setting]]:
     return [(result, setting) for result in sets for setting in result.main_settings if setting.figures]
 
 
-def has_speed_and_score(result: ResultSet, setting: Setting) -> bool:
-    return None not in (setting.figures.get("tokens_per_second"), setting.figures.get(result.main_score))
+def choose_measures(
+    pairs: list[tuple[ResultSet, Setting]],
+) -> tuple[list[tuple[ResultSet, Setting]], Measure, Measure] | None:
+    """The first pair of axes that tells at least two settings apart, and the settings that have it."""
+    scores = dict(sorted((score_name(result), result.main_score) for result, _ in pairs))
+    of_full = f"{' or '.join(scores)}, % of full depth"
+    qualities = [Measure("quality_share", "quality_share_interval", of_full, "% of full depth")]
+    if len(scores) == 1:
+        qualities += [Measure(key, "interval", name, f" {name}") for name, key in scores.items()]
+    speeds = [
+        Measure("speedup", "speedup_interval", "speed-up over full depth (measured)", "× speed-up"),
+        Measure("ideal_speedup", None, "ideal speed-up (by layers run, not by time)", "× ideal speed-up"),
+    ]
+    for x, y in product(speeds, qualities):
+        chosen = [
+            pair for pair in pairs if None not in (pair[1].figures.get(x.key), pair[1].figures.get(y.key))
+        ]
+        if len(chosen) > 1:
+            return chosen, x, y
+    return None
 
 
-def as_point(result: ResultSet, setting: Setting, related: bool) -> Point:
+def as_point(result: ResultSet, setting: Setting, x: Measure, y: Measure, several: bool) -> Point:
+    """A setting as a point; where the page holds several data sets, it names its own."""
     figures, method = setting.figures, setting.method
-    keys = ("speedup", "quality_share") if related else ("tokens_per_second", result.main_score)
-    intervals = ("speedup_interval", "quality_share_interval") if related else (None, "interval")
-    x, y = (figures[key] for key in keys)
-    bounds = [figures.get(key) for key in intervals]
-    units = ("× speed-up", "% of full depth") if related else (" tokens/s", f" {score_name(result)}")
-    detail = f"{setting.name}: {x:.2f}{units[0]} {format_interval(bounds[0])}, {y:.2f}{units[1]} "
+    series = method if method == BASELINE or not setting.checkpoint else f"{method} ({setting.checkpoint})"
+    bounds = [figures.get(measure.interval) for measure in (x, y)]
+    parts = [
+        f"{figures[measure.key]:.2f}{measure.unit} {format_interval(interval)}".strip()
+        for measure, interval in zip((x, y), bounds, strict=True)
+    ]
+    where = f" ({result.data})" if several else ""
     return Point(
-        series=method if method == BASELINE or not setting.checkpoint else f"{method} ({setting.checkpoint})",
+        series=f"{series}, {result.data}" if several else series,
         order=setting.threshold if setting.threshold is not None else setting.shallow_layer or 0,
-        x=x,
-        y=y,
+        x=figures[x.key],
+        y=figures[y.key],
         x_interval=bounds[0],
         y_interval=bounds[1],
-        pareto=setting.name in result.pareto,
-        detail=(detail + format_interval(bounds[1])).strip(),
+        pareto=setting.name in result.pareto and x.key == "speedup",
+        detail=f"{setting.name}{where}: {', '.join(parts)}",
     )
 
 
 def throughput_section(sets: list[ResultSet]) -> Markup | None:
     """Tokens per second over batch sizes, of one setting of each method on each checkpoint."""
-    lines = list(throughput_lines(sets).values())
+    lines = throughput_lines(sets)
     if not lines:
         return None
     summary = "; ".join(
@@ -108,22 +146,24 @@ def throughput_section(sets: list[ResultSet]) -> Markup | None:
     return inline_svg(throughput_figure(lines), "throughput", description)
 
 
-def throughput_lines(sets: list[ResultSet]) -> dict[tuple[str, str], Line]:
-    """Lines by method and checkpoint: its fastest good setting, or else the first, at several batch sizes."""
-    series: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
-    for _, setting in settings_of(sets):
-        if setting.figures.get("tokens_per_second") is not None:
-            kind = setting.method, setting.checkpoint
-            series[(*kind, setting.threshold, setting.shallow_layer)].append(setting)
-    good = {name for result in sets for name in result.fastest_99.values()}
-    lines: dict[tuple[str, str], Line] = {}
-    for (method, checkpoint, *_), members in series.items():
-        members.sort(key=lambda setting: setting.batch_size)
-        points = [(setting.batch_size, setting.figures["tokens_per_second"]) for setting in members]
-        known = (method, checkpoint) in lines and members[0].name not in good
-        if len(dict(points)) > 1 and not known:
-            lines[method, checkpoint] = Line(members[0].name, points)
-    return lines
+def throughput_lines(sets: list[ResultSet]) -> list[Line]:
+    """One for each method, checkpoint and folder: its fastest good setting, or else the first, at several
+    batch sizes."""
+    lines: dict[tuple[str, str, str], Line] = {}
+    for result in sets:
+        series: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
+        for setting in result.settings:
+            if setting.figures.get("tokens_per_second") is not None:
+                kind = setting.method, setting.checkpoint
+                series[(*kind, setting.threshold, setting.shallow_layer)].append(setting)
+        for (method, checkpoint, *_), members in series.items():
+            members.sort(key=lambda setting: setting.batch_size)
+            points = [(setting.batch_size, setting.figures["tokens_per_second"]) for setting in members]
+            key = (result.label, method, checkpoint)
+            known = key in lines and members[0].name not in result.fastest_99.values()
+            if len(dict(points)) > 1 and not known:
+                lines[key] = Line(members[0].name, points)
+    return list(lines.values())
 
 
 def depth_section(sets: list[ResultSet]) -> list[dict[str, Any]]:
@@ -134,8 +174,7 @@ def depth_section(sets: list[ResultSet]) -> list[dict[str, Any]]:
         for setting in result.main_settings
         if setting.num_layers and (layers := setting.exit_layers)
     ]
-    mixed = [(setting, layers) for setting, layers in counted if len(set(layers)) > 1]
-    return [depth_bar(setting, layers) for setting, layers in mixed or counted]
+    return [depth_bar(setting, layers) for setting, layers in counted if len(set(layers)) > 1]
 
 
 def depth_bar(setting: Setting, layers: list[int]) -> dict[str, Any]:
@@ -169,7 +208,7 @@ def calibration_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     shown = dict(list(curves.items())[:MAX_CURVES])
     description = f"Reliability diagram. {summary}."
     svg = inline_svg(reliability_figure(shown), "calibration", description)
-    return {"svg": svg, "table": TableData(headings, rows)}
+    return {"svg": svg, "table": TableData("Calibration", headings, rows)}
 
 
 def prefix(result: ResultSet, sets: list[ResultSet]) -> str:
@@ -272,4 +311,4 @@ def oracle_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     ]
     summary = "; ".join(f"{name}: mean {found.mean:.2f}" for name, found in bars.items())
     svg = inline_svg(oracle_figure(bars), "oracle", f"Share of tokens over oracle layers. {summary}.")
-    return {"svg": svg, "table": TableData(headings, rows)}
+    return {"svg": svg, "table": TableData("Oracle layers", headings, rows)}
