@@ -21,7 +21,7 @@ from util.arguments import Arguments, ExitArguments, non_default_settings, parse
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
-from util.report import comparison_table, print_report, write_json
+from util.tables import comparison_table, print_report, write_json
 from util.training import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}

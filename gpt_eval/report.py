@@ -44,7 +44,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gpt_eval.parsing import DIMENSIONS
-from util.report import comparison_table, plt, print_report, write_json
+from util.tables import comparison_table, plt, print_report, write_json
 
 FIGURES = (*DIMENSIONS, "average")
 LIKERT_COLUMNS = {"samples": "samples", **{name: name for name in FIGURES}}

@@ -27,7 +27,7 @@ from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples, tokenize
-from util.report import comparison_table, print_report
+from util.tables import comparison_table, print_report
 
 SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
 DEEP = SMALL | {"num_layers": 24}

@@ -4,9 +4,9 @@
         --use_shallow_deep True --delta 0.1 --epsilon 0.05 --output_dir save/calibration
 
 Besides the flags below it takes those of run.py (model, data, method, lengths, batch size; `--resume_eval
-True` continues an interrupted calibration, or judges its outputs anew with another --delta). --output_dir
-gets calibrated_threshold.json, for `run.py --calibrated_threshold_file`, and losses.npz, for
-scripts/simulate_calibration.py.
+True` continues an interrupted calibration, or judges its outputs anew with another --delta). Candidates and
+full depth decode each batch in turn. --output_dir gets calibrated_threshold.json, for `run.py
+--calibrated_threshold_file`, losses.npz, for scripts/simulate_calibration.py, and records.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,12 +40,21 @@ from util.arguments import (
 )
 from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, needed_samples
+from util.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.data import dataset_record, load_examples
-from util.evaluation import best_windows, decode_split, fingerprint, summarize_depth, texts_of
-from util.metrics import Reference
+from util.evaluation import (
+    EvaluationSettings,
+    PredictionLog,
+    best_windows,
+    fingerprint,
+    share_out,
+    summarize_depth,
+    texts_of,
+)
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
-from util.report import comparison_table, environment, print_report
+from util.tables import comparison_table, environment, print_report
+from util.timing_doubts import untrusted_timing
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}
@@ -88,16 +96,6 @@ class CalibrationArguments:
         self.thresholds = sorted(set(self.thresholds), reverse=True)
 
 
-@dataclass
-class Outcome:
-    """What decoding a split with one policy led to."""
-
-    texts: list[str]
-    references: list[Reference]
-    depth: dict[str, float]
-    seconds: float
-
-
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with one_line_errors():
@@ -134,12 +132,12 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, limit)
     place(loaded, training)
-    outcomes = decode_candidates(flags, arguments, exit_flags, loaded, examples)
-    if outcomes is None:  # another process gathers and judges
+    settings = decode_candidates(flags, arguments, exit_flags, loaded, examples)
+    if settings is None:  # another process gathers and judges
         return
-    full, *early = outcomes
+    full, *early = settings
     losses = loss_matrices(data.task, full, early)
-    rows = [describe(value, outcome, full) for value, outcome in zip(flags.thresholds, early, strict=True)]
+    rows = [describe(candidate, full) for candidate in early]
     folder = Path(training.output_dir)
     speedups = np.array([row["ideal_speedup"] for row in rows])
     np.savez(folder / "losses.npz", thresholds=flags.thresholds, ideal_speedups=speedups, **losses)
@@ -161,44 +159,67 @@ def decode_candidates(
     exit_flags: ExitArguments,
     loaded: LoadedModel,
     examples: Dataset,
-) -> list[Outcome] | None:
-    """Full depth, then every candidate, writing samples as they come; None in all processes but the first."""
-    policies = {"full_depth": ExitArguments(use_synchronize=exit_flags.use_synchronize)}
-    policies |= {f"threshold_{value}": with_threshold(exit_flags, value) for value in flags.thresholds}
-    outcomes = []
-    for name, policy_flags in tqdm(policies.items(), desc="Policies", unit="policy", disable=None):
-        settings = evaluation_settings(arguments, policy_flags, f"{name}.jsonl")
-        policy = build_policy(policy_flags, loaded, settings.max_length)
-        records = decode_split(loaded, policy, examples, settings)
-        if records is not None:
-            outcomes.append(summarize_records(records, view_for(loaded.model).num_layers))
-    return outcomes or None
+) -> list[Setting] | None:
+    """Full depth and every candidate with their records; None in all processes but the first."""
+    evaluation = evaluation_settings(arguments, exit_flags, "records.jsonl")
+    evaluation.arguments |= {"split": flags.split, "thresholds": flags.thresholds}
+    settings = build_settings(flags, exit_flags, loaded, evaluation)
+
+    def decode(rows: range, log: PredictionLog) -> list[dict[str, Any]]:
+        rest = restore(settings, log, evaluation.resume, rows)
+        decode_rest(settings, settings, examples, evaluation, rest, log)  # no policy here learns
+        return [record for setting in settings for record in setting.records]
+
+    records = share_out(decode, loaded, len(examples), evaluation)
+    if records is None:
+        return None
+    for setting in settings:
+        setting.records = [record for record in records if record["setting"] == setting.name]
+    return settings
 
 
-def summarize_records(records: list[dict[str, Any]], num_layers: int) -> Outcome:
-    exits = [layer for record in records for layer in record["exit_layers"]]
-    depth = summarize_depth(records, exits, len(exits), num_layers)
-    texts, references = texts_of(best_windows(records))
-    return Outcome(texts, references, depth, sum(record["seconds"] for record in records))
+def build_settings(
+    flags: CalibrationArguments,
+    exit_flags: ExitArguments,
+    loaded: LoadedModel,
+    evaluation: EvaluationSettings,
+) -> list[Setting]:
+    """Full depth, then every candidate."""
+
+    def setting(name: str, method: str, policy_flags: ExitArguments, value: float | None = None) -> Setting:
+        policy = build_policy(policy_flags, loaded, evaluation.max_length)
+        return Setting(name, method, "", loaded, policy, value, batch_size=evaluation.batch_size)
+
+    full = setting(BASELINE, BASELINE, ExitArguments(use_synchronize=exit_flags.use_synchronize))
+    method = " ".join(exit_flags.methods)
+    return [full] + [
+        setting(f"threshold {value}", method, with_threshold(exit_flags, value), value)
+        for value in flags.thresholds
+    ]
 
 
-def loss_matrices(task: str, full: Outcome, early: list[Outcome]) -> dict[str, np.ndarray]:
+def loss_matrices(task: str, full: Setting, early: list[Setting]) -> dict[str, np.ndarray]:
     """Losses (n samples, K candidates) by kind of consistency."""
-    scores = sample_scores(task, full.texts, full.references)
+    full_texts, references = texts_of(best_windows(full.records))
+    scores = sample_scores(task, full_texts, references)
     columns = [
-        consistency_losses(task, outcome.texts, full.texts, full.references, scores) for outcome in early
+        consistency_losses(task, texts_of(best_windows(one.records))[0], full_texts, references, scores)
+        for one in early
     ]
     return {kind: np.stack([column[kind] for column in columns], axis=1) for kind in CONSISTENCIES}
 
 
-def describe(threshold: float, outcome: Outcome, full: Outcome) -> dict[str, Any]:
+def describe(candidate: Setting, full: Setting) -> dict[str, Any]:
     """A candidate's row of the table, but for what the losses say."""
+    exits = [layer for record in candidate.records for layer in record["exit_layers"]]
+    depth = summarize_depth(candidate.records, exits, len(exits), candidate.num_layers)
     return {
-        "threshold": threshold,
-        "layers_per_token": outcome.depth["average_layers"],
-        "ideal_speedup": outcome.depth["ideal_speedup"],
-        "speedup": full.seconds / outcome.seconds,
-        "exit_share": outcome.depth["exit_share"],
+        "name": candidate.name,
+        "threshold": candidate.threshold,
+        "layers_per_token": depth["average_layers"],
+        "ideal_speedup": depth["ideal_speedup"],
+        **compare_speed(candidate.records, full.records),
+        "exit_share": depth["exit_share"],
     }
 
 
@@ -247,7 +268,9 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
         for row in calibrated.candidates
     ]
     title = f"{calibrated.consistency} loss, {calibrated.samples} {calibrated.data['split']} samples"
-    print_report(comparison_table(title, columns, shown), verdict(calibrated))
+    table = comparison_table(title, columns, shown)
+    doubts = untrusted_timing(calibrated.candidates)
+    print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
     print_report(f"Wrote {folder}/calibrated_threshold.json for run.py --calibrated_threshold_file")
 
 

@@ -42,8 +42,9 @@ from util.comparison import BASELINE, Setting, compare, decode_interleaved, trac
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
-from util.report import comparison_table, environment, print_report, write_json
+from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
+from util.timing_doubts import doubt_prediction, untrusted_timing
 
 COLUMNS = {
     "shallow_layer": "layer",
@@ -104,8 +105,11 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     predictions = [predict_free(cost, traces, layer, threshold) for layer, threshold in candidates]
     chosen = recommend(predictions, flags.min_agreement)
     tested = choose_tested(predictions, chosen, flags.measured)
-    rows = measure(tested, loaded, examples, evaluation)
-    report(flags, cost, predictions, chosen, rows, environment(loaded.model))
+    rows, full_seconds = measure(tested, loaded, examples, evaluation)
+    expected = sum(cost.full_depth(len(trace.confidences), full.num_layers) for trace in traces)
+    doubt = doubt_prediction(expected, full_seconds, " s")
+    doubts = untrusted_timing([*rows, {"name": "full depth by the cost model", "timing_doubt": doubt}])
+    report(flags, cost, predictions, chosen, rows, doubts, environment(loaded.model))
 
 
 def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:
@@ -138,28 +142,35 @@ def choose_tested(predictions: list[Prediction], chosen: Prediction | None, coun
 
 def measure(
     tested: list[Prediction], loaded: LoadedModel, examples: Dataset, evaluation: EvaluationSettings
-) -> list[dict[str, Any]]:
-    """Decode with the candidates, interleaved with full depth: predicted beside measured figures."""
+) -> tuple[list[dict[str, Any]], float]:
+    """Decode with the candidates, interleaved with full depth: predicted beside measured figures, and full
+    depth's seconds."""
     settings = [Setting(BASELINE, BASELINE, "", loaded, FullDepth())]
     for one in tested:
         policy = Free(one.shallow_layer, SoftmaxGap(), FixedThreshold(one.threshold))
-        settings.append(Setting(f"{one.shallow_layer} {one.threshold}", "FREE", "", loaded, policy))
+        name = f"layer {one.shallow_layer}, threshold {one.threshold}"
+        settings.append(Setting(name, "FREE", "", loaded, policy))
     warm_up(settings, examples, evaluation)
     decode_interleaved(settings, examples, evaluation)
-    rows = compare(settings, evaluation)[1:]
+    full, *rows = compare(settings, evaluation)
     quality = TASKS[evaluation.task].main_score
-    return [
-        one.as_row()
-        | {
-            "measured": row["speedup"],
-            "measured_interval": row["speedup_interval"],
-            "error": 100 * (one.speedup / row["speedup"] - 1),
-            "measured_exit_share": row["exit_share"],
-            "quality_share": row["quality_share"],
-            quality: row[quality],
-        }
-        for one, row in zip(tested, rows, strict=True)
-    ]
+    measured = [beside(one, row, quality) for one, row in zip(tested, rows, strict=True)]
+    return measured, full["seconds"]
+
+
+def beside(one: Prediction, row: dict[str, Any], quality: str) -> dict[str, Any]:
+    """A prediction beside what was measured."""
+    doubts = [row["timing_doubt"], doubt_prediction(one.speedup, row["speedup"])]
+    return one.as_row() | {
+        "name": row["name"],
+        "measured": row["speedup"],
+        "measured_interval": row["speedup_interval"],
+        "error": 100 * (one.speedup / row["speedup"] - 1),
+        "measured_exit_share": row["exit_share"],
+        "quality_share": row["quality_share"],
+        quality: row[quality],
+        "timing_doubt": ", ".join(filter(None, doubts)) or None,
+    }
 
 
 def report(
@@ -168,6 +179,7 @@ def report(
     predictions: list[Prediction],
     chosen: Prediction | None,
     rows: list[dict[str, Any]],
+    doubts: str | None,
     context: dict[str, Any],
 ) -> None:
     """Write choice.json; print the best candidates of each layer and the comparison."""
@@ -176,6 +188,7 @@ def report(
         "cost_seconds": asdict(cost),
         "predictions": [one.as_row() for one in predictions],
         "measured": rows,
+        "untrusted_timing": doubts,
         "arguments": asdict(flags),
         "environment": context,
     }
@@ -191,6 +204,7 @@ def report(
         comparison_table(title, COLUMNS, [one.as_row() for one in best if one is not None]),
         comparison_table("Predicted and measured", MEASURED_COLUMNS, rows),
         "Cost: " + ", ".join(f"{name} {value}" for name, value in parts.items()),
+        doubts or "",
     )
     if chosen is None:
         print(f"No candidate agrees in {flags.min_agreement:.0%} of tokens: lower --min_agreement.")

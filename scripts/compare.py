@@ -29,7 +29,7 @@ from util.arguments import DataArguments, make_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
-from util.report import (
+from util.tables import (
     color_by_depth,
     comparison_table,
     depth_legend,
@@ -40,6 +40,7 @@ from util.report import (
     write_json,
 )
 from util.tasks import DATASETS, TASKS
+from util.timing_doubts import untrusted_timing
 
 SHOWN = ("FREE, fixed", "CALM")  # their outputs are printed in colour
 
@@ -137,7 +138,8 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
     rows = compare(settings, evaluation)
     arguments = {name: str(value) for name, value in vars(flags).items()}
     context = {"arguments": arguments, "environment": environment(settings[0].loaded.model)}
-    write_json(flags.output_dir / "report.json", {**context, "rows": rows})
+    doubts = untrusted_timing(rows)
+    write_json(flags.output_dir / "report.json", {**context, "untrusted_timing": doubts, "rows": rows})
     write_csv(flags.output_dir / "report.csv", rows)
     plot_trade_off(flags.output_dir / "report.png", rows, quality, rows[1])
     columns = {
@@ -153,7 +155,9 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
         "exit_share": "exits",
     }
     title = f"{flags.dataset_name}, {rows[0]['samples']} {flags.split} samples, batch 1, greedy"
-    print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(settings))
+    print_report(
+        comparison_table(title, columns, rows), doubts or "", depth_legend(), *show_samples(settings)
+    )
     print_report(f"\nWrote report.json, report.csv and report.png to {flags.output_dir}")
 
 

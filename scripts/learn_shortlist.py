@@ -28,7 +28,7 @@ from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples
-from util.report import comparison_table, print_report, write_json
+from util.tables import comparison_table, print_report, write_json
 from util.tasks import DATASETS
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

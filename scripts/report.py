@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
 from util.arguments import make_output_dir
-from util.html_report import write_report
-from util.result_files import read_folders
+from util.report.folders import read_folders
+from util.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, require, require_positive
 from util.calibration import METHODS, P_VALUES, simulate
 from util.consistency import CONSISTENCIES
-from util.report import MARKERS, comparison_table, print_report, write_csv, write_json
+from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
 
 DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
 COLUMNS = {

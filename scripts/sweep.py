@@ -47,17 +47,18 @@ from util.comparison import (
     Setting,
     areas_under_curves,
     compare,
-    decode_interleaved,
+    decode_rest,
     fastest_good,
     name_front,
+    restore,
     trace_record,
-    warm_up,
 )
 from util.data import dataset_record, load_examples
-from util.evaluation import EvaluationSettings, PredictionLog, fingerprint, replay_calibration
+from util.evaluation import EvaluationSettings, PredictionLog, fingerprint
 from util.policies import build_measure
-from util.report import comparison_table, environment, print_report, write_csv, write_json
+from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
+from util.timing_doubts import untrusted_timing
 
 METHODS = (HF_GENERATE, "Static", "FREE", "FREE adaptive", "FREE lossless", "FREE shortlist", "CALM")
 COLUMNS = {
@@ -137,12 +138,9 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     settings = build_settings(flags, checkpoints)
     identity = {name: fingerprint(loaded) for name, loaded in checkpoints.items()}
     log = PredictionLog(evaluation.predictions_file, non_default_settings(flags, data) | identity)
-    start = restore(settings, log, data.resume_eval)
+    rest = restore(settings, log, data.resume_eval, range(len(examples)))
     write_settings(folder, flags, data, settings, len(examples))
-    if start < len(examples):
-        warm_up(build_settings(flags, checkpoints), examples, evaluation)
-        decode_interleaved(settings, examples, evaluation, start, log.append)
-    log.close()
+    decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
     report(folder, settings, evaluation)
 
@@ -243,23 +241,6 @@ def free_policies(
             yield "FREE lossless", value, Free(layer, gap, FixedThreshold(value), lossless=True)
 
 
-def restore(settings: list[Setting], log: PredictionLog, resume: bool) -> int:
-    """Give the settings their records of an interrupted sweep; the number of samples that all have."""
-    records = log.reopen() if resume else log.start()
-    block = max(setting.batch_size for setting in settings)
-    by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
-    for record in records:
-        by_name[record["setting"]].append(record)
-    done = min(map(len, by_name.values()))
-    if done % block:  # only a finished sweep ends within a block
-        done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
-    log.keep([record for record in records if record["row"] < done])
-    for setting in settings:
-        setting.records = by_name[setting.name][:done]
-        replay_calibration(setting.policy, setting.records)
-    return done
-
-
 def write_settings(
     folder: Path, flags: SweepArguments, data: DataArguments, settings: list[Setting], samples: int
 ) -> None:
@@ -273,6 +254,7 @@ def write_settings(
         "task": data.task,
         "main_score": TASKS[data.task].main_score,
         "samples": samples,
+        "interleaved": True,  # so that the times of settings compare
         "settings": [setting.describe() for setting in settings],
     }
     write_json(folder / "settings.json", content)
@@ -298,6 +280,7 @@ def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings
     rows = compare(settings, evaluation)
     areas, fastest = areas_under_curves(rows), fastest_good(rows)
     summary = {"auc": areas, "fastest_99": fastest, "pareto": name_front(rows, quality)}
+    summary["untrusted_timing"] = untrusted_timing(rows)
     write_json(folder / "sweep.json", {"rows": rows, **summary})
     write_csv(folder / "sweep.csv", rows)
     columns = dict([*list(COLUMNS.items())[:3], (quality, quality.upper()), *list(COLUMNS.items())[3:]])
@@ -306,6 +289,7 @@ def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings
         comparison_table(f"{rows[0]['samples']} samples", columns, rows),
         comparison_table("Area under quality against latency", {"method": "", "auc": "AUC"}, best),
         f"Fastest at 99% of full quality: {', '.join(filter(None, fastest.values()))}",
+        summary["untrusted_timing"] or "",
         f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}",
     )
     print(json.dumps(summary))

@@ -252,6 +252,10 @@ def read(path):
     return json.loads(Path(path).read_text())
 
 
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def error_of(main, flags, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -297,11 +301,58 @@ def test_evaluation_uses_the_certified_threshold(inputs, calibrated, tmp_path, c
     assert "promises nothing" not in caplog.text
     run.main(as_argv(flags | {"do_eval": True}))  # what was calibrated on
     assert "promises nothing" in caplog.text
-    ours, theirs = (
-        [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
-        for path in (tmp_path / "predictions.jsonl", calibrated / f"threshold_{threshold}.jsonl")
-    )
-    assert ours == theirs
+    ours = read_lines(tmp_path / "predictions.jsonl")
+    theirs = [
+        record
+        for record in read_lines(calibrated / "records.jsonl")
+        if record["setting"] == f"threshold {threshold}"
+    ]
+    assert [record["prediction"] for record in ours] == [record["prediction"] for record in theirs]
+
+
+def test_candidates_take_turns(calibrated):
+    records = read_lines(calibrated / "records.jsonl")
+    names = ["Full depth", *(f"threshold {value}" for value in sorted(GRID["thresholds"], reverse=True))]
+    expected = [(row, name) for row in range(12) for name in names]
+    assert [(record["row"], record["setting"]) for record in records] == expected
+
+
+class SlowingClock:
+    """Every timed call takes as much work as any other, on a machine that gets slower and slower."""
+
+    calls = 0
+
+    def __init__(self, device, synchronize=True):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        SlowingClock.calls += 1
+        self.seconds = 1.0 + SlowingClock.calls / 10
+
+
+def test_a_machine_that_slows_down_favours_no_candidate(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.evaluation.Stopwatch", SlowingClock)
+    calibrate.main(as_argv(inputs | GRID | {"output_dir": tmp_path}))
+    rows = read(tmp_path / "calibrated_threshold.json")["candidates"]
+    # 5 settings of 12 samples, 0.1 s more each time: one after the other, the last would be at 0.4.
+    assert [row["speedup"] for row in rows] == pytest.approx([1.0] * 4, abs=0.03)
+
+
+def test_impossible_timing_is_told(inputs, calibrated, tmp_path, capsys):
+    for name in ("records.jsonl", "records.settings.json"):
+        (tmp_path / name).write_bytes((calibrated / name).read_bytes())
+    records = read_lines(calibrated / "records.jsonl")
+    for record in records:  # a busy minute for all but the boldest
+        record["seconds"] = 0.1 if record["setting"] == "threshold 0.0" else 1.0 + record["row"] / 100
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    calibrate.main(as_argv(inputs | GRID | {"output_dir": tmp_path, "resume_eval": True}))
+    output = " ".join(capsys.readouterr().out.split())
+    assert "timing cannot be trusted: threshold 0.0 measured 10.55x, the work saved allows" in output
+    doubts = [row["timing_doubt"] for row in read(tmp_path / "calibrated_threshold.json")["candidates"]]
+    assert doubts[:3] == [None] * 3 and doubts[3].startswith("measured 10.55x")
 
 
 OTHER_USES = {
@@ -370,10 +421,9 @@ def test_hopeless_loss_is_told(inputs, tmp_path, capsys):
 def test_interrupted_calibration_continues(inputs, calibrated, tmp_path):
     for file in calibrated.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    log = tmp_path / "threshold_0.3.jsonl"
+    log = tmp_path / "records.jsonl"
     whole = log.read_bytes()
     log.write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "threshold_0.0.jsonl").unlink()
     flags = inputs | GRID | {"output_dir": tmp_path, "resume_eval": True, "method": "ucb"}
     calibrate.main(as_argv(flags))
     before, after = (read(folder / "calibrated_threshold.json") for folder in (calibrated, tmp_path))

@@ -147,6 +147,20 @@ def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
     assert "num_samples" in refuse(sweep, tmp_path, *other)
 
 
+def test_sweep_does_not_trust_impossible_times(swept, tmp_path):
+    for name in ("settings.json", "records.settings.json"):
+        (tmp_path / name).write_text((swept / name).read_text())
+    records = [json.loads(line) for line in (swept / "records.jsonl").read_text().splitlines()]
+    for record in records:
+        record["seconds"] = 0.05 if record["setting"] == "FREE 0.4" else 1.0
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = " ".join(run_script(sweep, tmp_path, *SWEEP, "--resume_eval", "True").split())
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    doubts = {row["name"]: row["timing_doubt"] for row in results["rows"] if row["timing_doubt"]}
+    assert list(doubts) == ["FREE 0.4"] and doubts["FREE 0.4"].startswith("measured 20.00x")
+    assert results["untrusted_timing"] in output and "FREE 0.4 measured 20.00x" in results["untrusted_timing"]
+
+
 def test_output_dir_that_is_a_file_is_refused():
     flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "1"]
     assert "--output_dir" in refuse(sweep, ROOT / "README.md", *flags)
@@ -232,6 +246,35 @@ def test_chooser_compares_its_predictions_with_measurements(tmp_path):
     assert f"--shallow_exit_layer {best['shallow_layer']}" in output
     for one in choice["measured"]:
         assert one["error"] == pytest.approx(100 * (one["speedup"] / one["measured"] - 1))
+
+
+class EvenClock:
+    """Every timed call takes a second, whatever it does."""
+
+    def __init__(self, device, synchronize=True):
+        self.seconds = 1.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_chooser_does_not_trust_what_misses_its_prediction(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.evaluation.Stopwatch", EvenClock)
+    monkeypatch.setattr(CostModel, "measure", lambda *_: LAYERS_ONLY)
+    flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--num_samples", "4", "--measured", "1"]
+    flags += ["--shallow_layers", "2", "--thresholds", "0.4", "--min_agreement", "0"]
+    output = " ".join(run_script(choose_exit, tmp_path, *flags).split())
+    choice = json.loads((tmp_path / "choice.json").read_text())
+    (one,) = choice["measured"]
+    assert one["measured"] == 1 and one["speedup"] > 1.25  # by layers alone
+    assert one["timing_doubt"] == f"predicted {one['speedup']:.2f}x, measured 1.00x"
+    # A layer is a second to the cost model: 8 a token, where the clock counts one a sample.
+    assert "full depth by the cost model predicted" in choice["untrusted_timing"]
+    assert choice["untrusted_timing"].startswith("This timing cannot be trusted: layer 2, threshold 0.4 pred")
+    assert choice["untrusted_timing"] in output
 
 
 def test_shortlist_decisions_are_compared_token_by_token():

@@ -1,256 +1,23 @@
-"""The HTML report: what it computes, what it shows of each kind of folder, and how it answers bad input."""
+"""The HTML report: what it shows of sweeps and of judges."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-
-from scripts.report import main
-from util.analysis import (
-    exit_shares,
-    first_agreeing_layers,
-    oracle,
-    pareto_front,
-    reliability,
-    settled_layers,
+from report_folders import (
+    EVIL,
+    SECTIONS,
+    build,
+    make_judge,
+    make_run,
+    make_sweep,
+    read_csv,
+    write_json,
+    write_lines,
 )
-from util.token_heat_map import depth_shades, relative_luminance
-
-EVIL = "<script>alert('x')</script>"
-LAYERS = 4
-ABOUT_TOKENS = {"depth", "calibration", "thresholds", "tokens", "oracle"}
-SECTIONS = ABOUT_TOKENS | {"trade-off", "table", "batches", "judge", "sources"}
-
-
-# Computations
-
-
-def test_reliability_by_hand():
-    # Bins of a half: [0, 0.5) holds 0.1 and 0.3, [0.5, 1] holds 0.5, 0.7 and 1.0.
-    found = reliability([0.1, 0.3, 0.5, 0.7, 1.0], [0, 1, 1, 0, 1], num_bins=2)
-    assert [entry.count for entry in found.bins] == [2, 3]
-    assert [entry.agreement for entry in found.bins] == pytest.approx([1 / 2, 2 / 3])
-    assert [entry.confidence for entry in found.bins] == pytest.approx([0.2, 2.2 / 3])
-    assert found.ece == pytest.approx((2 * abs(0.2 - 0.5) + 3 * abs(2.2 / 3 - 2 / 3)) / 5)
-    assert found.agreement == pytest.approx(0.6) and found.confidence == pytest.approx(0.52)
-
-
-def test_reliability_leaves_empty_bins_out():
-    assert [entry.low for entry in reliability([0.95, 0.05], [1, 0]).bins] == [0.0, 0.9]
-    assert reliability([], []) is None
-
-
-def test_oracle_layers_by_hand():
-    agrees = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 1]])
-    assert first_agreeing_layers(agrees).tolist() == [1, 1, 4, 2]
-    assert settled_layers(agrees).tolist() == [1, 3, 4, 4]
-    found = oracle(settled_layers(agrees), 4)
-    assert found.counts == [1, 0, 1, 2] and found.mean == 3 and found.ideal_speedup == pytest.approx(4 / 3)
-
-
-def test_exit_shares_and_pareto_front():
-    assert exit_shares([4, 2, 2, 4, 4, 1, 4, 4]) == {1: 0.125, 2: 0.25, 4: 0.625}
-    assert pareto_front([(1, 100), (2, 99), (1.5, 98), (2, 99), (0.9, 100)]) == [0, 1, 3]
-
-
-def test_every_shade_is_legible():
-    for shade in depth_shades():
-        first, second = (
-            relative_luminance(*(int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)))
-            for color in shade.values()
-        )
-        assert (max(first, second) + 0.05) / (min(first, second) + 0.05) >= 4.5  # WCAG AA
-
-
-# Folders as the programs write them
-
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf8")
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
-
-
-def make_record(number, exit_layers, seconds=0.5, **more):
-    pieces = ["▁Text", EVIL, "▁", "</s>"]
-    return {
-        "id": f"s{number}",
-        "prediction": f"Text{EVIL}",
-        "reference": f"reference {EVIL}",
-        "tokens": 4,
-        "pieces": pieces,
-        "exit_layers": exit_layers,
-        "seconds": seconds,
-        "layer_calls": 10,
-        "layer_tokens": 16,
-        "full_layer_calls": 4 * LAYERS,
-        **more,
-    }
-
-
-SETTINGS = [
-    {
-        "name": name,
-        "method": method,
-        "checkpoint": "free",
-        "threshold": None if method == "Full depth" else 0.4,
-        "shallow_layer": None if method == "Full depth" else 2,
-        "batch_size": size,
-        "num_layers": LAYERS,
-    }
-    for name, method, size in [
-        ("Full depth", "Full depth", 1),
-        ("FREE <b>0.4</b>", "FREE", 1),
-        ("adaptive | x", "FREE adaptive", 1),
-        ("Full depth, batch 4", "Full depth", 4),
-        ("FREE 0.4, batch 4", "FREE", 4),
-    ]
-]
-EXITS = {"Full depth": [4, 4, 4, 4], "FREE": [2, 4, 2, 2], "FREE adaptive": [2, 2, 4, 4]}
-
-
-def make_sweep_records():
-    """Three samples of each setting."""
-    records = []
-    for setting in SETTINGS:
-        for row in range(3):
-            record = make_record(row, EXITS[setting["method"]], setting=setting["name"], row=row)
-            if setting["method"] == "FREE adaptive":
-                record |= {"threshold": 0.4 + row / 10, "calibration": [[0.9, 1], [0.2, 0]]}
-            records.append(record)
-    return records
-
-
-def make_trace(record):
-    return {key: record[key] for key in ("setting", "row", "id", "pieces", "exit_layers")} | {
-        "confidences": [[0.1, 0.35, 0.6, 0.9]] * 4,
-        "agrees": [[0, 1, 1, 1], [1, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]],
-        "deep": ["▁Text", "▁other", "▁", "</s>"],
-    }
-
-
-def make_figures(index, setting):
-    """A setting's row of sweep.json."""
-    return setting | {
-        "bleu": 20 + index,
-        "chrf": 40.5,
-        "interval": [18.0, 23.5],
-        "quality_share": 100.0 - index,
-        "quality_share_interval": [95.0, 104.0],
-        "speedup": 1 + index / 2,
-        "speedup_interval": [0.9, 3.0],
-        "tokens_per_second": 100.0 * (index + 1),
-        "ms_per_token": 4.0,
-        "average_layers": 3.25 if index else None,
-    }
-
-
-def make_sweep(folder):
-    """Two methods and an adaptive threshold on one checkpoint, at two batch sizes."""
-    records = make_sweep_records()
-    rows = [make_figures(index, setting) for index, setting in enumerate(SETTINGS)]
-    context = {
-        "arguments": {"free": "checkpoints/free", "note": EVIL},
-        "environment": {"torch": "2"},
-        "dataset": "debian_de_en",
-        "split": "test",
-        "task": "translation",
-        "main_score": "bleu",
-        "samples": 3,
-        "settings": SETTINGS,
-    }
-    write_json(folder / "settings.json", context)
-    write_lines(folder / "records.jsonl", records)
-    write_lines(folder / "traces.jsonl", map(make_trace, records))
-    summary = {
-        "auc": {"FREE (free)": 0.87654},
-        "fastest_99": {"Full depth": "Full depth", "FREE": "FREE <b>0.4</b>", "FREE adaptive": None},
-        "pareto": ["FREE <b>0.4</b>"],
-    }
-    write_json(folder / "sweep.json", {"rows": rows, **summary})
-    return folder, rows
-
-
-def make_run(folder, bleu, seconds, exits, stage="eval", **flags):
-    names = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
-    figures = {
-        "bleu": bleu,
-        "samples": 4,
-        "batch_size": 1,
-        "tokens_per_second": 16 / sum(seconds),
-        "average_layers": 3.0,
-        "ideal_speedup": 1.5,
-        "arguments": {"model_name_or_path": "checkpoints/free", "dataset_name": "debian_de_en", **flags},
-        "confidence_intervals": {"bleu": [bleu - 2, bleu + 2]},
-        "environment": {"device": "cpu", "threads": 1},
-    }
-    write_json(folder / f"{stage}_results.json", figures)
-    write_lines(folder / names[stage], [make_record(row, exits, time) for row, time in enumerate(seconds)])
-    return folder
-
-
-def make_judge(folder, systems=("free", "full")):
-    def means(value):
-        return {
-            name: {"mean": value, "interval": [value - 0.5, value + 0.5]} for name in ("fluency", "average")
-        }
-
-    position = {
-        "first_share": 0.75,
-        "consistency": 0.5,
-        "always_first": 2,
-        "always_second": 0,
-        "p_value": 0.5,
-    }
-    pairwise = {
-        "systems": list(systems), "samples": 4, "incomplete_pairs": 1, "wins": 1, "losses": 2, "ties": 1,
-        "win_rate": 1 / 3, "interval": [0.01, 0.9], "p_value": 0.0001, "position": position,
-    }  # fmt: skip
-    likert = {"systems": {system: {"samples": 4, **means(3.25)} for system in systems}}
-    write_json(folder / "scores.json", {"judges": {"judge": {"likert": likert, "pairwise": pairwise}}})
-    return folder
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text outside scripts and styles."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf8")
-        self.tags, self.text, self.hidden = [], "", None
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.hidden = tag if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag):
-        self.hidden = None
-
-    def handle_data(self, data):
-        self.text += "" if self.hidden else data
-
-    def attributes(self, name):
-        return [attrs[name] for _, attrs in self.tags if name in attrs]
-
-    @property
-    def sections(self):
-        return {attrs["aria-labelledby"] for tag, attrs in self.tags if tag == "section"}
-
-
-def build(tmp_path, *folders):
-    main([*map(str, folders), "--output_dir", str(tmp_path / "report")])
-    return Page(tmp_path / "report" / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +101,7 @@ def test_points_tell_their_figures(everything):
     page, _ = everything
     figures = "2.00× speed-up [0.90, 3.00], 98.00% of full depth [95.00, 104.00]"
     assert page.text.count(f"adaptive | x: {figures}") == 1
-    assert "the same near" not in page.text
+    assert "The same near" not in page.text
 
 
 def test_bad_settings_do_not_hide_the_others(tmp_path):
@@ -343,7 +110,7 @@ def test_bad_settings_do_not_hide_the_others(tmp_path):
     figures["rows"][2]["quality_share"] = 40.0
     write_json(folder / "sweep.json", figures)
     text = build(tmp_path, folder).text
-    assert "the same near 99%" in text and text.count("FREE <b>0.4</b>: 1.50× speed-up") == 2
+    assert "The same near 99%" in text and text.count("FREE <b>0.4</b>: 1.50× speed-up") == 2
 
 
 def test_judge(everything):
@@ -368,8 +135,7 @@ def test_judge_without_pairs_or_answers(tmp_path):
 def test_csv_and_markdown_hold_the_figures(tmp_path):
     folder, rows = make_sweep(tmp_path / "sweep")
     build(tmp_path, folder)
-    with (tmp_path / "report" / "report.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = read_csv(tmp_path)
     assert [row["name"] for row in found] == [row["name"] for row in rows]
     for ours, given in zip(found, rows, strict=True):
         for key in ("bleu", "chrf", "quality_share", "speedup", "tokens_per_second"):
@@ -379,126 +145,90 @@ def test_csv_and_markdown_hold_the_figures(tmp_path):
             "speedup_interval"
         ]
     assert [row["pareto"] for row in found] == ["False", "True", "False", "False", "False"]
-    heading, rule, *lines = (tmp_path / "report" / "report.md").read_text().splitlines()
-    assert heading.startswith("| setting | checkpoint | BLEU | % of full depth | speed-up |")
+    caption, _, heading, rule, *lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert caption == "**debian_de_en, 3 test samples**"
+    assert heading.startswith("| setting | speed-up | % of full depth | BLEU | tokens/s |")
     assert len(lines) == 5 and rule.count("|") == heading.count("|")
-    assert lines[2].startswith("| adaptive \\| x | free | 22 [18.00, 23.50] | 98.00 [95.00, 104.00] | 2.00 [")
+    assert lines[2].startswith(
+        "| adaptive \\| x | 2.00 [0.90, 3.00] | 98.00 [95.00, 104.00] | 22 [18.00, 23.50] |"
+    )
 
 
-# Runs
+# What figures may be shown, and how
 
 
-def test_runs_are_compared_with_full_depth(tmp_path):
-    full = make_run(tmp_path / "full", 20.0, [1.0, 2.0, 1.0, 2.0], [4] * 4)
-    free = make_run(tmp_path / "free", 19.0, [0.5, 1.0, 0.5, 1.0], [2, 4, 2, 2], use_shallow_deep=True)
-    slow = make_run(tmp_path / "calm", 18.0, [2.0] * 4, [1, 3, 4, 4], use_early_exit=True)
-    page = build(tmp_path, full, free, slow)
-    with (tmp_path / "report" / "report.csv").open(newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert float(rows["free"]["speedup"]) == 2 and float(rows["free"]["quality_share"]) == 95
-    assert float(rows["free"]["speedup_interval_low"]) == pytest.approx(2)
-    assert float(rows["free"]["real_over_ideal"]) == pytest.approx(2 / 1.5)
-    assert {name: row["pareto"] for name, row in rows.items()} == {
-        "full": "True", "free": "True", "calm": "False",
-    }  # fmt: skip
-    assert page.sections == {"trade-off", "table", "depth", "tokens", "sources"}
+def change_figures(folder, **changes):
+    """Change figures of FREE at batch 1."""
+    content = json.loads((folder / "sweep.json").read_text())
+    content["rows"][1] |= changes
+    write_json(folder / "sweep.json", content)
+    return folder
 
 
-def test_runs_on_other_samples_are_not_compared(tmp_path):
-    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
-    free = make_run(tmp_path / "free", 19.0, [0.5] * 3, [2] * 4, use_shallow_deep=True)
-    build(tmp_path, full, free)
-    with (tmp_path / "report" / "report.csv").open(newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert not rows["free"].get("speedup") and rows["full"]["speedup"] == "1.0"
+def test_slower_settings_look_different(tmp_path):
+    fast = build(tmp_path, make_sweep(tmp_path / "sweep")[0])
+    assert "▼ " not in fast.text.replace("▼ slower", "") and "slower" not in fast.attributes("class")
+    slow = build(tmp_path, change_figures(tmp_path / "sweep", speedup=0.8, speedup_interval=[0.7, 0.9]))
+    assert [tag for tag, attrs in slow.tags if attrs.get("class") == "slower"] == ["li"]  # its card
+    assert "number slower" in slow.attributes("class") and "▼ 0.80" in slow.text
+    assert "| FREE <b>0.4</b> | ▼ 0.80 [" in (tmp_path / "report" / "report.md").read_text()
+    assert re.search(r">\s*slower\s*<", slow.source) and not re.search(r">\s*slower\s*<", fast.source)  # plot
 
 
-def test_both_stages_of_a_run_and_equal_folder_names(tmp_path):
-    for parent in ("a", "b"):
-        make_run(tmp_path / parent / "run", 20.0, [1.0] * 4, [4] * 4)
-        make_run(tmp_path / parent / "run", 20.0, [1.0] * 4, [4] * 4, stage="predict")
-    build(tmp_path, tmp_path / "a" / "run", tmp_path / "b" / "run")
-    with (tmp_path / "report" / "report.csv").open(newline="") as file:
-        names = [row["name"] for row in csv.DictReader(file)]
-    assert names == [
-        f"{tmp_path / parent / 'run'} ({stage})" for parent in ("a", "b") for stage in ("eval", "predict")
-    ]
-
-
-# Missing and broken input
-
-
-@pytest.mark.parametrize(
-    ("missing", "sections"),
-    [
-        ("traces.jsonl", SECTIONS - {"oracle", "judge"}),  # calibration has the adaptive setting's own pairs
-        ("sweep.json", ABOUT_TOKENS | {"sources"}),
-        ("records.jsonl", {"trade-off", "table", "batches", "calibration", "oracle", "sources"}),
-    ],
-)
-def test_missing_files_omit_their_sections(tmp_path, missing, sections):
+def test_doubts_about_timing_are_told(tmp_path):
+    doubt = "measured 8.13x, the work saved allows 4.00x"
     folder, _ = make_sweep(tmp_path / "sweep")
-    (folder / missing).unlink()
-    assert build(tmp_path, folder).sections == sections
+    page = build(tmp_path, change_figures(folder, speedup=8.13, timing_doubt=doubt))
+    sentence = f"This timing cannot be trusted: FREE <b>0.4</b> {doubt}."
+    (warning,) = [attrs for _, attrs in page.tags if attrs.get("role") == "alert"]
+    assert warning["class"] == "warning" and sentence in page.text and "? 8.13" in page.text
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert sentence in markdown and "| ? 8.13 [" in markdown
+    assert [row["timing_doubt"] for row in read_csv(tmp_path)] == ["", doubt, "", "", ""]
 
 
-def fail(tmp_path, folder, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        build(tmp_path, folder)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "report").exists()
-    return error
+def test_captions_say_what_headings_do_not(everything):
+    page, _ = everything
+    captions = re.findall(r"<caption>(.*?)</caption>", page.source)
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page.source)
+    assert "debian_de_en, 3 test samples" in captions and not set(captions) & set(headings)
 
 
-def test_folder_without_results(tmp_path, capsys):
-    for folder in (tmp_path / "missing", tmp_path):
-        error = fail(tmp_path, folder, capsys)
-        assert str(folder) in error and "eval_results.json" in error and "scores.json" in error
-
-
-def change_line(path, number, change):
-    lines = path.read_text().splitlines()
-    lines[number - 1] = change(lines[number - 1])
-    path.write_text("\n".join(lines) + "\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "change", "message"),
-    [
-        ("records.jsonl", 2, lambda text: text[:40], "not JSON"),
-        ("records.jsonl", 3, lambda text: "[]", "expected a JSON object"),
-        ("records.jsonl", 4, lambda text: text.replace('"pieces"', '"bits"'), "lacks pieces"),
-        (
-            "records.jsonl",
-            5,
-            lambda text: text.replace('"setting": "', '"setting": "un'),
-            "not in settings.json",
-        ),
-        ("records.jsonl", 6, lambda text: text.replace("[2, 4, 2, 2]", "[2, 9, 2, 2]"), "1..4"),
-        ("records.jsonl", 6, lambda text: text.replace('"tokens": 4', '"tokens": "4"'), "must be numbers"),
-        ("traces.jsonl", 2, lambda text: text.replace("0.35, ", "", 1), "confidences"),
-        ("traces.jsonl", 3, lambda text: text.replace("[0, 0, 0, 1]", "[0, 0, 0, 0]"), "agree with itself"),
-    ],
-)
-def test_broken_line_is_named(tmp_path, capsys, name, line, change, message):
+def test_panels_without_information_are_left_out(tmp_path):
     folder, _ = make_sweep(tmp_path / "sweep")
-    change_line(folder / name, line, change)
-    error = fail(tmp_path, folder, capsys)
-    assert f"{folder / name}, line {line}: " in error and message in error
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    write_lines(folder / "records.jsonl", [row | {"exit_layers": [4] * 4, "threshold": 0.4} for row in rows])
+    (folder / "traces.jsonl").unlink()
+    figures = json.loads((folder / "sweep.json").read_text())
+    write_json(folder / "sweep.json", figures | {"rows": figures["rows"][:1]})  # one setting is no trade-off
+    page = build(tmp_path, folder)
+    assert page.sections == {"table", "calibration", "sources"}
+    assert not (tmp_path / "report" / "trade_off.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"rows":\n oops}', "line 2: not JSON"),
-        ('{"rows": [{"name": "Full depth", "speedup": "fast"}]}', "speedup must be a number"),
-        ('{"rows": [{"name": "Full depth", "interval": [1]}]}', "interval must be [low, high]"),
-        ('{"rows": [], "pareto": ["other"]}', "'other' is not in settings.json"),
-    ],
-)
-def test_broken_figures_are_named(tmp_path, capsys, text, message):
+def test_cards_of_tokens_show_the_source_and_every_method(tmp_path):
     folder, _ = make_sweep(tmp_path / "sweep")
-    (folder / "sweep.json").write_text(text)
-    error = fail(tmp_path, folder, capsys)
-    assert str(folder / "sweep.json") in error and message in error
+    content = json.loads((folder / "settings.json").read_text())
+    others = [("HF generate", "HF generate", None), ("Static 2", "Static", [2] * 4)]
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for name, method, exits in others:
+        content["settings"].append(content["settings"][0] | {"name": name, "method": method})
+        rows += [row | {"setting": name, "exit_layers": exits} for row in rows[:3]]
+    write_json(folder / "settings.json", content)
+    write_lines(folder / "records.jsonl", rows)
+    page = build(tmp_path, folder)
+    cards = re.findall(r"<article.*?</article>", page.source, re.DOTALL)
+    names = ["Full depth, HF generate", "FREE &lt;b&gt;0.4&lt;/b&gt;", "adaptive | x", "Static 2"]
+    for number, card in enumerate(cards):
+        assert re.findall(r"<dt>(.*?)</dt>", card) == ["source", "reference", *names]
+        assert f"<dd>Quelle {number} " in card and card.count('<dd class="tokens">') == 3
+    assert len(cards) == 3
+
+
+def test_long_sources_unfold(tmp_path):
+    folder, _ = make_sweep(tmp_path / "sweep")
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    write_lines(folder / "records.jsonl", [row | {"source": 90 * "Wort " + "Ende"} for row in rows])
+    page = build(tmp_path, folder)
+    (summary, *_) = re.findall(r"<dd><details><summary>(.*?) …</summary>", page.source)
+    assert len(summary) == 400 and "Ende" in page.text

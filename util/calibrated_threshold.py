@@ -18,7 +18,7 @@ from datasets import Dataset
 from models.errors import UserError
 from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
 from util.data import dataset_record
-from util.report import write_json
+from util.tables import write_json
 
 logger = logging.getLogger(__name__)
 

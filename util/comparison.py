@@ -1,7 +1,7 @@
 """Several settings on the same samples, interleaved: records, and figures relative to full depth.
 
-`decode_interleaved(settings, examples, evaluation)` decodes block by block; `compare(settings, evaluation)`
-gives one row of figures a setting.
+`decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_rest` what an interrupted
+comparison left over; `compare(settings, evaluation)` gives one row of figures a setting.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from models.trace import trace_layers
 from util.analysis import pareto_front
 from util.evaluation import (
     EvaluationSettings,
+    PredictionLog,
     batch_indices,
     best_windows,
     decode_batch,
     describe_batch,
+    replay_calibration,
     summarize,
     texts_of,
 )
 from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
+from util.timing_doubts import doubt_speedup, possible_speedup
 
 BASELINE = "Full depth"
 HF_GENERATE = "HF generate"
@@ -78,27 +81,72 @@ def decode_interleaved(
     settings: list[Setting],
     examples: Dataset,
     evaluation: EvaluationSettings,
-    start: int = 0,
+    samples: range | None = None,
     keep: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
 ) -> None:
     """All settings on one block of samples before the next, each block starting with another setting.
 
-    A block is as large as the largest batch. `start` is the first sample to decode; `keep` is given the
-    records of each finished block, marked with their setting and row.
+    A block is as large as the largest batch. `samples` are those to decode (default: all); `keep` is given
+    the records of each finished block, marked with their setting and row.
     """
-    size = max(setting.batch_size for setting in settings)
-    blocks = list(batch_indices(start, len(examples), size))
-    for number, block in enumerate(tqdm(blocks, desc="Decoding", unit="block", disable=None), start // size):
+    samples = range(len(examples)) if samples is None else samples
+    size = largest_batch(settings)
+    blocks = list(batch_indices(samples.start, samples.stop, size))
+    first_number = samples.start // size
+    for number, block in enumerate(tqdm(blocks, desc="Decoding", unit="block", disable=None), first_number):
         first = number % len(settings)
         for setting in settings[first:] + settings[:first]:
             for rows in batch_indices(block.start, block.stop, setting.batch_size):
                 batch = examples.select(rows)
                 decoded = decode_batch(setting.loaded, setting.policy, batch, evaluation)
+                described = describe_batch(setting.loaded, batch, decoded)
                 setting.records += [
-                    {"setting": setting.name, "row": row, **record}
-                    for row, record in zip(rows, describe_batch(setting.loaded, batch, decoded), strict=True)
+                    mark_record(setting, row, record) for row, record in zip(rows, described, strict=True)
                 ]
         keep([record for setting in settings for record in setting.records[-len(block) :]])
+
+
+def mark_record(setting: Setting, row: int, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its setting and row; the source, alike for all settings, stays with full depth alone."""
+    source = {"source": record.pop("source")}
+    return {"setting": setting.name, "row": row, **(source if setting.method == BASELINE else {}), **record}
+
+
+def largest_batch(settings: list[Setting]) -> int:
+    return max(setting.batch_size for setting in settings)
+
+
+def restore(settings: list[Setting], log: PredictionLog, resume: bool, samples: range) -> range:
+    """Give the settings their records of an interrupted comparison of `samples`; those left to decode."""
+    records = log.reopen() if resume else log.start()
+    block = largest_batch(settings)
+    by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
+    for record in records:
+        by_name[record["setting"]].append(record)
+    done = min(map(len, by_name.values()))
+    if done % block:  # only a finished comparison ends within a block
+        done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
+    rest = range(samples.start + done, samples.stop)
+    log.keep([record for record in records if record["row"] < rest.start])
+    for setting in settings:
+        setting.records = by_name[setting.name][:done]
+        replay_calibration(setting.policy, setting.records)
+    return rest
+
+
+def decode_rest(
+    settings: list[Setting],
+    fresh: list[Setting],
+    examples: Dataset,
+    evaluation: EvaluationSettings,
+    rest: range,
+    log: PredictionLog,
+) -> None:
+    """Decode what `restore` left over, logging each block; `fresh` are like the settings, to warm up with."""
+    if rest:
+        warm_up(fresh, examples, evaluation)
+        decode_interleaved(settings, examples, evaluation, rest, log.append)
+    log.close()
 
 
 def trace_record(
@@ -172,12 +220,14 @@ def share_equal(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -
 
 
 def compare_speed(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speed-up over the baseline: in total time, with its interval, and of the median sample."""
+    """Speed-up over the baseline: in total time, with its interval, and of the median sample; its doubt."""
     ours, theirs = ([record["seconds"] for record in rows] for rows in (records, baseline))
+    speedup, bounds = sum(theirs) / sum(ours), sum_ratio_interval(theirs, ours)
     return {
-        "speedup": sum(theirs) / sum(ours),
-        "speedup_interval": sum_ratio_interval(theirs, ours),
+        "speedup": speedup,
+        "speedup_interval": bounds,
         "speedup_median": float(np.median(theirs) / np.median(ours)),
+        "timing_doubt": doubt_speedup(speedup, bounds, possible_speedup(records, baseline)),
     }
 
 

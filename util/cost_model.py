@@ -7,8 +7,7 @@ threshold)` replays FREE's decisions on traced sequences and adds the parts up.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from models.confidence import SoftmaxGap
 from models.families import view_for
 from models.loading import LoadedModel
+from util.timing import Stopwatch
 
 REPEATS = 40
 PREFIX = 8  # cached tokens of a typical step
@@ -75,20 +75,26 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
     prefix = view.embed(state, torch.ones(1, PREFIX, dtype=torch.long, device=device))  # (1, P, D)
     view.run_layers(state, prefix, 0, view.num_layers)
 
-    def time_step(size: int, read: Callable[[Tensor], Any]) -> float:
+    def step(size: int, read: Callable[[Tensor], Any]) -> Callable[[], None]:
         """A step of `size` tokens and what reads its state; the layers leave the head's weights out of the
         processor's caches, as decoding does."""
 
-        def step() -> None:
+        def call() -> None:
             hidden = view.run_layers(state, prefix[:, :size], 0, view.num_layers)
             read(view.normalize(hidden[:, -1], view.num_layers))
             state.truncate(PREFIX)
 
-        return median_seconds(step, device)
+        return call
 
-    one, window = (time_step(size, lambda normalized: None) for size in (1, WINDOW))
-    with_head = time_step(1, view.project)
-    with_test = time_step(1, lambda normalized: measure(view, normalized))
+    one, window, with_head, with_test = median_seconds(
+        [
+            step(1, lambda normalized: None),
+            step(WINDOW, lambda normalized: None),
+            step(1, view.project),
+            step(1, lambda normalized: measure(view, normalized)),
+        ],
+        device,
+    )
     return {
         "layer": one / view.num_layers,
         "parallel_token": max(window - one, 0.0) / (WINDOW - 1) / view.num_layers,
@@ -97,16 +103,20 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
     }
 
 
-def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call, after two that are not counted."""
-    times = []
-    for _ in range(REPEATS + 2):
-        start = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def median_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Median time of each call.
+
+    All take turns, so that a slow moment of the machine hits all alike; each runs once before it is timed, so
+    that it finds the processor's caches as it leaves them itself.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(REPEATS):
+        for call, own in zip(calls, times, strict=True):
+            call()
+            with Stopwatch(device) as watch:
+                call()
+            own.append(watch.seconds)
+    return list(map(statistics.median, times))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import SEEN_COLUMN, count_long_sources
 from util.metrics import METRICS, Reference, compute_scores
-from util.report import environment, write_json
 from util.significance import confidence_intervals, paired_bootstrap
+from util.tables import environment, write_json
 from util.tasks import TASKS
 from util.timing import Stopwatch
 
@@ -107,16 +107,31 @@ def decode_split(
 ) -> list[dict[str, Any]] | None:
     """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
 
-    Under torchrun every process decodes its share, with batches as one process would form them; the first
-    one gathers them in order and returns the records, the others None. (An adaptive threshold then learns
-    from its own share.)
+    Processes share them as `share_out` says. (An adaptive threshold then learns from its own share.)
+    """
+
+    def decode(rows: range, log: PredictionLog) -> list[dict[str, Any]]:
+        return decode_share(loaded, policy, examples.select(rows), settings, log)
+
+    return share_out(decode, loaded, len(examples), settings)
+
+
+def share_out(
+    decode: Callable[[range, PredictionLog], list[dict[str, Any]]],
+    loaded: LoadedModel,
+    total: int,
+    settings: EvaluationSettings,
+) -> list[dict[str, Any]] | None:
+    """Let every process `decode` its share of the rows into a log of its own.
+
+    Under torchrun batches are as one process would form them; the first process gathers the records in order
+    and returns them, the others None.
     """
     processes = PartialState()
-    share = own_share(len(examples), settings.batch_size, processes)
+    share = own_share(total, settings.batch_size, processes)
     path = share_path(settings.predictions_file, processes.process_index, processes.num_processes)
     identity = {"weights": fingerprint(loaded), "processes": processes.num_processes}
-    log = PredictionLog(path, settings.arguments | identity)
-    records = decode_share(loaded, policy, examples.select(share), settings, log)
+    records = decode(share, PredictionLog(path, settings.arguments | identity))
     if processes.num_processes > 1:
         processes.wait_for_everyone()
         if not processes.is_main_process:
@@ -241,6 +256,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
     for row, example in enumerate(batch):
         record = {
             "id": example["id"],
+            "source": example["source"],
             "prediction": texts[row],
             "reference": example.get("references") or example["target"],
             "tokens": len(decoded.sequences[row]),

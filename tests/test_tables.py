@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from util.report import color_by_depth, comparison_table, format_figure, plot_trade_off, write_csv, write_json
+from util.tables import color_by_depth, comparison_table, format_figure, plot_trade_off, write_csv, write_json
 
 ROWS = [
     {"method": "Full depth", "bleu": 30.0, "speedup": 1.0},

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.analysis import Oracle, Reliability
-from util.report import MARKERS, plt
+from util.tables import MARKERS, plt
 
 INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
 # Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
@@ -71,28 +71,51 @@ class Line:
     counts: list[int] = field(default_factory=list)
 
 
-def trade_off_figure(points: Sequence[Point], x_label: str, y_label: str, line: float | None) -> Figure:
-    """Quality against speed with intervals; rings mark the Pareto front, settings of a series are joined.
+def near_points(points: Sequence[Point], line: float | None) -> list[Point]:
+    """Those near the line, if others are so far from it that these cannot be told apart; else none."""
+    if line is None or max(abs(point.y - line) for point in points) <= 3 * NEAR:
+        return []
+    return [point for point in points if abs(point.y - line) <= NEAR]
 
-    Where qualities differ much, a second panel shows those near `line`.
+
+def trade_off_figure(
+    points: Sequence[Point],
+    panels: Sequence[Sequence[Point]],
+    x_label: str,
+    y_label: str,
+    line: float | None,
+    legend: bool = True,
+) -> Figure:
+    """Quality against speed with intervals, one panel above the other, each with some of the points.
+
+    Rings mark the Pareto front, settings of a series are joined, what is slower than full depth is shaded.
     """
-    near = [point for point in points if line is not None and abs(point.y - line) <= NEAR]
-    crowded = bool(near) and max(abs(point.y - line) for point in points) > 3 * NEAR
     with plt.rc_context(STYLE):
-        size = (WIDTH, HEIGHT * (1.9 if crowded else 1) + 0.7)
-        figure, grid = plt.subplots(1 + crowded, figsize=size, layout="constrained", squeeze=False)
-        draw_trade_off(grid[0, 0], points, points, "point", line)
-        for axes in grid[:, 0]:
+        size = (WIDTH, HEIGHT * (0.05 + 0.95 * len(panels)) + 0.7 * legend)
+        figure, grid = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
+        for number, (axes, panel) in enumerate(zip(grid[:, 0], panels, strict=True)):
+            draw_trade_off(axes, points, panel, "near-point" if number else "point", line)
             axes.set_ylabel(y_label)
+            limit_to(axes, [point.y for point in panel])
+            shade_slower(axes, panel)
+            if number:
+                axes.set_title(f"the same near {line:.0f}%", loc="left", fontsize=9.5)
         grid[-1, 0].set_xlabel(x_label)
-        limit_to(grid[0, 0], [point.y for point in points])
-        if crowded:
-            draw_trade_off(grid[1, 0], points, near, "near-point", line)
-            limit_to(grid[1, 0], [point.y for point in near])
-            grid[1, 0].set_title(f"the same near {line:.0f}%", loc="left", fontsize=9.5)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+        if legend:
+            handles, labels = grid[0, 0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     return figure
+
+
+def shade_slower(axes: Axes, points: Sequence[Point]) -> None:
+    """Shade the side of speed-ups below one, if a point lies there."""
+    if min(point.x for point in points) < 1:
+        left, right = axes.get_xlim()
+        axes.axvspan(left, 1, color=GRID, alpha=0.35, linewidth=0, zorder=0)
+        axes.annotate(
+            "slower", (1, 0.02), xycoords=("data", "axes fraction"), ha="right", fontsize=9, rotation=90
+        )
+        axes.set_xlim(left, right)
 
 
 def draw_trade_off(

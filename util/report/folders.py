@@ -9,18 +9,16 @@ raises a UserError that names the file and the line.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.errors import UserError
-from util.analysis import pareto_front
 from util.comparison import BASELINE, HF_GENERATE
-from util.significance import sum_ratio_interval
+from util.report.results import JudgeScores, Results, ResultSet, Setting, Trace
 from util.tasks import TASKS
 
 STAGES = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
@@ -42,79 +40,8 @@ FIGURE_KEYS = (
     "average_layers",
     "exit_share",
 )
+TIME_RATIOS = ("speedup", "speedup_interval", "speedup_median", "real_over_ideal", "timing_doubt")
 INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
-
-
-@dataclass
-class Trace:
-    """What every layer predicted for one sample's T tokens."""
-
-    row: int
-    id: str
-    pieces: list[str]
-    exit_layers: list[int] | None
-    confidences: np.ndarray  # (T, L)
-    agrees: np.ndarray  # (T, L) 0/1
-    deep: list[str]  # (T) the last layer's predictions
-
-
-@dataclass
-class Setting:
-    """One way of decoding: a method at a threshold on a checkpoint. `records` holds its samples by row."""
-
-    name: str
-    method: str
-    checkpoint: str
-    threshold: float | None
-    shallow_layer: int | None
-    batch_size: int
-    num_layers: int | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
-    traces: dict[int, Trace] = field(default_factory=dict)
-
-    @property
-    def exit_layers(self) -> list[int]:
-        return [layer for record in self.records.values() for layer in record["exit_layers"] or ()]
-
-
-@dataclass
-class ResultSet:
-    """The settings of one folder, on the same samples. `pareto` and `fastest_99` hold names of settings."""
-
-    label: str
-    kind: str  # "sweep" or "run"
-    dataset: str | None
-    split: str | None
-    main_score: str
-    samples: int
-    settings: list[Setting]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    auc: dict[str, float] = field(default_factory=dict)
-    fastest_99: dict[str, str | None] = field(default_factory=dict)
-    pareto: list[str] = field(default_factory=list)
-    baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
-
-    @property
-    def main_settings(self) -> list[Setting]:
-        """Those at the smallest batch size; the others only tell of throughput."""
-        smallest = min((setting.batch_size for setting in self.settings), default=0)
-        return [setting for setting in self.settings if setting.batch_size == smallest]
-
-
-@dataclass
-class JudgeScores:
-    """`scores` is laid out as `gpt_eval.report` says."""
-
-    label: str
-    scores: dict[str, Any]
-
-
-@dataclass
-class Results:
-    sets: list[ResultSet] = field(default_factory=list)
-    judges: list[JudgeScores] = field(default_factory=list)
 
 
 def read_folders(folders: Sequence[str | Path]) -> Results:
@@ -201,6 +128,7 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
         settings=list(settings.values()),
         arguments=content.get("arguments", {}),
         environment=content.get("environment", {}),
+        interleaved=content.get("interleaved") is True,
     )
     if (folder / "sweep.json").is_file():
         add_figures(result, settings, folder / "sweep.json")
@@ -212,7 +140,8 @@ def add_figures(result: ResultSet, settings: dict[str, Setting], path: Path) -> 
     for row in content["rows"]:
         check_keys(row, ("name",), str(path))
         check_figures(row, result.main_score, str(path))
-        known_setting(settings, row["name"], str(path)).figures = row
+        compared = row if result.interleaved else drop_time_ratios(row)
+        known_setting(settings, row["name"], str(path)).figures = compared
     result.auc = content.get("auc") or {}
     result.fastest_99 = content.get("fastest_99") or {}
     result.pareto = content.get("pareto") or []
@@ -257,6 +186,7 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
     path = folder / f"{stage}_results.json"
     figures = read_object(path, ("samples", "batch_size", "arguments"))
     arguments = figures["arguments"]
+    split = {"eval": "validation", "predict": "test"}[stage]
     main_score = find_main_score(figures, arguments, str(path))
     check_figures(figures, main_score, str(path))
     records = {row: record for row, (_, record) in enumerate(read_lines(folder / STAGES[stage], RECORD_KEYS))}
@@ -275,8 +205,8 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
     return ResultSet(
         label=label,
         kind="run",
-        dataset=arguments.get("dataset_name"),
-        split={"eval": "validation", "predict": "test"}[stage],
+        dataset=arguments.get("dataset_name") or arguments.get(f"{split}_file"),
+        split=split,
         main_score=main_score,
         samples=figures["samples"],
         settings=[setting],
@@ -319,46 +249,32 @@ def count_layers(records: list[dict[str, Any]], batch_size: int) -> int | None:
 
 
 def compare_runs(runs: list[ResultSet]) -> None:
-    """Relate each run to one at full depth with the same checkpoint, batch size and samples, if there is."""
+    """Relate each run's quality to that of one at full depth on the same samples, if there is one.
+
+    Their times are not related: a run that was timed at another hour, on a busier machine, tells nothing of
+    the method.
+    """
     for run in runs:
         ours = run.settings[0]
         for other in runs:
             baseline = other.settings[0]
             if baseline.method == BASELINE and is_comparable(run, other):
-                relate(ours, baseline, run.main_score)
+                quality = baseline.figures[run.main_score]
+                score = ours.figures[run.main_score]
+                ours.figures["quality_share"] = 100 * score / quality if quality else None
                 run.baseline = baseline
                 break
-    groups: dict[tuple[Any, ...], list[ResultSet]] = defaultdict(list)
-    for run in runs:
-        if run.baseline is not None:
-            groups[run.dataset, run.split, run.samples, run.settings[0].batch_size].append(run)
-    for related in groups.values():
-        figures = [(run.settings[0].figures, run.main_score) for run in related]
-        for index in pareto_front([(row["speedup"], row[main_score]) for row, main_score in figures]):
-            related[index].pareto = [related[index].settings[0].name]
 
 
 def is_comparable(run: ResultSet, other: ResultSet) -> bool:
-    """Whether only the method differs: same weights, samples, batch size, device, precision, threads."""
+    """Whether only the method differs: same weights, precision and samples."""
 
     def identity(result: ResultSet) -> list[Any]:
-        setting = result.settings[0]
-        machine = [result.environment.get(key) for key in ("device", "dtype", "threads")]
-        ids = [record["id"] for record in setting.records.values()]
-        return [result.arguments.get("model_name_or_path"), setting.batch_size, machine, ids]
+        records = result.settings[0].records.values()
+        samples = [(record["id"], record["reference"]) for record in records]
+        return [result.arguments.get("model_name_or_path"), result.environment.get("dtype"), samples]
 
     return bool(run.settings[0].records) and identity(run) == identity(other)
-
-
-def relate(ours: Setting, baseline: Setting, main_score: str) -> None:
-    times = [[record["seconds"] for record in setting.records.values()] for setting in (baseline, ours)]
-    quality = baseline.figures[main_score]
-    figures = ours.figures
-    figures["quality_share"] = 100 * figures[main_score] / quality if quality else None
-    figures["speedup"] = sum(times[0]) / sum(times[1])
-    figures["speedup_interval"] = sum_ratio_interval(*times)
-    if figures.get("ideal_speedup"):
-        figures["real_over_ideal"] = figures["speedup"] / figures["ideal_speedup"]
 
 
 # Files
@@ -394,6 +310,11 @@ def read_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str,
             if not all(is_number(row[key]) for key in ("tokens", "seconds") if key in keys):
                 raise UserError(f"{place}: tokens and seconds must be numbers.")
             yield place, row
+
+
+def drop_time_ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of figures without those that compare times: not taken in turn, they mean nothing."""
+    return {key: value for key, value in row.items() if key not in TIME_RATIOS}
 
 
 def check_keys(content: Any, keys: Sequence[str], place: str) -> None:

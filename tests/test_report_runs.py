@@ -1,0 +1,115 @@
+"""The HTML report of run.py's folders, which were timed apart from each other, and of several data sets."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from report_folders import build, make_run, make_sweep, read_csv, write_json
+
+TIME_RATIOS = {"speedup", "speedup_interval_low", "speedup_interval_high", "real_over_ideal"}
+
+
+def test_runs_timed_apart_get_no_speedup(tmp_path):
+    full = make_run(tmp_path / "full", 20.0, [1.0, 2.0, 1.0, 2.0], [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5, 1.0, 0.5, 1.0], [2, 4, 2, 2], use_shallow_deep=True)
+    slow = make_run(tmp_path / "calm", 18.0, [2.0] * 4, [1, 3, 4, 4], use_early_exit=True)
+    page = build(tmp_path, full, free, slow)
+    rows = {row["name"]: row for row in read_csv(tmp_path)}
+    assert {name: float(row["quality_share"]) for name, row in rows.items()} == {
+        "full": 100, "free": 95, "calm": 90,
+    }  # fmt: skip
+    assert not TIME_RATIOS & set(rows["free"])
+    assert {(row["interleaved"], row["pareto"]) for row in rows.values()} == {("False", "False")}
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "| speed-up |" not in markdown and "| % of full depth |" in markdown
+    for text in (page.text, markdown):
+        assert "Timed apart from each other" in " ".join(text.split())
+        assert "2.00×" not in text and "[2.00, 2.00]" not in text
+    assert "Quality against ideal speed-up" in page.text  # layers run, which no clock disturbs
+    assert "free: 1.50× ideal speed-up, 95.00% of full depth" in page.text
+    assert page.sections == {"trade-off", "table", "depth", "tokens", "sources"}
+
+
+def test_cards_of_runs_show_no_speedup(tmp_path):
+    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
+    page = build(tmp_path, full, free)
+    (cards,) = re.findall(r'<ul class="cards".*?</ul>', page.source, re.DOTALL)
+    assert "×" not in cards and "95.0% of full depth&#39;s" in cards and "<b>19.00</b>" in cards
+
+
+def test_sweep_that_does_not_say_it_took_turns_gets_no_speedup(tmp_path):
+    folder, _ = make_sweep(tmp_path / "sweep")
+    content = json.loads((folder / "settings.json").read_text())
+    del content["interleaved"]
+    write_json(folder / "settings.json", content)
+    page = build(tmp_path, folder)
+    (row, *_) = read_csv(tmp_path)
+    assert not TIME_RATIOS & set(row) and row["quality_share"] == "100.0"
+    assert "× speed-up" not in page.text and "1.50×" not in page.text and "Timed apart" in page.text
+
+
+def test_run_beside_a_sweep_keeps_its_speedups_apart(tmp_path):
+    sweep, figures = make_sweep(tmp_path / "sweep")
+    run = make_run(tmp_path / "run", 21.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
+    build(tmp_path, sweep, run)
+    speedups = {row["name"]: row["speedup"] for row in read_csv(tmp_path)}
+    assert speedups == {row["name"]: str(row["speedup"]) for row in figures} | {"run": ""}
+
+
+def test_runs_on_other_samples_are_not_compared(tmp_path):
+    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5] * 3, [2] * 4, use_shallow_deep=True)
+    build(tmp_path, full, free)
+    shares = {row["name"]: row["quality_share"] for row in read_csv(tmp_path)}
+    assert shares == {"full": "100.0", "free": ""}
+
+
+def test_runs_of_the_same_samples_share_their_cards(tmp_path):
+    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
+    calm = make_run(tmp_path / "calm", 18.0, [2.0] * 4, [1, 3, 4, 4], use_early_exit=True)
+    other = make_run(
+        tmp_path / "other", 18.0, [2.0] * 4, [1, 3, 4, 4], dataset_name=None, validation_file="x"
+    )
+    page = build(tmp_path, full, free, calm, other)
+    cards = re.findall(r"<article.*?</article>", page.source, re.DOTALL)
+    shown = [re.findall(r"<dt>(.*?)</dt>", card)[2:] for card in cards]
+    assert shown == [["full", "free", "calm"]] * 4 + [["other"]] * 4
+
+
+def test_data_sets_get_tables_of_their_own(tmp_path):
+    sweep, _ = make_sweep(tmp_path / "sweep")
+    other, _ = make_sweep(tmp_path / "other")
+    content = json.loads((other / "settings.json").read_text())
+    write_json(other / "settings.json", content | {"dataset": "iwslt"})
+    local = make_run(tmp_path / "local", 18.0, [1.0] * 4, [4] * 4, dataset_name=None, validation_file="a.csv")
+    page = build(tmp_path, sweep, other, local)
+    captions = [
+        "debian_de_en, 3 test samples",
+        "iwslt, 3 test samples",
+        "a.csv, 4 validation samples, batch size 1",
+    ]
+    assert re.findall(r"<caption>(.*?samples.*?)</caption>", page.source) == captions
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert re.findall(r"^\*\*(.*)\*\*$", markdown, re.MULTILINE) == captions
+    for part in ("trade-off-0", "throughput"):  # a line or mark of each data set
+        assert page.source.count(f'id="{part}-') > 0
+    (throughput,) = [
+        label for label in page.attributes("aria-label") if label.startswith("Tokens per second")
+    ]
+    assert throughput.count("FREE <b>0.4</b>: 200 at 1, 500 at 4") == 2
+    assert "FREE (free), iwslt, 3 test samples" in page.text
+    assert {row["dataset"] for row in read_csv(tmp_path)} == {"debian_de_en", "iwslt", "a.csv"}
+
+
+def test_both_stages_of_a_run_and_equal_folder_names(tmp_path):
+    for parent in ("a", "b"):
+        make_run(tmp_path / parent / "run", 20.0, [1.0] * 4, [4] * 4)
+        make_run(tmp_path / parent / "run", 20.0, [1.0] * 4, [4] * 4, stage="predict")
+    build(tmp_path, tmp_path / "a" / "run", tmp_path / "b" / "run")
+    names = [row["name"] for row in read_csv(tmp_path)]
+    assert names == [
+        f"{tmp_path / parent / 'run'} ({stage})" for parent in ("a", "b") for stage in ("eval", "predict")
+    ]

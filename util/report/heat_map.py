@@ -1,0 +1,207 @@
+"""Decoded samples with each token in the colour of its exit layer, for the HTML report.
+
+A card holds one sample: its source, its reference, and what every method made of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from util.comparison import BASELINE, HF_GENERATE
+from util.report.results import ResultSet, Setting, Trace
+
+DEPTH_SHADES = 21  # colours between the first and the last layer
+HEAT_SAMPLES, MAX_HEAT_SAMPLES = 4, 12  # of a data set, on the page
+HEAT_TOKENS = 60  # more are not shown
+SHORT_SOURCE = 400  # characters; longer ones unfold
+
+
+@dataclass
+class Token:
+    text: str
+    space: bool  # before it
+    shade: str  # CSS class
+    differs: bool
+    detail: str
+
+
+@dataclass
+class HeatRow:
+    """What a setting made of a sample: tokens in colour, or where they tell nothing, the text."""
+
+    setting: str
+    tokens: list[Token]
+    cut: bool = False
+    text: str = ""
+
+
+@dataclass
+class HeatSample:
+    id: str
+    data: str
+    source: str | None
+    references: list[str]
+    rows: list[HeatRow]
+
+
+@dataclass
+class Shown:
+    """A setting and where it has its samples."""
+
+    setting: Setting
+    rows: dict[str, int]  # sample's id -> row; the first of several windows
+
+
+def heat_section(sets: list[ResultSet]) -> dict[str, Any] | None:
+    """A few samples whose tokens left at different layers, as one setting of each method decoded them."""
+    groups: dict[tuple[str | None, str | None], list[ResultSet]] = {}
+    for result in sets:
+        groups.setdefault((result.dataset, result.split), []).append(result)
+    samples = [sample for group in groups.values() for sample in heat_samples(group)][:MAX_HEAT_SAMPLES]
+    if not samples:
+        return None
+    depths = {setting.num_layers for result in sets for setting in result.settings if setting.num_layers}
+    depth = max(depths)
+    legend = [(layer, shade_class(layer, depth)) for layer in legend_layers(depth)]
+    return {
+        "samples": samples,
+        "legend": legend,
+        "mixed_depths": len(depths) > 1,
+        "several": len(groups) > 1,
+        "short_source": SHORT_SOURCE,
+    }
+
+
+def legend_layers(depth: int) -> list[int]:
+    """All layers of a shallow model, else a handful."""
+    if depth <= 12:
+        return list(range(1, depth + 1))
+    return sorted({round(1 + (depth - 1) * step / 6) for step in range(7)})
+
+
+def heat_samples(group: list[ResultSet]) -> list[HeatSample]:
+    """Samples of one data set, whichever folders decoded them."""
+    shown = [Shown(setting, first_rows(setting)) for result in group for setting in heat_settings(result)]
+    scores: dict[str, tuple[int, int]] = {}
+    for one in shown:
+        for name, row in one.rows.items():
+            record = one.setting.records[row]
+            if is_mixed(record) and record["tokens"] <= HEAT_TOKENS:
+                mixed, traced = scores.get(name, (0, 0))
+                scores[name] = (mixed + 1, traced + (row in one.setting.traces))
+    # Traced samples first, then those that most settings decoded at several depths; ties in order.
+    places = {name: place for place, name in enumerate(scores)}
+    best = sorted(scores, key=lambda name: (-scores[name][1], -scores[name][0], places[name]))[:HEAT_SAMPLES]
+    return [heat_sample(group[0].data, shown, name) for name in sorted(best, key=places.get)]
+
+
+def first_rows(setting: Setting) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for row, record in setting.records.items():
+        rows.setdefault(str(record["id"]), row)
+    return rows
+
+
+def heat_settings(result: ResultSet) -> list[Setting]:
+    """One setting of each method on each checkpoint: its fastest good one, else the one of best quality."""
+
+    def preference(setting: Setting) -> tuple[bool, float]:
+        return setting.name in good, setting.figures.get("quality_share") or 0.0
+
+    good = set(result.fastest_99.values())
+    chosen: dict[tuple[str, str], Setting] = {}
+    for setting in result.main_settings:
+        best = chosen.setdefault((setting.method, setting.checkpoint), setting)
+        if preference(setting) > preference(best):
+            chosen[setting.method, setting.checkpoint] = setting
+    return list(chosen.values())
+
+
+def is_mixed(record: dict[str, Any]) -> bool:
+    return len(set(record["exit_layers"] or ())) > 1
+
+
+def heat_sample(data: str, shown: list[Shown], name: str) -> HeatSample:
+    having = [(one.setting, one.rows[name]) for one in shown if name in one.rows]
+    reference = having[0][0].records[having[0][1]]["reference"]
+    same = [pair for pair in having if pair[0].records[pair[1]]["reference"] == reference]
+    sources = [source for setting, row in same if (source := setting.records[row].get("source"))]
+    return HeatSample(
+        id=name,
+        data=data,
+        source=sources[0] if sources else None,
+        references=reference if isinstance(reference, list) else [reference],
+        rows=[*plain_rows(same), *(heat_row(*pair) for pair in same if not is_plain(pair[0]))],
+    )
+
+
+def is_plain(setting: Setting) -> bool:
+    """Whether all tokens leave at the last layer anyway."""
+    return setting.method in (BASELINE, HF_GENERATE)
+
+
+def plain_rows(pairs: list[tuple[Setting, int]]) -> list[HeatRow]:
+    """What full depth makes of the sample: a row for each text, named after all who say so."""
+    names: dict[str, list[str]] = {}
+    for setting, row in pairs:
+        if is_plain(setting):
+            names.setdefault(setting.records[row]["prediction"], []).append(setting.name)
+    return [HeatRow(", ".join(who), [], text=text) for text, who in names.items()]
+
+
+def heat_row(setting: Setting, row: int) -> HeatRow:
+    """Tokens of a record, with what its trace knows of them; the trace must be of the same tokens."""
+    record, trace = setting.records[row], setting.traces.get(row)
+    if not record["exit_layers"] or not setting.num_layers:
+        return HeatRow(setting.name, [], text=record["prediction"])
+    if trace is not None and trace.pieces != record["pieces"]:
+        trace = None
+    count = min(len(record["pieces"]), len(record["exit_layers"]), HEAT_TOKENS)
+    tokens = [heat_token(setting, record, trace, index) for index in range(count)]
+    return HeatRow(setting.name, tokens, len(record["pieces"]) > count)
+
+
+def heat_token(setting: Setting, record: dict[str, Any], trace: Trace | None, index: int) -> Token:
+    layer, piece = record["exit_layers"][index], record["pieces"][index]
+    parts = [f"“{readable(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
+    if trace is not None:
+        layers = sorted({layer, setting.shallow_layer or layer})
+        sure = ", ".join(f"{trace.confidences[index, at - 1]:.2f} at layer {at}" for at in layers)
+        parts += [f"confidence {sure}", f"deep model: “{readable(trace.deep[index]).strip(' ')}”"]
+    differs = trace is not None and trace.deep[index] != piece
+    shown = readable(piece)
+    space = shown.startswith(" ") and index > 0
+    return Token(shown.lstrip(" "), space, shade_class(layer, setting.num_layers), differs, "; ".join(parts))
+
+
+def readable(piece: str) -> str:
+    """A piece of SentencePiece or byte-level BPE with its space as a space; a lone space stays visible."""
+    text = piece.replace("▁", " ").replace("Ġ", " ")
+    return text if text.strip() else "␣"
+
+
+def shade_class(layer: int, num_layers: int) -> str:
+    """CSS class of an exit layer: `d0` for the first layer, `d20` for the last."""
+    return f"d{round((DEPTH_SHADES - 1) * (layer - 1) / max(1, num_layers - 1))}"
+
+
+def depth_shades() -> list[dict[str, str]]:
+    """Background and text colour of each shade of cividis, a map made for colour-blind readers."""
+    shades = []
+    for index in range(DEPTH_SHADES):
+        red, green, blue, _ = colormaps["cividis"](1 - index / (DEPTH_SHADES - 1))
+        light = relative_luminance(red, green, blue) > 0.19  # where dark text has as much contrast as white
+        shades.append({"back": to_hex((red, green, blue)), "text": "#0b0b0b" if light else "#ffffff"})
+    return shades
+
+
+def relative_luminance(*channels: float) -> float:
+    """WCAG's luminance of an sRGB colour with channels in [0, 1]."""
+    linear = [
+        channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,86 @@
+"""What result folders hold, as the report uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Trace:
+    """What every layer predicted for one sample's T tokens."""
+
+    row: int
+    id: str
+    pieces: list[str]
+    exit_layers: list[int] | None
+    confidences: np.ndarray  # (T, L)
+    agrees: np.ndarray  # (T, L) 0/1
+    deep: list[str]  # (T) the last layer's predictions
+
+
+@dataclass
+class Setting:
+    """One way of decoding: a method at a threshold on a checkpoint. `records` holds its samples by row."""
+
+    name: str
+    method: str
+    checkpoint: str
+    threshold: float | None
+    shallow_layer: int | None
+    batch_size: int
+    num_layers: int | None
+    figures: dict[str, Any] = field(default_factory=dict)
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    traces: dict[int, Trace] = field(default_factory=dict)
+
+    @property
+    def exit_layers(self) -> list[int]:
+        return [layer for record in self.records.values() for layer in record["exit_layers"] or ()]
+
+
+@dataclass
+class ResultSet:
+    """The settings of one folder, on the same samples. `pareto` and `fastest_99` hold names of settings."""
+
+    label: str
+    kind: str  # "sweep" or "run"
+    dataset: str | None
+    split: str | None
+    main_score: str
+    samples: int
+    settings: list[Setting]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    auc: dict[str, float] = field(default_factory=dict)
+    fastest_99: dict[str, str | None] = field(default_factory=dict)
+    pareto: list[str] = field(default_factory=list)
+    baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
+    interleaved: bool = False  # the settings decoded in turn: only then their times compare
+
+    @property
+    def data(self) -> str:
+        """Which samples these are; figures of different ones do not belong into one table."""
+        return f"{self.dataset or 'local data'}, {self.samples} {self.split} samples"
+
+    @property
+    def main_settings(self) -> list[Setting]:
+        """Those at the smallest batch size; the others only tell of throughput."""
+        smallest = min((setting.batch_size for setting in self.settings), default=0)
+        return [setting for setting in self.settings if setting.batch_size == smallest]
+
+
+@dataclass
+class JudgeScores:
+    """`scores` is laid out as `gpt_eval.report` says."""
+
+    label: str
+    scores: dict[str, Any]
+
+
+@dataclass
+class Results:
+    sets: list[ResultSet] = field(default_factory=list)
+    judges: list[JudgeScores] = field(default_factory=list)
