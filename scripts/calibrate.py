@@ -35,6 +35,7 @@ from util.arguments import (
     expand_argument_file,
     flag,
     list_flag,
+    locked_output_dir,
     parse_arguments,
     require,
     require_unit_interval,
@@ -43,7 +44,8 @@ from util.calibrated_threshold import CalibratedThreshold, decoding_settings, de
 from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, needed_samples
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.data import dataset_record, load_examples
-from util.evaluation import best_windows, decode_split, fingerprint, summarize_depth, texts_of
+from util.evaluation import best_windows, decode_split, summarize_depth, texts_of
+from util.identity import fingerprint
 from util.metrics import Reference
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
 from util.report import comparison_table, environment, print_report
@@ -101,7 +103,9 @@ class Outcome:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with one_line_errors():
-        calibrate(*parse_flags(argv))
+        flags, arguments = parse_flags(argv)
+        with locked_output_dir(Path(arguments.training.output_dir)):
+            calibrate(flags, arguments)
 
 
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:

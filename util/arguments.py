@@ -9,7 +9,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from models.errors import UserError
 from models.exit_heads import PER_EXIT_HEADS
 from models.losses import INTERMEDIATE_LOSSES
+from util.files import locked
 from util.tasks import DATASETS, TASKS
 
 WITHOUT_EFFECT = (  # on predictions
@@ -77,6 +79,38 @@ def make_output_dir(folder: Path) -> Path:
         raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
     require(os.access(folder, os.W_OK), f"--output_dir {folder} is not writable.")
     return folder
+
+
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[Path]:
+    """Make --output_dir and keep other runs out of it; of torchrun's processes the first does so for all.
+
+    Raises:
+        UserError: it cannot be made or written to, or another run writes there.
+    """
+    make_output_dir(folder)
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield folder
+        return
+    complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
+    with locked(folder / ".lock", complaint):
+        yield folder
+
+
+@contextmanager
+def locked_output_file(path: Path) -> Iterator[Path]:
+    """Make the folder of --output_file and keep other runs from writing the same file.
+
+    Raises:
+        UserError: the folder cannot be made, or another run writes the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: its folder cannot be made: {error.strerror}.") from error
+    complaint = f"--output_file {path}: another run is writing it; wait for it, or name another file."
+    with locked(path.with_name(f".{path.name}.lock"), complaint):
+        yield path
 
 
 def require_unit_interval(name: str, value: float | None) -> None:
