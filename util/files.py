@@ -193,7 +193,7 @@ def content_hash(values: Iterable[Any]) -> str:
     """Tells JSON values, in their order, from others."""
     digest = hashlib.sha256()
     for value in values:
-        digest.update(json.dumps(value, sort_keys=True).encode())
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 

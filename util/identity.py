@@ -67,7 +67,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         parts.append({name: rules[name] for name in rules if name not in STATE_OF_THE_LAST_CALL})
     else:
         models = [part for part in vars(tokenizer).values() if isinstance(part, SentencePieceProcessor)]
-        parts += [hashlib.sha256(model.serialized_model_proto()).hexdigest() for model in models]
+        parts += sorted({hashlib.sha256(model.serialized_model_proto()).hexdigest() for model in models})
         parts.append(sorted(tokenizer.get_vocab().items()))
     return content_hash(parts)
 
