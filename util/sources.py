@@ -135,7 +135,10 @@ def load_named(record: DatasetRecord, split: str, hub: dict[str, Any], streaming
     """A split of a data set of the hub, or of a folder of files or of `save_to_disk`."""
     folder = Path(record.hub_id)
     if (folder / "dataset_dict.json").is_file():
-        rows = load_from_disk(folder)[split]
+        splits = load_from_disk(folder)
+        if split not in splits:
+            raise UserError(f"--dataset_name {folder} has no {split} split; found {', '.join(splits)}.")
+        rows = splits[split]
         return rows.to_iterable_dataset() if streaming else rows
     # The branch of converted files has a folder for each configuration, and no card that names them.
     source = {
