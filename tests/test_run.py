@@ -487,7 +487,7 @@ def test_a_second_run_on_one_output_folder_is_refused(base, capsys, monkeypatch)
         assert f"--output_dir {folder}: another run is writing there" in refused(flags, capsys)
         monkeypatch.setenv("RANK", "1")  # another process of the run that holds the lock
         with locked_output_dir(folder):
-            pass
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".lock.1"]
         monkeypatch.delenv("RANK")
         assert "another run" in refused(flags, capsys)
     run.main(as_argv(flags))

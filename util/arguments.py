@@ -83,17 +83,18 @@ def make_output_dir(folder: Path) -> Path:
 
 @contextmanager
 def locked_output_dir(folder: Path) -> Iterator[Path]:
-    """Make --output_dir and keep other runs out of it; of torchrun's processes the first does so for all.
+    """Make --output_dir and keep other runs out of it.
+
+    Under torchrun each process holds a lock for its part: the first is refused where another run writes, the
+    others wait, to be ended by torchrun together with it.
 
     Raises:
         UserError: it cannot be made or written to, or another run writes there.
     """
     make_output_dir(folder)
-    if int(os.environ.get("RANK", 0)) > 0:
-        yield folder
-        return
     complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
-    with locked(folder / ".lock", complaint):
+    rank = int(os.environ.get("RANK", 0))
+    with locked(folder / (f".lock.{rank}" if rank else ".lock"), complaint, wait=rank > 0):
         yield folder
 
 
@@ -145,7 +146,9 @@ class DataArguments:
     dataset_name: str | None = flag(None, f"One of {', '.join(DATASETS)}, or any hub id.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of the data set.")
-    train_file: str | None = flag(None, "Local .json/.jsonl/.csv/.parquet (also .gz) with training rows.")
+    train_file: str | None = flag(
+        None, "Local .json/.jsonl/.csv/.tsv/.parquet (also .gz) with training rows."
+    )
     validation_file: str | None = flag(None, "The same, for --do_eval.")
     test_file: str | None = flag(None, "The same, for --do_predict.")
     source_column: str | None = flag(None, "Column with the input text (default: the data set's).")

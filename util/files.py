@@ -160,23 +160,23 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, complaint: str) -> Iterator[None]:
+def locked(path: Path, complaint: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` for the block; what a killed run left behind is no obstacle.
 
     Raises:
-        UserError: another run holds it: `complaint`.
+        UserError: another run holds it, and not to `wait` for it: `complaint`.
     """
-    lock = acquire_lock(path, complaint)
+    lock = acquire_lock(path, complaint, wait)
     try:
         yield
     finally:
         release_lock(lock)
 
 
-def acquire_lock(path: Path, complaint: str) -> FileLock:
+def acquire_lock(path: Path, complaint: str, wait: bool = False) -> FileLock:
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         raise UserError(complaint) from error
     return lock

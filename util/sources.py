@@ -305,11 +305,14 @@ def as_written(value: Any) -> Any:
 
 def expand(row: Row, place: str) -> Iterator[Row]:
     """The row; where it is an article of a SQuAD file, its questions."""
-    if not isinstance(row.get("paragraphs"), list):
+    paragraphs = row.get("paragraphs")
+    if not isinstance(paragraphs, list) or not all(
+        isinstance(part, dict) and "qas" in part for part in paragraphs
+    ):
         yield row
         return
     try:
-        for paragraph in row["paragraphs"]:
+        for paragraph in paragraphs:
             for question in paragraph["qas"]:
                 yield {
                     "id": question["id"],
