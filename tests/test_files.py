@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
 from models.errors import UserError
-from util.files import JsonLog, content_hash, read_json_lines, write_json_lines
+from util.files import JsonLog, content_hash, locked, read_json_lines, write_json_lines
 
 WHOLE = b'{"a": 1}\n{"a": "\xc3\xbc"}\n'
 
@@ -62,6 +63,23 @@ def test_two_writers_on_one_file_are_refused(tmp_path):
     with JsonLog(path) as log:
         log.append([{"a": 2}])
     assert rows_of(path) == [{"a": 1}, {"a": 2}] and os.listdir(tmp_path) == ["log.jsonl"]
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    held = threading.Event()
+
+    def wait():
+        with locked(tmp_path / ".lock", "refused", wait=True):
+            held.set()
+
+    waiting = threading.Thread(target=wait)
+    with locked(tmp_path / ".lock", ""):
+        waiting.start()
+        with pytest.raises(UserError, match="refused"), locked(tmp_path / ".lock", "refused"):
+            pass
+        assert not held.is_set()
+    waiting.join(timeout=60)
+    assert held.is_set() and not os.listdir(tmp_path)
 
 
 def test_only_kept_rows_stay(tmp_path):
