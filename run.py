@@ -17,7 +17,7 @@ from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
-from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
+from util.arguments import Arguments, ExitArguments, locked_output_dir, non_default_settings, parse_arguments
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
@@ -30,7 +30,9 @@ STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "pred
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with one_line_errors():
-        run(parse_arguments(argv))
+        arguments = parse_arguments(argv)
+        with locked_output_dir(Path(arguments.training.output_dir)):
+            run(arguments)
 
 
 def run(arguments: Arguments) -> None:

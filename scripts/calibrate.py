@@ -34,6 +34,7 @@ from util.arguments import (
     expand_argument_file,
     flag,
     list_flag,
+    locked_output_dir,
     parse_arguments,
     require,
     require_unit_interval,
@@ -43,16 +44,10 @@ from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, need
 from util.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.data import dataset_record, load_examples
-from util.evaluation import (
-    EvaluationSettings,
-    PredictionLog,
-    best_windows,
-    fingerprint,
-    share_out,
-    summarize_depth,
-    texts_of,
-)
+from util.evaluation import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
+from util.identity import fingerprint
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
+from util.prediction_log import PredictionLog
 from util.tables import comparison_table, environment, print_report
 from util.timing_doubts import untrusted_timing
 
@@ -99,7 +94,9 @@ class CalibrationArguments:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with one_line_errors():
-        calibrate(*parse_flags(argv))
+        flags, arguments = parse_flags(argv)
+        with locked_output_dir(Path(arguments.training.output_dir)):
+            calibrate(flags, arguments)
 
 
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:
@@ -166,11 +163,11 @@ def decode_candidates(
     settings = build_settings(flags, exit_flags, loaded, evaluation)
 
     def decode(rows: range, log: PredictionLog) -> list[dict[str, Any]]:
-        rest = restore(settings, log, evaluation.resume, rows)
+        rest = restore(settings, log, rows)
         decode_rest(settings, settings, examples, evaluation, rest, log)  # no policy here learns
         return [record for setting in settings for record in setting.records]
 
-    records = share_out(decode, loaded, len(examples), evaluation)
+    records = share_out(decode, loaded, examples, evaluation)
     if records is None:
         return None
     for setting in settings:

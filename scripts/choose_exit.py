@@ -32,7 +32,7 @@ from util.arguments import (
     DataArguments,
     flag,
     list_flag,
-    make_output_dir,
+    locked_output_dir,
     parse_groups,
     require,
     require_positive,
@@ -82,7 +82,10 @@ class ChooserArguments:
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
     with one_line_errors():
-        choose(*parse_groups((ChooserArguments, DataArguments), __doc__, argv))
+        flags, data = parse_groups((ChooserArguments, DataArguments), __doc__, argv)
+        require(not data.resume_eval, "--resume_eval: a choice is made anew each time; leave the flag out.")
+        with locked_output_dir(Path(flags.output_dir)):
+            choose(flags, data)
 
 
 def choose(flags: ChooserArguments, data: DataArguments) -> None:
@@ -92,10 +95,8 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     if torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    folder = make_output_dir(Path(flags.output_dir))
-    evaluation = EvaluationSettings(
-        data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
-    )
+    path = Path(flags.output_dir, "records.jsonl")
+    evaluation = EvaluationSettings(data.task, data.max_source_length, data.val_max_target_length, path)
     full = Setting(BASELINE, BASELINE, "", loaded, FullDepth())
     candidates = list_candidates(flags, full.num_layers)
     warm_up([full], examples, evaluation)

@@ -25,7 +25,7 @@ from models.families import view_for
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import DataArguments, make_output_dir
+from util.arguments import DataArguments, locked_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
@@ -68,12 +68,11 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     flags = parse_flags()
     disable_progress_bar()
-    with one_line_errors():
+    with one_line_errors(), locked_output_dir(flags.output_dir):
         run(flags)
 
 
 def run(flags: argparse.Namespace) -> None:
-    make_output_dir(flags.output_dir)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

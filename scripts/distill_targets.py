@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import sys
 from pathlib import Path
 
@@ -23,26 +22,32 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
-from util.arguments import DataArguments
+from util.arguments import DataArguments, locked_output_file
 from util.data import dataset_record, load_examples
+from util.files import json_line
 from util.tasks import DATASETS
 
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors(), locked_output_file(flags.output_file):
+        distill(flags)
+
+
+def distill(flags: argparse.Namespace) -> None:
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
-    flags.output_file.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
         for start in tqdm(range(0, len(order), flags.batch_size), unit="batch"):
             rows = examples.select(order[start : start + flags.batch_size])
             for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
                 target = closest(hypotheses, row["target"])
-                out.write(json.dumps({"source": row["source"], "target": target}, ensure_ascii=False) + "\n")
+                out.write(json_line({"source": row["source"], "target": target}))
 
 
 def parse_flags() -> argparse.Namespace:

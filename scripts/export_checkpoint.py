@@ -17,8 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import load_model
+from util.arguments import locked_output_dir
 
 CARD = """\
 ---
@@ -60,6 +62,12 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors(), locked_output_dir(flags.output_dir):
+        export(flags)
+
+
+def export(flags: argparse.Namespace) -> None:
+    """Write weights, tokenizer, exit settings and the card."""
     loaded = load_model(str(flags.run))
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)

@@ -26,7 +26,7 @@ from models.errors import UserError, one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
-from util.arguments import DataArguments
+from util.arguments import DataArguments, locked_output_file
 from util.data import dataset_record, load_examples
 from util.tables import comparison_table, print_report, write_json
 from util.tasks import DATASETS
@@ -44,10 +44,9 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
-    with one_line_errors():
+    with one_line_errors(), locked_output_file(flags.output_file):
         loaded = load_model(flags.model_name_or_path)
         shortlist = learn_shortlist(loaded, load_split(flags, loaded, flags.split), flags.size)
-        flags.output_file.parent.mkdir(parents=True, exist_ok=True)
         shortlist["decisions"] = measure_decisions(flags, loaded, shortlist["token_ids"])
         write_json(flags.output_file, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")

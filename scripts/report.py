@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
-from util.arguments import make_output_dir
+from util.arguments import locked_output_dir
 from util.report.folders import read_folders
 from util.report.page import write_report
 
@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results")
     parser.add_argument("--output_dir", type=Path, default=Path("save/report"))
     flags = parser.parse_args(argv)
-    with one_line_errors():
-        written = write_report(read_folders(flags.folders), make_output_dir(flags.output_dir))
+    with one_line_errors(), locked_output_dir(flags.output_dir) as folder:
+        written = write_report(read_folders(flags.folders), folder)
     print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}")
 
 

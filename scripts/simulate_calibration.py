@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError, one_line_errors
-from util.arguments import Parser, flag, list_flag, require, require_positive
+from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
 from util.calibration import METHODS, P_VALUES, simulate
 from util.consistency import CONSISTENCIES
 from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
@@ -66,8 +66,8 @@ class SimulationArguments:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         flags = parse_flags(argv)
-        rows = simulate_all(flags, *read_losses(flags))
-        write_results(flags, rows, Path(flags.output_dir))
+        with locked_output_dir(Path(flags.output_dir)) as folder:
+            write_results(flags, simulate_all(flags, *read_losses(flags)), folder)
 
 
 def parse_flags(argv: list[str] | None) -> SimulationArguments:
@@ -118,7 +118,6 @@ def simulate_all(
 
 
 def write_results(flags: SimulationArguments, rows: list[dict[str, Any]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "simulation.json", {"arguments": asdict(flags), "rows": rows})
     write_csv(folder / "simulation.csv", rows)
     plot_speedups(folder / "simulation.png", rows, flags.consistency)

@@ -34,7 +34,7 @@ from util.arguments import (
     DataArguments,
     flag,
     list_flag,
-    make_output_dir,
+    locked_output_dir,
     non_default_settings,
     parse_groups,
     require,
@@ -54,8 +54,11 @@ from util.comparison import (
     trace_record,
 )
 from util.data import dataset_record, load_examples
-from util.evaluation import EvaluationSettings, PredictionLog, fingerprint
+from util.evaluation import EvaluationSettings
+from util.files import write_json_lines
+from util.identity import hash_named_files, hash_rows, identify_model
 from util.policies import build_measure
+from util.prediction_log import PredictionLog
 from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 from util.timing_doubts import untrusted_timing
@@ -120,7 +123,9 @@ class SweepArguments:
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
     with one_line_errors():
-        sweep(*parse_groups((SweepArguments, DataArguments), __doc__, argv))
+        flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
+        with locked_output_dir(Path(flags.output_dir)):
+            sweep(flags, data)
 
 
 def sweep(flags: SweepArguments, data: DataArguments) -> None:
@@ -129,20 +134,33 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     checkpoints = load_checkpoints(flags)
     loaded = next(iter(checkpoints.values()))
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    folder = make_output_dir(Path(flags.output_dir))
+    folder = Path(flags.output_dir)
     evaluation = EvaluationSettings(
         data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
     )
     for name, layers in asdict(flags).items():
         check_layers(name, layers, checkpoints)
     settings = build_settings(flags, checkpoints)
-    identity = {name: fingerprint(loaded) for name, loaded in checkpoints.items()}
-    log = PredictionLog(evaluation.predictions_file, non_default_settings(flags, data) | identity)
-    rest = restore(settings, log, data.resume_eval, range(len(examples)))
-    write_settings(folder, flags, data, settings, len(examples))
-    decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
+    identity = identify_sweep(flags, data, checkpoints, examples)
+    with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
+        rest = restore(settings, log, range(len(examples)))
+        write_settings(folder, flags, data, settings, len(examples))
+        decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
     report(folder, settings, evaluation)
+
+
+def identify_sweep(
+    flags: SweepArguments, data: DataArguments, checkpoints: dict[str, LoadedModel], examples: Dataset
+) -> dict[str, Any]:
+    """All that the records depend on."""
+    arguments = non_default_settings(flags, data)
+    models = {
+        f"{part} of --{name}": value
+        for name, loaded in checkpoints.items()
+        for part, value in identify_model(loaded).items()
+    }
+    return arguments | hash_named_files(arguments) | models | {"samples": hash_rows(examples)}
 
 
 def load_checkpoints(flags: SweepArguments) -> dict[str, LoadedModel]:
@@ -264,14 +282,16 @@ def write_traces(
     path: Path, settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings, count: int
 ) -> None:
     """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
-    with path.open("w", encoding="utf8") as file:
+
+    def traces() -> Iterator[dict[str, Any]]:
         for setting in settings:
             if setting.batch_size > 1:
                 continue
             chosen = setting.records if setting.method == BASELINE else setting.records[:count]
             for record in chosen:
-                trace = trace_record(setting, record, examples[record["row"]]["source"], evaluation)
-                file.write(json.dumps(trace, ensure_ascii=False) + "\n")
+                yield trace_record(setting, record, examples[record["row"]]["source"], evaluation)
+
+    write_json_lines(path, traces())
 
 
 def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings) -> None:

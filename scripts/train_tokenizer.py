@@ -15,7 +15,7 @@ from transformers import T5Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
-from util.arguments import DataArguments
+from util.arguments import DataArguments, locked_output_dir
 from util.data import dataset_record, load_examples
 from util.tasks import DATASETS
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    with one_line_errors():
+    with one_line_errors(), locked_output_dir(arguments.output_dir):
         train(arguments.dataset_name, arguments.vocab_size, arguments.output_dir)
 
 
@@ -35,7 +35,6 @@ def train(dataset_name: str, vocab_size: int, output_dir: Path) -> None:
     data_args = DataArguments(task=DATASETS[dataset_name].task, dataset_name=dataset_name)
     rows = load_examples(dataset_record(data_args), data_args, "train")
     texts = [text for row in rows for text in (row["source"], row["target"])]
-    output_dir.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(output_dir / "spiece"),

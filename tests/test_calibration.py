@@ -434,6 +434,16 @@ def test_interrupted_calibration_continues(inputs, calibrated, tmp_path):
     assert log.read_bytes().startswith(whole[: len(whole) // 4])
 
 
+def test_a_calibration_does_not_continue_on_changed_data(inputs, calibrated, tmp_path, capsys):
+    for file in calibrated.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rows = tmp_path / "rows.jsonl"
+    first, *others = inputs["validation_file"].read_text().splitlines(keepends=True)
+    rows.write_text("".join([*others, first]))  # the same rows in another order
+    flags = inputs | GRID | {"output_dir": tmp_path, "resume_eval": True, "validation_file": rows}
+    assert "full_depth.jsonl was begun with other samples" in error_of(calibrate.main, flags, capsys)
+
+
 BAD_FLAGS = {
     "delta": ({"delta": 0}, "--delta"),
     "epsilon": ({"epsilon": 1.5}, "--epsilon"),

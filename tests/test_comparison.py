@@ -161,6 +161,21 @@ def test_sweep_does_not_trust_impossible_times(swept, tmp_path):
     assert results["untrusted_timing"] in output and "FREE 0.4 measured 20.00x" in results["untrusted_timing"]
 
 
+def test_a_sweep_does_not_continue_on_changed_data(tmp_path):
+    def pair(number, english):
+        return json.dumps({"id": str(number), "translation": {"de": "ein paket", "en": english}}) + "\n"
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text(pair(0, "a package") + pair(1, "the package"))
+    flags = ["--free", "checkpoints/debian-t5-free", "--methods", "Static", "--static_layers", "1"]
+    local = ["--test_file", str(data), "--resume_eval", "True"]
+    run_script(sweep, tmp_path / "out", *flags, *local)
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    data.write_text(pair(0, "a package") + pair(1, "one package"))
+    assert "other samples" in refuse(sweep, tmp_path / "out", *flags, *local)
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+
+
 def test_output_dir_that_is_a_file_is_refused():
     flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "1"]
     assert "--output_dir" in refuse(sweep, ROOT / "README.md", *flags)

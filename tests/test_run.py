@@ -16,8 +16,10 @@ from tiny_models import tiny_model
 from transformers import PLBartConfig, PLBartForConditionalGeneration, T5Tokenizer
 
 import run
+from models.errors import UserError
 from models.exit_heads import ExitConfig
-from util.evaluation import PredictionLog
+from util.arguments import locked_output_dir
+from util.prediction_log import PredictionLog
 
 ROOT = Path(__file__).resolve().parent.parent
 GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]
@@ -387,14 +389,128 @@ def test_resuming_with_other_flags_is_refused(base, capsys):
 
 
 def test_log_drops_only_the_line_that_was_cut(tmp_path):
-    log = PredictionLog(tmp_path / "predictions.jsonl", {"a": 1})
-    log.keep(log.start())
-    log.append([{"id": "1", "prediction": "a\u2028b"}, {"id": "2"}])
-    log.close()
-    with log.path.open("a") as file:
+    path = tmp_path / "predictions.jsonl"
+    with PredictionLog(path, {"a": 1}) as log:
+        log.append([{"id": "1", "prediction": "a\u2028b"}, {"id": "2"}])
+    with path.open("a") as file:
         file.write('{"id": "3 \u2028 ü')
-    log.path.write_bytes(log.path.read_bytes()[:-1])  # within a character
-    assert [record["id"] for record in log.reopen()] == ["1", "2"]
+    path.write_bytes(path.read_bytes()[:-1])  # within a character
+    with PredictionLog(path, {"a": 1}, resume=True) as log:
+        assert [record["id"] for record in log.records] == ["1", "2"]
+
+
+def refused(flags, capsys):
+    """The one line that run.py answers with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run.main(as_argv(flags))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def replace_unnoticed(path, content):
+    """Other content under the same time stamp."""
+    stamp = path.stat()
+    path.write_text(content)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+CHANGES = {
+    "reference": lambda text: text.replace("the package", "the library", 1),
+    "source": lambda text: text.replace("ein das", "das ein", 1),
+    "id": lambda text: text.replace("row-11", "row-99"),
+    "fewer rows": lambda text: "".join(text.splitlines(keepends=True)[:2]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_evaluation_does_not_continue_on_changed_data(base, rows, tmp_path, capsys, name):
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows, data)
+    flags = base | {"do_eval": True, "validation_file": str(data), "per_device_eval_batch_size": 4}
+    run.main(as_argv(flags))
+    before = Path(flags["output_dir"], "predictions.jsonl").read_bytes()
+    changed = CHANGES[name](data.read_text())
+    assert changed != data.read_text()
+    replace_unnoticed(data, changed)
+    assert "other samples" in refused(flags | {"resume_eval": True}, capsys)
+    assert Path(flags["output_dir"], "predictions.jsonl").read_bytes() == before
+    run.main(as_argv(flags))
+    assert results_of(flags)["samples"] == changed.count("\n")
+
+
+def test_an_evaluation_does_not_continue_with_another_tokenizer_or_configuration(base, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(base["model_name_or_path"], model)
+    flags = base | {"do_eval": True, "resume_eval": True, "model_name_or_path": str(model)}
+    run.main(as_argv(flags))
+    run.main(as_argv(flags))
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"relative_attention_max_distance": 2}))
+    assert "other configuration" in refused(flags, capsys)
+    (model / "config.json").write_text(json.dumps(settings))
+    pieces = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(pieces.replace("▁ein", "▁kein"))
+    assert "other tokenizer" in refused(flags, capsys)
+
+
+def test_an_evaluation_does_not_continue_with_another_threshold_file(base, tmp_path, capsys):
+    flags = base | FREE | {"do_eval": True, "use_adapt_threshold": True}
+    run.main(as_argv(flags))
+    file = tmp_path / "threshold.json"
+    shutil.copy(Path(flags["output_dir"], "adaptive_threshold.json"), file)
+    flags |= {"adapt_threshold_file": str(file), "resume_eval": True, "output_dir": str(tmp_path / "second")}
+    run.main(as_argv(flags))
+    content = json.loads(file.read_text())
+    content["observed"]["num_sequences"] += 1
+    file.write_text(json.dumps(content))
+    assert "other content of adapt_threshold_file" in refused(flags, capsys)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_does_not_continue_on_changed_rows(base, rows, tmp_path, capsys, streaming):
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows, data)
+    flags = base | TRAINING | {"max_steps": 2, "train_file": str(data), "streaming": streaming}
+    run.main(as_argv(flags))
+    run.main(as_argv(flags | {"max_steps": 4}))  # more steps are no other rows
+    assert set(losses_of(flags["output_dir"])) == {1, 2, 3, 4}
+    replace_unnoticed(data, CHANGES["reference"](data.read_text()))
+    assert "other training rows" in refused(flags | {"max_steps": 6}, capsys)
+
+
+def test_a_second_run_on_one_output_folder_is_refused(base, capsys, monkeypatch):
+    flags = base | {"do_eval": True}
+    folder = Path(flags["output_dir"])
+    with locked_output_dir(folder):
+        assert f"--output_dir {folder}: another run is writing there" in refused(flags, capsys)
+        monkeypatch.setenv("RANK", "1")  # another process of the run that holds the lock
+        with locked_output_dir(folder):
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".lock.1"]
+        monkeypatch.delenv("RANK")
+        assert "another run" in refused(flags, capsys)
+    run.main(as_argv(flags))
+    assert not [path.name for path in folder.iterdir() if "lock" in path.name]
+
+
+def test_a_lock_that_a_killed_run_left_is_no_obstacle(base):
+    flags = base | {"do_eval": True}
+    lock = Path(flags["output_dir"], ".lock")
+    code = (
+        "import sys, time; from pathlib import Path; from util.files import locked\n"
+        f"with locked(Path({str(lock)!r}), ''):\n    print('held', flush=True); time.sleep(600)"
+    )
+    lock.parent.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another run is writing"), locked_output_dir(lock.parent):
+        pass
+    holder.kill()
+    holder.wait()
+    assert lock.exists()
+    run.main(as_argv(flags))
+    assert results_of(flags)["samples"] == 12
 
 
 def test_help_shows_all_flags(capsys):

@@ -9,7 +9,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from models.errors import UserError
 from models.exit_heads import PER_EXIT_HEADS
 from models.losses import INTERMEDIATE_LOSSES
+from util.files import locked
 from util.tasks import DATASETS, TASKS
 
 WITHOUT_EFFECT = (  # on predictions
@@ -79,6 +81,39 @@ def make_output_dir(folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[Path]:
+    """Make --output_dir and keep other runs out of it.
+
+    Under torchrun each process holds a lock for its part: the first is refused where another run writes, the
+    others wait, to be ended by torchrun together with it.
+
+    Raises:
+        UserError: it cannot be made or written to, or another run writes there.
+    """
+    make_output_dir(folder)
+    complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
+    rank = int(os.environ.get("RANK", 0))
+    with locked(folder / (f".lock.{rank}" if rank else ".lock"), complaint, wait=rank > 0):
+        yield folder
+
+
+@contextmanager
+def locked_output_file(path: Path) -> Iterator[Path]:
+    """Make the folder of --output_file and keep other runs from writing the same file.
+
+    Raises:
+        UserError: the folder cannot be made, or another run writes the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: its folder cannot be made: {error.strerror}.") from error
+    complaint = f"--output_file {path}: another run is writing it; wait for it, or name another file."
+    with locked(path.with_name(f".{path.name}.lock"), complaint):
+        yield path
+
+
 def require_unit_interval(name: str, value: float | None) -> None:
     require(value is None or 0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")
 
@@ -111,7 +146,9 @@ class DataArguments:
     dataset_name: str | None = flag(None, f"One of {', '.join(DATASETS)}, or any hub id.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of the data set.")
-    train_file: str | None = flag(None, "Local .json/.jsonl/.csv/.parquet (also .gz) with training rows.")
+    train_file: str | None = flag(
+        None, "Local .json/.jsonl/.csv/.tsv/.parquet (also .gz) with training rows."
+    )
     validation_file: str | None = flag(None, "The same, for --do_eval.")
     test_file: str | None = flag(None, "The same, for --do_predict.")
     source_column: str | None = flag(None, "Column with the input text (default: the data set's).")

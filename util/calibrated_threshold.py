@@ -6,7 +6,6 @@ where the threshold is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +17,7 @@ from datasets import Dataset
 from models.errors import UserError
 from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
 from util.data import dataset_record
+from util.files import content_hash, file_hash
 from util.tables import write_json
 
 logger = logging.getLogger(__name__)
@@ -125,11 +125,4 @@ def describe_data(examples: Dataset, data: DataArguments) -> dict[str, Any]:
 
 def data_hash(examples: Dataset) -> str:
     """Tells samples, in their order, from others: by sources and references."""
-    digest = hashlib.sha256()
-    for row in examples:
-        digest.update(json.dumps([row["source"], row.get("references") or row["target"]]).encode())
-    return digest.hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return content_hash([row["source"], row.get("references") or row["target"]] for row in examples)

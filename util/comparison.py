@@ -22,7 +22,6 @@ from models.trace import trace_layers
 from util.analysis import pareto_front
 from util.evaluation import (
     EvaluationSettings,
-    PredictionLog,
     batch_indices,
     best_windows,
     decode_batch,
@@ -31,6 +30,7 @@ from util.evaluation import (
     summarize,
     texts_of,
 )
+from util.prediction_log import PredictionLog
 from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
 from util.timing_doubts import doubt_speedup, possible_speedup
@@ -116,9 +116,9 @@ def largest_batch(settings: list[Setting]) -> int:
     return max(setting.batch_size for setting in settings)
 
 
-def restore(settings: list[Setting], log: PredictionLog, resume: bool, samples: range) -> range:
+def restore(settings: list[Setting], log: PredictionLog, samples: range) -> range:
     """Give the settings their records of an interrupted comparison of `samples`; those left to decode."""
-    records = log.reopen() if resume else log.start()
+    records = log.records
     block = largest_batch(settings)
     by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
     for record in records:
@@ -146,7 +146,6 @@ def decode_rest(
     if rest:
         warm_up(fresh, examples, evaluation)
         decode_interleaved(settings, examples, evaluation, rest, log.append)
-    log.close()
 
 
 def trace_record(

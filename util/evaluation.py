@@ -6,8 +6,6 @@ which an interrupted evaluation continues.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,10 +25,14 @@ from models.exit_policy import ExitPolicy, FullDepth
 from models.families import view_for
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
-from util.data import SEEN_COLUMN, count_long_sources
+from util.data import count_long_sources
+from util.files import read_json_lines, write_json_lines
+from util.identity import hash_named_files, identify
 from util.metrics import METRICS, Reference, compute_scores
+from util.prediction_log import PredictionLog
+from util.rows import SEEN_COLUMN, as_text
 from util.significance import confidence_intervals, paired_bootstrap
-from util.tables import environment, write_json
+from util.tables import environment
 from util.tasks import TASKS
 from util.timing import Stopwatch
 
@@ -113,13 +115,13 @@ def decode_split(
     def decode(rows: range, log: PredictionLog) -> list[dict[str, Any]]:
         return decode_share(loaded, policy, examples.select(rows), settings, log)
 
-    return share_out(decode, loaded, len(examples), settings)
+    return share_out(decode, loaded, examples, settings)
 
 
 def share_out(
     decode: Callable[[range, PredictionLog], list[dict[str, Any]]],
     loaded: LoadedModel,
-    total: int,
+    examples: Dataset,
     settings: EvaluationSettings,
 ) -> list[dict[str, Any]] | None:
     """Let every process `decode` its share of the rows into a log of its own.
@@ -128,10 +130,12 @@ def share_out(
     and returns them, the others None.
     """
     processes = PartialState()
-    share = own_share(total, settings.batch_size, processes)
+    share = own_share(len(examples), settings.batch_size, processes)
     path = share_path(settings.predictions_file, processes.process_index, processes.num_processes)
-    identity = {"weights": fingerprint(loaded), "processes": processes.num_processes}
-    records = decode(share, PredictionLog(path, settings.arguments | identity))
+    identity = settings.arguments | hash_named_files(settings.arguments) | identify(loaded, examples)
+    identity |= {"processes": processes.num_processes}
+    with PredictionLog(path, identity, settings.resume) as log:
+        records = decode(share, log)
     if processes.num_processes > 1:
         processes.wait_for_everyone()
         if not processes.is_main_process:
@@ -148,19 +152,19 @@ def decode_share(
     log: PredictionLog,
 ) -> list[dict[str, Any]]:
     """Records of this process's samples, those of an interrupted evaluation first."""
-    done = log.reopen() if settings.resume else log.start()
-    done = log.keep(done[: len(done) // settings.batch_size * settings.batch_size])
-    replay_calibration(policy, done)
-    batches = list(batch_indices(len(done), len(examples), settings.batch_size))
+    done = len(log.records)
+    if done < len(examples):  # else its last batch may be a short one
+        log.keep(log.records[: done // settings.batch_size * settings.batch_size])
+    replay_calibration(policy, log.records)
+    batches = list(batch_indices(len(log.records), len(examples), settings.batch_size))
     if batches:
         warm_up = None if policy is None else FullDepth()
         decode_batch(loaded, warm_up, examples.select(batches[0]), settings)
     for indices in tqdm(batches, desc="Decoding", unit="batch", disable=None):
         batch = examples.select(indices)
         decoded = decode_batch(loaded, policy, batch, settings)
-        done += log.append(describe_batch(loaded, batch, decoded))
-    log.close()
-    return done
+        log.append(describe_batch(loaded, batch, decoded))
+    return log.records
 
 
 def own_share(total: int, batch_size: int, processes: PartialState) -> range:
@@ -177,15 +181,10 @@ def share_path(path: Path, index: int, processes: int) -> Path:
 
 def gather_shares(path: Path, processes: int) -> list[dict[str, Any]]:
     """Records of all processes, in order; also written as one file."""
-    parts = [share_path(path, index, processes).read_text(encoding="utf8") for index in range(processes)]
-    path.write_text("".join(parts), encoding="utf8")
-    return [json.loads(line) for line in "".join(parts).split("\n")[:-1]]
-
-
-def fingerprint(loaded: LoadedModel) -> str:
-    """Tells weights (and their precision) from others: sums that any training step changes."""
-    sums = [weight.double().sum().item() for weight in loaded.model.parameters()]
-    return f"{loaded.model.dtype}:{hashlib.sha256(repr(sums).encode()).hexdigest()[:16]}"
+    parts = [share_path(path, index, processes) for index in range(processes)]
+    records = [record for part in parts for _, record in read_json_lines(part)]
+    write_json_lines(path, records)
+    return records
 
 
 def batch_indices(start: int, stop: int, size: int) -> Iterator[range]:
@@ -289,59 +288,6 @@ def replay_calibration(policy: ExitPolicy | None, records: list[dict[str, Any]])
             threshold.observe(list(confidences), list(right))
 
 
-class PredictionLog:
-    """predictions.jsonl: one line a sample, flushed at once; the settings lie beside it."""
-
-    def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
-        self.path = path
-        self.settings_path = path.with_name(path.stem + ".settings.json")
-        self.arguments = json.loads(json.dumps(arguments))
-
-    def start(self) -> list[dict[str, Any]]:
-        """Begin a new file; the old predictions go first, so that no kill leaves them under new settings."""
-        self.path.unlink(missing_ok=True)
-        write_json(self.settings_path, self.arguments)
-        return []
-
-    def reopen(self) -> list[dict[str, Any]]:
-        """Records of an interrupted evaluation; a line cut off by the interruption is dropped."""
-        if not self.path.is_file():
-            return self.start()
-        self._refuse_other_settings()
-        *lines, _ = self.path.read_bytes().split(b"\n")  # what follows the last newline was cut off
-        return [json.loads(line) for line in lines]
-
-    def keep(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Leave exactly these records in the file and open it for more."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf8")
-        temporary.replace(self.path)
-        self.file = self.path.open("a", encoding="utf8")
-        return records
-
-    def append(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        self.file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self.file.flush()
-        return records
-
-    def close(self) -> None:
-        self.file.close()
-
-    def _refuse_other_settings(self) -> None:
-        if not self.settings_path.is_file():
-            raise UserError(f"--resume_eval: {self.settings_path} is missing; set --resume_eval False.")
-        before = json.loads(self.settings_path.read_text(encoding="utf8"))
-        changed = sorted(
-            name for name in {*before, *self.arguments} if before.get(name) != self.arguments.get(name)
-        )
-        if changed:
-            raise UserError(
-                f"--resume_eval: {self.path} was begun with another {', '.join(changed)}; "
-                "use the same flags, or start afresh with --resume_eval False."
-            )
-
-
 def summarize(records: list[dict[str, Any]], settings: EvaluationSettings, num_layers: int) -> dict[str, Any]:
     """Quality, latency and depth of all samples."""
     tokens = sum(record["tokens"] for record in records)
@@ -443,15 +389,10 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     rows = []
-    with path.open(encoding="utf8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                rows.append(row | {"id": row["id"], "prediction": row["prediction"]})
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"--baseline_predictions {path}, line {number}: not a prediction of run.py."
-                ) from error
+    for place, row in read_json_lines(path):
+        if not isinstance(row.get("prediction"), str) or row.get("id") is None:
+            raise UserError(f"--baseline_predictions {place}: not a prediction of run.py.")
+        rows.append(row | {"id": as_text(row["id"])})
     return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
 
 
@@ -459,7 +400,8 @@ def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str) ->
     """One line a sample: its id and its own scores."""
     metric = METRICS[TASKS[task].metric]()
     statistics = metric.statistics(*texts_of(records))
-    with path.open("w", encoding="utf8") as file:
-        for index, record in enumerate(records):
-            scores = metric.scores(statistics[index : index + 1])
-            file.write(json.dumps({"id": record["id"], **scores}) + "\n")
+    rows = (
+        {"id": record["id"], **metric.scores(statistics[index : index + 1])}
+        for index, record in enumerate(records)
+    )
+    write_json_lines(path, rows)

@@ -21,7 +21,7 @@ from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.arguments import DataArguments, ExitArguments
 from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
-from util.evaluation import fingerprint
+from util.identity import fingerprint
 
 logger = logging.getLogger(__name__)
 

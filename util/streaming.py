@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.data import (
-    READ_ERRORS,
-    Encoder,
-    RowReader,
-    check_columns,
-    describe_read_error,
-    load_rows,
-    skipped_entry,
-    skipped_rows_file,
-    split_contexts,
-)
+from util.data import Encoder, skipped_entry, skipped_rows_file, split_contexts
+from util.files import json_line
+from util.rows import RowReader, check_columns
+from util.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
 from util.tasks import DatasetRecord
 
 logger = logging.getLogger(__name__)
@@ -47,20 +41,19 @@ def stream_training_rows(
     if data_args.drop_long_samples:
         raise UserError("--drop_long_samples needs all rows at once: leave --streaming out.")
     rows, origin = load_rows(record, data_args, "train", streaming=True)
-    first = next(read_rows(rows, origin), None)
-    if first is None:
+    first = peek(read_rows(rows, origin))
+    if not first:
         raise UserError(f"{origin}: the train split is empty.")
-    check_columns(list(first), first, record, origin)
-    if data_args.max_train_samples is not None:
-        rows = rows.take(data_args.max_train_samples)
-    reader = RowReader(record)
+    check_columns(first, record, origin)
+    reader = RowReader(record, columns_of(first))
     stream = {
         "rows": rows,
+        "limit": data_args.max_train_samples,
         "reader": reader,
         "skipped": SkippedRows(origin, skipped_rows_file(data_args, "train")),
     }
     examples = IterableDataset.from_generator(usable_examples, gen_kwargs=stream)
-    columns = [name for name in reader(first, 0) if name != "problem"]
+    columns = [name for name in reader.features if name != "problem"]
     if record.task == "question_answering":
         examples = split_contexts(examples, columns, record, data_args, "train", tokenizer)
         columns = ["id", "window", "source", "target", "references"]
@@ -69,20 +62,20 @@ def stream_training_rows(
     return encoded.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
-def read_rows(rows: IterableDataset, origin: str) -> Iterator[dict[str, Any]]:
-    """The rows; a file that cannot be read, from its start or further on, is a UserError that says where."""
+def read_rows(rows: Rows, origin: str) -> Iterator[Row]:
+    """The rows; data that cannot be read, from its start or further on, is a UserError that says where."""
     try:
         yield from rows
+    except UserError:
+        raise
     except READ_ERRORS as error:
-        raise UserError(describe_read_error(origin, error)) from error
+        raise UserError(f"{origin}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
-def usable_examples(
-    rows: IterableDataset, reader: RowReader, skipped: SkippedRows
-) -> Iterator[dict[str, Any]]:
-    """Examples of one pass over the rows that can be used; the others are handed to `skipped`."""
+def usable_examples(rows: Rows, limit: int | None, reader: RowReader, skipped: SkippedRows) -> Iterator[Row]:
+    """Examples of one pass over the first rows that can be used; the others are handed to `skipped`."""
     total, bad = 0, 0
-    for total, row in enumerate(read_rows(rows, skipped.origin), 1):
+    for total, row in enumerate(islice(read_rows(rows, skipped.origin), limit), 1):
         example = reader(row, total - 1)
         problem = example.pop("problem")
         if problem:
@@ -125,7 +118,7 @@ class SkippedRows:
         self.first = self.first or f"row {row}: {problem}"
         if self.path is not None:
             with self.path.open("a" if self.seen else "w", encoding="utf8") as file:
-                file.write(skipped_entry(self.origin, row, name, problem))
+                file.write(json_line(skipped_entry(self.origin, row, name, problem)))
         self.seen.add(row)
         self.tally.add("%s: row %d is skipped: %s (%s)", self.origin, row, problem, self.place)
 

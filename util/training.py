@@ -6,8 +6,10 @@ What was interrupted continues from the newest whole checkpoint in --output_dir.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,16 +23,21 @@ from models.families import view_for
 from models.loading import LoadedModel
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
-from util.arguments import Arguments, ExitArguments
+from util.arguments import Arguments, DataArguments, ExitArguments
 from util.data import dataset_record, load_examples, tokenize
+from util.files import content_hash, file_hash
+from util.identity import hash_rows, hash_tokenizer
 from util.metrics import token_metrics
 from util.optimizer import build_muon
 from util.policies import build_policy
+from util.sources import RowFile, load_rows
 from util.streaming import stream_training_rows
+from util.tables import write_json
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
+IDENTITY_FILE = "training_identity.json"
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
 
 
@@ -48,9 +55,13 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
         trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
     resume = arguments.training.resume_from_checkpoint
     resume = resume or last_complete_checkpoint(arguments.training.output_dir)
+    identity = identify_training(arguments.data, trainer)
     if resume is not None:
         refuse_other_exits(resume, exit_config)
+        refuse_other_rows(resume, identity)
         logger.info("Continuing from %s.", resume)
+    elif trainer.is_world_process_zero():
+        write_json(Path(arguments.training.output_dir, IDENTITY_FILE), identity)
     result = train_or_explain(trainer, resume)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
@@ -81,6 +92,33 @@ def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
     if ExitConfig.load(checkpoint) != exit_config:
         raise UserError(
             f"{checkpoint} was begun with other exit settings: use its flags, or another --output_dir."
+        )
+
+
+def identify_training(data: DataArguments, trainer: EarlyExitTrainer) -> dict[str, str]:
+    """What is learnt from: the encoded rows; of a stream, not read to its end, what they come from."""
+    identity = {"tokenizer": hash_tokenizer(trainer.processing_class)}
+    if not data.streaming:
+        return identity | {"training rows": hash_rows(trainer.train_dataset)}
+    record = dataset_record(data)
+    rows, origin = load_rows(record, data, "train", streaming=True)
+    files = [file_hash(path) for path in rows.paths] if isinstance(rows, RowFile) else [origin]
+    reading = [record.source, record.target, record.prefix, record.languages, record.config, record.revision]
+    lengths = [data.max_source_length, data.max_target_length, data.max_train_samples]
+    return identity | {"training rows": content_hash([files, reading, lengths])}
+
+
+def refuse_other_rows(checkpoint: str, identity: dict[str, str]) -> None:
+    """Raise UserError if a training run to continue was begun with other rows or another tokenizer."""
+    path = Path(checkpoint).parent / IDENTITY_FILE
+    if not path.is_file():  # nobody knows
+        logger.warning("%s is missing: whether the training rows are the same was not checked.", path)
+        return
+    before = json.loads(path.read_text(encoding="utf8"))
+    changed = " and ".join(name for name in identity if identity[name] != before.get(name))
+    if changed:
+        raise UserError(
+            f"{checkpoint} was begun with other {changed}: use those again, or another --output_dir."
         )
 
 

@@ -1,0 +1,205 @@
+"""Files that runs write: logs of one JSON object a line, whole files replaced at once, and locks.
+
+Every .jsonl of this project is written and read here. The module knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from models.errors import UserError
+
+
+def json_line(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a file as a whole by one line a row, so that no reader sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        for row in rows:
+            file.write(encode(row))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place ("file, line N") and object of each line; a last line that a kill cut off does not count.
+
+    Raises:
+        UserError: a whole line holds no JSON object.
+    """
+    for place, row, _ in scan_json_lines(path):
+        yield place, row
+
+
+def scan_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    """What `read_json_lines` gives, and the bytes of each line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # broken JSON or UTF-8
+                if not line.endswith(b"\n"):  # the start of an object is never a whole one
+                    return
+                raise UserError(f"{place}: not JSON; take that line out.") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: not a JSON object; take that line out.")
+            yield place, row, line
+
+
+class JsonLog:
+    """A file of one JSON object a line, open for its only writer; `rows` are those that it held.
+
+    What is appended has left the process when `append` returns and, if `durable`, is on the disk. A last
+    line that a kill cut off is overwritten; nothing else is touched before the first `append` or `keep`.
+
+    Raises:
+        UserError: another run has the file open, or (unless `fresh`: empty it) a line is not an object.
+    """
+
+    def __init__(self, path: Path, durable: bool = False, fresh: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.durable = durable
+        self._lock = acquire_lock(
+            path.with_name(f".{path.name}.lock"), f"{path}: another run is writing to it."
+        )
+        self._file: int | None = None
+        try:
+            self.rows = [] if fresh else self._scan()
+            if fresh:
+                self.keep([])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> JsonLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add one line a row; a failed write leaves the file as it was."""
+        rows = list(rows)
+        lines = self._gap + b"".join(map(encode, rows))
+        file = self._open()
+        os.ftruncate(file, self._size)  # drops the cut line
+        try:
+            if os.write(file, lines) != len(lines):
+                raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+            if self.durable:
+                os.fsync(file)
+        except OSError:
+            os.ftruncate(file, self._size)
+            raise
+        self._size += len(lines)
+        self._gap = b""
+        self.rows += rows
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Leave exactly these rows in the file."""
+        self._close_file()
+        write_json_lines(self.path, rows)
+        self.rows, self._gap, self._size = list(rows), b"", self.path.stat().st_size
+
+    def close(self) -> None:
+        self._close_file()
+        release_lock(self._lock)
+
+    def _scan(self) -> list[dict[str, Any]]:
+        rows, line = [], b"\n"
+        self._size = 0  # bytes of whole lines
+        for _, row, line in scan_json_lines(self.path) if self.path.is_file() else ():
+            rows.append(row)
+            self._size += len(line)
+        self._gap = b"" if line.endswith(b"\n") else b"\n"
+        return rows
+
+    def _open(self) -> int:
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            sync_folder(self.path.parent)
+        return self._file
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def encode(row: Any) -> bytes:
+    """A line's bytes; half a surrogate pair, which UTF-8 does not have, stays escaped."""
+    try:
+        return json_line(row).encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new file's name as durable as its lines."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def locked(path: Path, complaint: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` for the block; what a killed run left behind is no obstacle.
+
+    Raises:
+        UserError: another run holds it, and not to `wait` for it: `complaint`.
+    """
+    lock = acquire_lock(path, complaint, wait)
+    try:
+        yield
+    finally:
+        release_lock(lock)
+
+
+def acquire_lock(path: Path, complaint: str, wait: bool = False) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        raise UserError(complaint) from error
+    return lock
+
+
+def release_lock(lock: FileLock) -> None:
+    """Let go, and leave no lock file behind; who opened it meanwhile finds it unlinked and makes another."""
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def content_hash(values: Iterable[Any]) -> str:
+    """Tells JSON values, in their order, from others."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
