@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.decoder_view import view_for
 from models.errors import one_line_errors
 from models.loading import LoadedModel
-from run import build_model, evaluation_settings, longest_output, place
+from run import build_model, evaluation_settings, lengths_by_flag, longest_output, place
 from util.arguments import (
     Arguments,
     ExitArguments,
@@ -46,6 +46,7 @@ from util.data import dataset_record, load_examples
 from util.evaluation import best_windows, decode_split, fingerprint, summarize_depth, texts_of
 from util.metrics import Reference
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
+from util.preparation import prepare
 from util.report import comparison_table, environment, print_report
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
@@ -131,6 +132,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     set_seed(training.seed)
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
+    prepare(loaded, data, lengths_by_flag(arguments))
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, limit)
     place(loaded, training)

@@ -23,14 +23,24 @@ from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples
+from util.preparation import prepare
 from util.tasks import DATASETS
+
+MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors():
+        distill(flags)
+
+
+def distill(flags: argparse.Namespace) -> None:
+    """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -64,6 +74,7 @@ def load_training_rows(flags: argparse.Namespace, loaded: LoadedModel) -> Datase
         max_source_length=flags.max_length,
         max_target_length=flags.max_length,
     )
+    prepare(loaded, data, {"--max_length": flags.max_length + MARGIN})
     return load_examples(dataset_record(data), data, "train", loaded.tokenizer)
 
 
@@ -75,7 +86,7 @@ def decode_beams(loaded: LoadedModel, sources: list[str], flags: argparse.Namesp
         **inputs,
         num_beams=flags.num_beams,
         num_return_sequences=flags.num_beams,
-        max_length=flags.max_length + 4,
+        max_length=flags.max_length + MARGIN,
         do_sample=False,
     )
     texts = loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)

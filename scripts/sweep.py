@@ -52,9 +52,10 @@ from util.comparison import (
     trace_record,
     warm_up,
 )
-from util.data import dataset_record, load_examples
+from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings, PredictionLog, fingerprint, replay_calibration
 from util.policies import build_measure
+from util.preparation import prepare
 from util.report import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 
@@ -125,11 +126,17 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     checkpoints = load_checkpoints(flags)
+    for checkpoint in checkpoints.values():
+        prepare(checkpoint, data)
     loaded = next(iter(checkpoints.values()))
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
     folder = make_output_dir(Path(flags.output_dir))
     evaluation = EvaluationSettings(
-        data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
+        data.task,
+        data.max_source_length,
+        data.val_max_target_length,
+        folder / "records.jsonl",
+        language=target_language(data),
     )
     for name, layers in asdict(flags).items():
         check_layers(name, layers, checkpoints)

@@ -14,8 +14,9 @@ from rouge_score import rouge_scorer, scoring
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from util.metrics import METRICS, compute_scores, split_sentences
+from util.metrics import METRICS, compute_scores
 from util.significance import confidence_intervals, paired_bootstrap
+from util.text_tokens import split_sentences
 
 PREDICTIONS = ["The cat sat on the mat.", "A library for C. It is small.", "tools to build packages"]
 REFERENCES = ["The cat is on the mat.", "A small library for C. It is free.", "tools for building packages"]
@@ -25,7 +26,7 @@ def test_bleu_is_sacrebleu():
     scores = compute_scores("translation", PREDICTIONS, REFERENCES)
     assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score)
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score)
-    assert METRICS["bleu"]().signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+    assert METRICS["bleu"](None).signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
 
 
 def test_a_single_sentence_has_a_bleu():
@@ -124,7 +125,7 @@ def test_bleu_and_chrf_of_real_rows_are_sacrebleus(name, language):
     assert scores["bleu"] == pytest.approx(bleu.score, rel=1e-12)
     chrf = sacrebleu.corpus_chrf(predictions, [references]).score
     assert scores["chrf"] == pytest.approx(chrf, rel=1e-12)
-    metric = METRICS["bleu"]()
+    metric = METRICS["bleu"](None)
     packages = sacrebleu.BLEU(), sacrebleu.CHRF()
     for package in packages:
         package.corpus_score(predictions, [references])

@@ -6,6 +6,7 @@ them into model inputs for training or evaluation.
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import json
 import logging
@@ -20,6 +21,7 @@ from pandas.errors import EmptyDataError
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
+from models.languages import mark_target
 from util.arguments import DataArguments
 from util.tasks import DATASETS, PARQUET, DatasetRecord
 
@@ -63,6 +65,17 @@ def dataset_record(data_args: DataArguments) -> DatasetRecord:
     return replace(record, **{name: value for name, value in overrides.items() if value is not None})
 
 
+def target_language(data_args: DataArguments) -> str | None:
+    """What targets are written in, if the flags or the data set say."""
+    return (dataset_record(data_args).languages or (None, None))[1]
+
+
+def with_target_mark(record: DatasetRecord, tokenizer: PreTrainedTokenizerBase | None) -> DatasetRecord:
+    """The record with a prefix by which a multilingual Marian is told the target language."""
+    target = (record.languages or (None, None))[1]
+    return replace(record, prefix=mark_target(tokenizer, target, record.prefix))
+
+
 def load_examples(
     record: DatasetRecord,
     data_args: DataArguments,
@@ -87,6 +100,7 @@ def load_examples(
     check_columns(rows.column_names, rows[0], record, origin)
     if max_samples is not None and not data_args.drop_long_samples:
         rows = rows.select(range(min(max_samples, len(rows))))
+    record = with_target_mark(record, tokenizer)
     reader = RowReader(record)
     examples = rows.map(
         reader, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
@@ -186,6 +200,8 @@ def split_contexts(
 
 def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> list[str]:
     """Pieces of at most `length` tokens, neighbours sharing `stride` of them."""
+    if not tokenizer.is_fast:
+        return split_by_measuring(text, tokenizer, length, stride)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     if len(offsets) <= length:
@@ -194,11 +210,31 @@ def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, strid
     return [text[offsets[start][0] : offsets[min(start + length, len(offsets)) - 1][1]] for start in starts]
 
 
+def split_by_measuring(text: str, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> list[str]:
+    """`split_text` for tokenizers that do not say where their tokens lie: they are asked for the length of
+    every piece that is tried. Neighbours share at most `stride` tokens."""
+
+    def count(piece: str) -> int:
+        return len(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+
+    pieces, start = [], 0
+    while True:
+        ends = range(start + 1, len(text) + 1)
+        fitting = bisect.bisect_right(ends, length, key=lambda end, start=start: count(text[start:end]))
+        end = start + max(1, fitting)
+        pieces.append(text[start:end])
+        if end >= len(text):
+            return pieces
+        starts = range(start + 1, end)
+        start += 1 + bisect.bisect_left(starts, -stride, key=lambda place, end=end: -count(text[place:end]))
+
+
 def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
     """Rows that fit --max_source_length and --max_target_length; those that do not are counted."""
 
     def fits(batch: dict[str, list[str]]) -> list[bool]:
-        sources, targets = tokenizer(batch["source"]).input_ids, tokenizer(batch["target"]).input_ids
+        sources = tokenizer(batch["source"], verbose=False).input_ids
+        targets = tokenizer(text_target=batch["target"], verbose=False).input_ids
         return [
             len(source) <= data_args.max_source_length and len(target) <= data_args.max_target_length
             for source, target in zip(sources, targets, strict=True)
@@ -353,12 +389,17 @@ class RowReader:
         if record.task == "question_answering":
             answers = target["text"] if isinstance(target, dict) else target
             answers = answers if isinstance(answers, list) else [answers]
-            parts = {"question": source, "context": row["context"]}
+            parts = {"question": strip_left(source), "context": strip_left(row["context"])}
             whole = record.prefix + QUESTION.format(**parts)
             return {"source": whole, "target": next(iter(answers), None), **parts, "references": answers}
         if record.languages and record.source == record.target:
             source, target = source[record.languages[0]], target[record.languages[1]]
         return {"source": with_prefix(record.prefix, source), "target": target}
+
+
+def strip_left(text: Any) -> Any:
+    """Text without leading blanks, as the original's questions and contexts; other values as they are."""
+    return text.lstrip() if isinstance(text, str) else text
 
 
 def with_prefix(prefix: str, text: Any) -> Any:

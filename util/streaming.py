@@ -25,6 +25,7 @@ from util.data import (
     skipped_entry,
     skipped_rows_file,
     split_contexts,
+    with_target_mark,
 )
 from util.tasks import DatasetRecord
 
@@ -53,6 +54,7 @@ def stream_training_rows(
     check_columns(list(first), first, record, origin)
     if data_args.max_train_samples is not None:
         rows = rows.take(data_args.max_train_samples)
+    record = with_target_mark(record, tokenizer)
     reader = RowReader(record)
     stream = {
         "rows": rows,
