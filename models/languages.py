@@ -6,7 +6,6 @@ target code into labels, and makes `generate` begin as those labels do.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 
@@ -19,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE_FLAG, TARGET_FLAG = "--source_lang", "--target_lang"
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")
-NAMED_CODES = 60  # of more, a message names those that resemble what was asked for
+NAMED_CODES = 60  # in a message; of more, first those that begin like what was asked for
 
 
 def set_languages(
@@ -40,12 +39,12 @@ def set_languages(
     codes = language_codes(tokenizer)
     if not codes:
         return
-    saved = tokenizer.init_kwargs
+    saved = tokenizer.init_kwargs if tokenizer.init_kwargs.get("tgt_lang") else {}  # else a mere default
     source = find_code(SOURCE_FLAG, source, codes) if source else saved.get("src_lang")
     target = find_code(TARGET_FLAG, target, codes) if target else saved.get("tgt_lang")
     if translates and not (source and target):
         flag = TARGET_FLAG if source else SOURCE_FLAG
-        raise UserError(f"The tokenizer knows many languages: add {flag}, one of {', '.join(codes)}.")
+        raise UserError(f"The tokenizer knows many languages: add {flag}, one of {listing(codes)}.")
     if source is None and target is None:
         logger.warning("Texts are encoded as %s; name their language with --source_lang.", tokenizer.src_lang)
         return
@@ -77,11 +76,17 @@ def find_code(flag: str, language: str, codes: list[str]) -> str:
         return found[0]
     if found:
         raise UserError(f"{flag} {language} may be {' or '.join(found)}: choose one.")
-    near = codes
-    if len(codes) > NAMED_CODES:
-        alike = difflib.get_close_matches(language, codes, n=8, cutoff=0.3)
-        near = [code for code in codes if code.startswith(language[:2].lower())] or alike or codes
-    raise UserError(f"{flag} {language}: the tokenizer has no such language; it has {', '.join(near)}.")
+    near = (
+        codes if len(codes) <= NAMED_CODES else [code for code in codes if code[:2] == language[:2].lower()]
+    )
+    raise UserError(
+        f"{flag} {language}: the tokenizer has no such language; it has {listing(near or codes)}."
+    )
+
+
+def listing(codes: list[str]) -> str:
+    named, others = ", ".join(codes[:NAMED_CODES]), len(codes) - NAMED_CODES
+    return f"{named} and {others} others" if others > 0 else named
 
 
 def primary_subtag(code: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
 
 import pytest
 from real_rows import ROOT
@@ -45,7 +45,7 @@ def test_the_page_has_all_experiments():
 
 
 @pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row[0])
-def test_records_and_scripts_are_the_pages(row, tmp_path):
+def test_records_and_scripts_are_the_pages(row):
     name, config, model, batches, epochs, prefix, lengths, eval_batch = row
     arguments = parse(name)
     record, training = dataset_record(arguments.data), arguments.training
@@ -81,10 +81,9 @@ def test_what_differs_says_why():
 
 def test_questions_are_asked_as_the_original_asked_them(tmp_path):
     """`question: {question.lstrip()} context: {context.lstrip()}`, and the first answer."""
-    path = Path(tmp_path, "rows.jsonl")
-    path.write_text(
-        '{"id": "a", "question": "  Who? ", "context": "\\n Ada wrote it. ", "answers": {"text": ["Ada", "it"]}}'
-    )
+    question = {"id": "a", "question": "  Who? ", "context": "\n Ada wrote it. "}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(question | {"answers": {"text": ["Ada", "it"]}}))
     arguments = parse("squad", "--train_file", str(path))
     row = load_examples(dataset_record(arguments.data), arguments.data, "train")[0]
     assert row["source"] == "question: Who?  context: Ada wrote it. " and row["target"] == "Ada"
