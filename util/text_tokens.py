@@ -28,7 +28,7 @@ USUALLY_LOWER_CASE = (  # in capitals they begin a sentence, even after an abbre
     "a after all although and as at but for he her his how however i if in is it its my now on our she so "
     "some that the then there these they this those we what when where while who why you"
 )
-OTHER_STOPS = regex.compile(r"([。！？｡।॥؟۔။។])(?!\n)")
+OTHER_STOPS = regex.compile(r"([。！？｡।॥؟۔။។]+)\s*")
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 WORDS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+")
 CHINESE = ("zh", "cmn", "yue", "wuu")
