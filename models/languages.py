@@ -76,12 +76,9 @@ def find_code(flag: str, language: str, codes: list[str]) -> str:
         return found[0]
     if found:
         raise UserError(f"{flag} {language} may be {' or '.join(found)}: choose one.")
-    near = (
-        codes if len(codes) <= NAMED_CODES else [code for code in codes if code[:2] == language[:2].lower()]
-    )
-    raise UserError(
-        f"{flag} {language}: the tokenizer has no such language; it has {listing(near or codes)}."
-    )
+    near = [code for code in codes if code[:2] == language[:2].lower() and len(codes) > NAMED_CODES]
+    known = listing(near or codes)
+    raise UserError(f"{flag} {language}: the tokenizer has no such language; it has {known}.")
 
 
 def listing(codes: list[str]) -> str:

@@ -45,7 +45,6 @@ BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AssertionError)  # wh
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DECODER_LM_HEAD = "decoder.lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # beside those that a tokenizer's class names
-MODEL_INPUTS = ["input_ids", "attention_mask"]
 
 
 @dataclass
@@ -196,7 +195,7 @@ def load_tokenizer(
     for tokens, size in sizes:
         if tokens > size:
             raise UserError(f"{name} has {tokens} tokens, but the model a vocab_size of {size}.")
-    tokenizer.model_input_names = MODEL_INPUTS
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
