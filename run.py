@@ -18,9 +18,10 @@ from models.families import view_for
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, locked_output_dir, non_default_settings, parse_arguments
-from util.data import dataset_record, load_examples
+from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
+from util.preparation import prepare
 from util.tables import comparison_table, print_report, write_json
 from util.training import train
 
@@ -39,6 +40,7 @@ def run(arguments: Arguments) -> None:
     set_seed(arguments.training.seed)
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
+    prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
@@ -98,11 +100,22 @@ def evaluation_settings(
         | {"batch_size": training.per_device_eval_batch_size, "max_length": max_length},
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
+        language=target_language(data),
     )
 
 
 def longest_output(arguments: Arguments) -> int:
     return arguments.training.generation_max_length or arguments.data.val_max_target_length
+
+
+def lengths_by_flag(arguments: Arguments) -> dict[str, int]:
+    """Tokens of the longest sources, training targets and outputs."""
+    data, training = arguments.data, arguments.training
+    output = "generation_max_length" if training.generation_max_length else "val_max_target_length"
+    lengths = {"--max_source_length": data.max_source_length}
+    if training.do_train:
+        lengths["--max_target_length"] = data.max_target_length
+    return lengths | {f"--{output}": longest_output(arguments)}
 
 
 def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,15 +41,10 @@ from models.exit_heads import (
 from models.lora import ADAPTER_CONFIG_NAME, EXIT_HEADS_NAME, load_lora
 
 LOADING_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
+BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AssertionError)  # what reading one may raise
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DECODER_LM_HEAD = "decoder.lm_head.weight"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "vocab.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # beside those that a tokenizer's class names
 
 
 @dataclass
@@ -96,7 +92,7 @@ def load_model(
     load_exit_heads(model, heads)
     if tokenizer_name not in (None, name_or_path):
         hub = {**hub, "revision": "main"}  # the revision is the model's
-    tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
+    tokenizer = load_tokenizer(tokenizer_name or name_or_path, *vocabulary_sizes(model.config), **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
 
 
@@ -165,7 +161,7 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
         config = AutoConfig.from_pretrained(config_name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot load a config from {config_name}: {first_line(error)}") from error
-    tokenizer = load_tokenizer(tokenizer_name, config.vocab_size, **hub)
+    tokenizer = load_tokenizer(tokenizer_name, *vocabulary_sizes(config), **hub)
     try:
         model = AutoModelForSeq2SeqLM.from_config(config)
     except ValueError as error:
@@ -173,21 +169,41 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
     return LoadedModel(model, tokenizer, ExitConfig())
 
 
-def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> PreTrainedTokenizerBase:
+def vocabulary_sizes(config: PreTrainedConfig) -> tuple[int, int | None]:
+    """Tokens of sources and, where it is another vocabulary (Marian), of targets."""
+    return config.vocab_size, getattr(config, "decoder_vocab_size", None)
+
+
+def load_tokenizer(
+    name: str, vocab_size: int, target_vocab_size: int | None = None, **hub: Any
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer, also from the lone `spiece.model` of original FREE checkpoints.
+
+    It returns what encoder-decoder models take, whatever else its class would add (BERT's token_type_ids).
 
     Raises:
         UserError: there is none, or it has more tokens than the model's vocabulary.
     """
-    if not any(find_file(name, file, **hub) for file in TOKENIZER_FILES):  # else an empty one would load
-        raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
+    except BAD_TOKENIZER as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"{name} has {len(tokenizer)} tokens, but the model a vocab_size of {vocab_size}.")
+    if not has_vocabulary(tokenizer, name, **hub):
+        raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
+    target_tokens = getattr(tokenizer, "target_encoder", ())  # where source and target have their own
+    sizes = (len(tokenizer), vocab_size), (len(target_tokens), target_vocab_size or vocab_size)
+    for tokens, size in sizes:
+        if tokens > size:
+            raise UserError(f"{name} has {tokens} tokens, but the model a vocab_size of {size}.")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
+
+
+def has_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, **hub: Any) -> bool:
+    """Whether there is a file that the tokenizer's class reads; without one, transformers makes an empty
+    tokenizer of the model's usual class. Classes of byte-level tokenizers need no file, but to be named."""
+    files = tokenizer.vocab_files_names.values() or ("tokenizer_config.json",)
+    return any(find_file(name, file, **hub) is not None for file in {*files, *TOKENIZER_FILES})
 
 
 def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:

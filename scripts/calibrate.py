@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel
-from run import build_model, evaluation_settings, longest_output, place
+from run import build_model, evaluation_settings, lengths_by_flag, longest_output, place
 from util.arguments import (
     Arguments,
     ExitArguments,
@@ -48,6 +48,7 @@ from util.evaluation import EvaluationSettings, best_windows, share_out, summari
 from util.identity import fingerprint
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
 from util.prediction_log import PredictionLog
+from util.preparation import prepare
 from util.tables import comparison_table, environment, print_report
 from util.timing_doubts import untrusted_timing
 
@@ -126,6 +127,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     set_seed(training.seed)
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
+    prepare(loaded, data, lengths_by_flag(arguments))
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, limit)
     place(loaded, training)

@@ -40,8 +40,9 @@ from util.arguments import (
 )
 from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
-from util.data import dataset_record, load_examples
+from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
+from util.preparation import prepare
 from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
 from util.timing_doubts import doubt_prediction, untrusted_timing
@@ -94,9 +95,15 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     loaded = load_model(flags.model_name_or_path)
     if torch.accelerator.is_available():
         loaded.model.to(torch.accelerator.current_accelerator())
+    prepare(loaded, data)
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    path = Path(flags.output_dir, "records.jsonl")
-    evaluation = EvaluationSettings(data.task, data.max_source_length, data.val_max_target_length, path)
+    evaluation = EvaluationSettings(
+        data.task,
+        data.max_source_length,
+        data.val_max_target_length,
+        Path(flags.output_dir, "records.jsonl"),
+        language=target_language(data),
+    )
     full = Setting(BASELINE, BASELINE, "", loaded, FullDepth())
     candidates = list_candidates(flags, full.num_layers)
     warm_up([full], examples, evaluation)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,8 +26,9 @@ from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, locked_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
-from util.data import dataset_record, load_examples
+from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
+from util.preparation import prepare
 from util.tables import (
     color_by_depth,
     comparison_table,
@@ -80,12 +80,18 @@ def run(flags: argparse.Namespace) -> None:
     checkpoints = {name: load_model(path) for name, path in paths.items() if path is not None}
     for loaded in checkpoints.values():
         loaded.model.to(device)
-    examples = load_split(flags, checkpoints["free"])
+    data = data_arguments(flags)
+    for loaded in checkpoints.values():
+        prepare(loaded, data)
+    examples = load_examples(
+        dataset_record(data), data, flags.split, checkpoints["free"].tokenizer, flags.num_samples
+    )
     evaluation = EvaluationSettings(
-        DATASETS[flags.dataset_name].task,
-        flags.max_source_length,
-        2 * flags.max_target_length,
+        data.task,
+        data.max_source_length,
+        data.val_max_target_length,
         flags.output_dir / "predictions.jsonl",
+        language=target_language(data),
     )
     warm_up(build_settings(flags, checkpoints), examples, evaluation)
     settings = build_settings(flags, checkpoints)
@@ -93,16 +99,15 @@ def run(flags: argparse.Namespace) -> None:
     report(flags, settings, evaluation)
 
 
-def load_split(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
-    data_args = DataArguments(
+def data_arguments(flags: argparse.Namespace) -> DataArguments:
+    return DataArguments(
         task=DATASETS[flags.dataset_name].task,
         dataset_name=flags.dataset_name,
         max_source_length=flags.max_source_length,
         max_target_length=flags.max_target_length,
+        val_max_target_length=2 * flags.max_target_length,
         drop_long_samples=True,
     )
-    record = dataset_record(data_args)
-    return load_examples(record, data_args, flags.split, loaded.tokenizer, flags.num_samples)
 
 
 def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[Setting]:

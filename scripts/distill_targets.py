@@ -27,7 +27,10 @@ from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments, locked_output_file
 from util.data import dataset_record, load_examples
 from util.files import json_line
+from util.preparation import prepare
 from util.tasks import DATASETS
+
+MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 
 def main() -> None:
@@ -37,6 +40,7 @@ def main() -> None:
 
 
 def distill(flags: argparse.Namespace) -> None:
+    """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -69,6 +73,7 @@ def load_training_rows(flags: argparse.Namespace, loaded: LoadedModel) -> Datase
         max_source_length=flags.max_length,
         max_target_length=flags.max_length,
     )
+    prepare(loaded, data, {"--max_length": flags.max_length + MARGIN})
     return load_examples(dataset_record(data), data, "train", loaded.tokenizer)
 
 
@@ -80,7 +85,7 @@ def decode_beams(loaded: LoadedModel, sources: list[str], flags: argparse.Namesp
         **inputs,
         num_beams=flags.num_beams,
         num_return_sequences=flags.num_beams,
-        max_length=flags.max_length + 4,
+        max_length=flags.max_length + MARGIN,
         do_sample=False,
     )
     texts = loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)

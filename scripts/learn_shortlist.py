@@ -28,6 +28,7 @@ from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
 from util.arguments import DataArguments, locked_output_file
 from util.data import dataset_record, load_examples
+from util.preparation import position_limit, prepare
 from util.tables import comparison_table, print_report, write_json
 from util.tasks import DATASETS
 
@@ -70,6 +71,7 @@ def load_split(
     flags: argparse.Namespace, loaded: LoadedModel, split: str, limit: int | None = None
 ) -> Dataset:
     data = DataArguments(task=DATASETS[flags.dataset_name].task, dataset_name=flags.dataset_name)
+    prepare(loaded, data, {"--max_length": flags.max_length})
     return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
 
 
@@ -78,7 +80,7 @@ def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[s
     if size < 2:
         raise UserError(f"--size must be at least 2, got {size}.")
     counts = Counter(
-        token for row in loaded.tokenizer(list(examples["target"]))["input_ids"] for token in row
+        token for row in loaded.tokenizer(text_target=list(examples["target"]))["input_ids"] for token in row
     )
     frequent = counts.most_common(size)
     coverage = sum(count for _, count in frequent) / counts.total()
@@ -98,8 +100,9 @@ def measure_decisions(
     measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
+    limit = min(512, position_limit(loaded.model) or 512)
     for source in load_split(flags, loaded, "validation", flags.num_samples)["source"]:
-        inputs = loaded.tokenizer(source, truncation=True, max_length=512, return_tensors="pt")
+        inputs = loaded.tokenizer(source, truncation=True, max_length=limit, return_tensors="pt")
         sequences = loaded.model.generate(**inputs, max_length=flags.max_length, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)

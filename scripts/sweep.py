@@ -53,12 +53,13 @@ from util.comparison import (
     restore,
     trace_record,
 )
-from util.data import dataset_record, load_examples
+from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
 from util.files import write_json_lines
 from util.identity import hash_named_files, hash_rows, identify_model
 from util.policies import build_measure
 from util.prediction_log import PredictionLog
+from util.preparation import prepare
 from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 from util.timing_doubts import untrusted_timing
@@ -132,11 +133,17 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     checkpoints = load_checkpoints(flags)
+    for checkpoint in checkpoints.values():
+        prepare(checkpoint, data)
     loaded = next(iter(checkpoints.values()))
     examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
     folder = Path(flags.output_dir)
     evaluation = EvaluationSettings(
-        data.task, data.max_source_length, data.val_max_target_length, folder / "records.jsonl"
+        data.task,
+        data.max_source_length,
+        data.val_max_target_length,
+        folder / "records.jsonl",
+        language=target_language(data),
     )
     for name, layers in asdict(flags).items():
         check_layers(name, layers, checkpoints)

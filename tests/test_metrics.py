@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 import string
@@ -14,8 +15,10 @@ from rouge_score import rouge_scorer, scoring
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from util.metrics import METRICS, compute_scores, split_sentences
+from util.consistency import sample_scores
+from util.metrics import METRICS, compute_scores, make_metric
 from util.significance import confidence_intervals, paired_bootstrap
+from util.text_tokens import UnicodeTokenizer, bleu_tokenizer, split_sentences, warn_of_unspaced_text
 
 PREDICTIONS = ["The cat sat on the mat.", "A library for C. It is small.", "tools to build packages"]
 REFERENCES = ["The cat is on the mat.", "A small library for C. It is free.", "tools for building packages"]
@@ -25,7 +28,7 @@ def test_bleu_is_sacrebleu():
     scores = compute_scores("translation", PREDICTIONS, REFERENCES)
     assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score)
     assert scores["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score)
-    assert METRICS["bleu"]().signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
+    assert METRICS["bleu"](None).signatures["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp")
 
 
 def test_a_single_sentence_has_a_bleu():
@@ -124,7 +127,7 @@ def test_bleu_and_chrf_of_real_rows_are_sacrebleus(name, language):
     assert scores["bleu"] == pytest.approx(bleu.score, rel=1e-12)
     chrf = sacrebleu.corpus_chrf(predictions, [references]).score
     assert scores["chrf"] == pytest.approx(chrf, rel=1e-12)
-    metric = METRICS["bleu"]()
+    metric = METRICS["bleu"](None)
     packages = sacrebleu.BLEU(), sacrebleu.CHRF()
     for package in packages:
         package.corpus_score(predictions, [references])
@@ -198,3 +201,106 @@ def test_squad_scores_of_real_rows_are_the_official_ones(name):
     expected = official_squad(predictions, answers)
     assert 10 < expected["exact_match"] < expected["f1"] < 95
     assert compute_scores("question_answering", predictions, answers) == pytest.approx(expected, rel=1e-12)
+
+
+CHINESE = ["我喜欢读书和写字。", "今天天气很好"], ["我很喜欢读书和写字。", "今天的天气很好"]
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer"),
+    [
+        ("zh", "zh"),
+        ("zh_CN", "zh"),
+        ("zho_Hans", "zh"),
+        ("yue", "zh"),
+        ("tha_Thai", "char"),
+        ("my_MM", "char"),
+        ("de", "13a"),
+        ("eng_Latn", "13a"),
+        ("ru", "13a"),
+        (None, "13a"),
+    ],
+)
+def test_bleu_takes_sacrebleus_tokenizer_of_the_language(language, tokenizer):
+    predictions, references = CHINESE
+    expected = sacrebleu.corpus_bleu(predictions, [references], tokenize=tokenizer)
+    scores = compute_scores("translation", predictions, references, language)
+    assert scores["bleu"] == pytest.approx(expected.score) and (scores["bleu"] > 60) == (tokenizer != "13a")
+    assert f"|tok:{tokenizer}|" in make_metric("translation", language).signatures["bleu"]
+    interval = confidence_intervals("translation", *CHINESE, language=language)["bleu"]
+    assert interval[0] <= scores["bleu"] <= interval[1]
+    compared = paired_bootstrap("translation", references, predictions, references, language=language)
+    perfect = sacrebleu.corpus_bleu(references, [references], tokenize=tokenizer).score
+    assert compared["bleu"]["difference"] == pytest.approx(perfect - expected.score)
+
+
+@pytest.mark.parametrize("language", ["ja", "ko"])
+def test_without_mecab_characters_count_and_that_is_said(language, caplog):
+    bleu_tokenizer.cache_clear()
+    tokenizer = bleu_tokenizer(language)
+    if importlib.util.find_spec("MeCab" if language == "ja" else "mecab_ko"):
+        assert tokenizer == f"{language}-mecab"
+    else:
+        assert tokenizer == "char" and f"pip install 'sacrebleu[{language}]'" in caplog.text
+
+
+def test_texts_without_spaces_and_language_are_warned_of(caplog):
+    warn_of_unspaced_text.cache_clear()
+    compute_scores("translation", PREDICTIONS, REFERENCES)
+    compute_scores("translation", *CHINESE, "zh")
+    sample_scores("translation", *CHINESE)
+    assert not caplog.text
+    compute_scores("translation", *CHINESE)
+    assert "--target_lang" in caplog.text
+
+
+SAME = {
+    "ru": "Мама мыла раму. Папа спал на диване.",
+    "el": "Η γάτα κάθεται στο χαλί.",
+    "hi": "बिल्ली चटाई पर बैठी है। कुत्ता सो रहा है।",
+    "ar": "القطة تجلس على السجادة.",
+    "zh": "今天天气很好。我们去公园。",
+    "ja": "今日は天気がいいです。公園へ行きます。",
+    "th": "วันนี้อากาศดี",
+    "ko": "오늘은 날씨가 좋습니다.",
+}
+
+
+@pytest.mark.parametrize("language", SAME)
+def test_rouge_of_equal_and_of_other_texts_in_any_script(language):
+    text = SAME[language]
+    scores = compute_scores("summarization", [text], [text])
+    assert set(scores.values()) == {100.0}
+    other = next(value for name, value in SAME.items() if name not in (language, "zh", "ja"))
+    assert compute_scores("summarization", [other], [text])["rouge1"] == 0.0
+
+
+def test_rouge_of_other_scripts_counts_words_or_characters():
+    """By hand: 3 of 4 words, and 4 of 6 characters, are shared."""
+    cyrillic = compute_scores("summarization", ["Мама мыла белую раму"], ["Мама мыла чёрную раму"])
+    assert cyrillic["rouge1"] == pytest.approx(75) and cyrillic["rouge2"] == pytest.approx(100 / 3)
+    assert compute_scores("summarization", ["今天天气不好"], ["今天天气很坏"])["rouge1"] == pytest.approx(
+        400 / 6
+    )
+    assert UnicodeTokenizer().tokenize("हिन्दी, ABC-12 和 ок!") == ["हिन्दी", "abc", "12", "和", "ок"]
+
+
+def test_each_reference_chooses_its_words():
+    """A mixed corpus: Latin rows as rouge_score counts them, whatever stands beside them."""
+    mixed = compute_scores("summarization", [PREDICTIONS[1], SAME["ru"]], [REFERENCES[1], SAME["ru"]])
+    alone = compute_scores("summarization", PREDICTIONS[1:2], REFERENCES[1:2])
+    assert mixed["rouge1"] == pytest.approx((alone["rouge1"] + 100) / 2)
+    assert "tok:latin-stemmed,else-unicode" in make_metric("summarization").signatures["rouge"]
+
+
+def test_sentences_of_other_scripts_end_at_their_own_stops():
+    assert split_sentences(SAME["zh"]).split("\n") == ["今天天气很好。", "我们去公园。"]
+    assert split_sentences(SAME["hi"]).split("\n") == ["बिल्ली चटाई पर बैठी है।", "कुत्ता सो रहा है।"]
+    assert split_sentences("He said 好。 and left.") == "He said 好。 and left."
+
+
+@pytest.mark.parametrize("language", ["de", "en", None])
+def test_chrf_needs_no_language(language):
+    expected = sacrebleu.corpus_chrf(CHINESE[0], [CHINESE[1]]).score
+    assert compute_scores("translation", *CHINESE, language)["chrf"] == pytest.approx(expected)
+    assert sample_scores("translation", CHINESE[1], CHINESE[1]).tolist() == [1.0, 1.0]

@@ -153,8 +153,12 @@ class DataArguments:
     test_file: str | None = flag(None, "The same, for --do_predict.")
     source_column: str | None = flag(None, "Column with the input text (default: the data set's).")
     target_column: str | None = flag(None, "Column with the reference text (default: the data set's).")
-    source_lang: str | None = flag(None, "Key of the source language in a `translation` column.")
-    target_lang: str | None = flag(None, "Key of the target language in a `translation` column.")
+    source_lang: str | None = flag(
+        None, "Source language: key in a `translation` column, and what a multilingual tokenizer encodes as."
+    )
+    target_lang: str | None = flag(
+        None, "Target language: the same for targets and outputs; it also chooses BLEU's tokenizer."
+    )
     source_prefix: str | None = flag(None, "Text put before every source (default: the data set's).")
     data_dir: str | None = flag(
         None, "Folder of local files, named <split> or <data set>.<split>, read instead of the hub."

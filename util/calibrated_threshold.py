@@ -114,11 +114,15 @@ def decoding_settings(
 
 def describe_data(examples: Dataset, data: DataArguments) -> dict[str, Any]:
     """What samples these are."""
+    record = dataset_record(data)
+    source, target = record.languages or (None, None)
     return {
         "hash": data_hash(examples),
         "dataset_name": data.dataset_name,
         "dataset_config_name": data.dataset_config_name,
-        "source_prefix": dataset_record(data).prefix,
+        "source_prefix": record.prefix,
+        "source_lang": source,
+        "target_lang": target,
         "drop_long_samples": data.drop_long_samples,
     }
 

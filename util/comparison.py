@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from models.exit_policy import ExitPolicy
 from models.families import view_for
+from models.languages import target_token_ids
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.analysis import pareto_front
@@ -155,7 +156,7 @@ def trace_record(
     model, tokenizer = setting.loaded.model, setting.loaded.tokenizer
     inputs = tokenizer(source, max_length=evaluation.max_source_length, truncation=True, return_tensors="pt")
     start = model.generation_config.decoder_start_token_id
-    sequence = torch.tensor([[start, *tokenizer.convert_tokens_to_ids(record["pieces"])]])  # (1, 1 + T)
+    sequence = torch.tensor([[start, *target_token_ids(tokenizer, record["pieces"])]])  # (1, 1 + T)
     tensors = (inputs["input_ids"], inputs["attention_mask"], sequence)
     trace = trace_layers(model, *(tensor.to(model.device) for tensor in tensors))
     return {
@@ -172,7 +173,9 @@ def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dic
     baselines = {setting.group: setting for setting in settings if setting.method == BASELINE}
     own = {setting.name: summarize_setting(setting, evaluation) for setting in settings}
     draws = {
-        setting.name: draw_scores(evaluation.task, *texts_of(best_windows(setting.records)))[quality]
+        setting.name: draw_scores(
+            evaluation.task, *texts_of(best_windows(setting.records)), language=evaluation.language
+        )[quality]
         for setting in settings
     }
     for setting in settings:

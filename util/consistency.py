@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.metrics import METRICS, Reference
-from util.tasks import TASKS
+from util.metrics import Reference, make_metric
 
 CONSISTENCIES = ("textual", "risk")
 SAMPLE_SCORES = {  # what says most about a single sample: BLEU needs a corpus
@@ -21,7 +20,7 @@ SAMPLE_SCORES = {  # what says most about a single sample: BLEU needs a corpus
 
 def sample_scores(task: str, predictions: list[str], references: list[Reference]) -> np.ndarray:
     """Each sample's score in [0, 1]: (n,)."""
-    metric, name = METRICS[TASKS[task].metric](), SAMPLE_SCORES[task]
+    metric, name = make_metric(task), SAMPLE_SCORES[task]
     statistics = metric.statistics(predictions, references)
     scores = [metric.scores(statistics[row : row + 1])[name] for row in range(len(statistics))]
     return np.clip(np.array(scores) / 100, 0, 1)  # chrF of equal texts is 100 + 1e-14

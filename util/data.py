@@ -15,12 +15,14 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
+from models.languages import mark_target
 from util.arguments import DataArguments
 from util.files import write_json_lines
 from util.rows import QUESTION, RowReader, check_columns, read_examples
 from util.sources import columns_of, load_rows, peek
 from util.sources import load_file as load_file  # read from here by gpt_eval
 from util.tasks import DATASETS, DatasetRecord
+from util.windows import split_text
 
 logger = logging.getLogger(__name__)
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our errors name file and line
@@ -57,6 +59,17 @@ def dataset_record(data_args: DataArguments) -> DatasetRecord:
     return replace(record, **{name: value for name, value in overrides.items() if value is not None})
 
 
+def target_language(data_args: DataArguments) -> str | None:
+    """What targets are written in, if the flags or the data set say."""
+    return (dataset_record(data_args).languages or (None, None))[1]
+
+
+def with_target_mark(record: DatasetRecord, tokenizer: PreTrainedTokenizerBase | None) -> DatasetRecord:
+    """The record with a prefix by which a multilingual Marian is told the target language."""
+    target = (record.languages or (None, None))[1]
+    return replace(record, prefix=mark_target(tokenizer, target, record.prefix))
+
+
 def load_examples(
     record: DatasetRecord,
     data_args: DataArguments,
@@ -81,6 +94,7 @@ def load_examples(
         raise UserError(f"{origin}: the {split} split is empty.")
     check_columns(first, record, origin)
     limit = None if data_args.drop_long_samples else max_samples
+    record = with_target_mark(record, tokenizer)
     examples = read_examples(rows, RowReader(record, columns_of(first)), limit)
     kept = number_repeated_ids(skip_bad_rows(examples, origin, split, data_args), origin)
     if data_args.drop_long_samples and tokenizer is not None:
@@ -175,21 +189,12 @@ def split_contexts(
     return examples.map(expand, batched=True, remove_columns=columns)
 
 
-def split_text(text: str, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> list[str]:
-    """Pieces of at most `length` tokens, neighbours sharing `stride` of them."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    if len(offsets) <= length:
-        return [text]
-    starts = range(0, len(offsets) - stride, length - stride)
-    return [text[offsets[start][0] : offsets[min(start + length, len(offsets)) - 1][1]] for start in starts]
-
-
 def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
     """Rows that fit --max_source_length and --max_target_length; those that do not are counted."""
 
     def fits(batch: dict[str, list[str]]) -> list[bool]:
-        sources, targets = tokenizer(batch["source"]).input_ids, tokenizer(batch["target"]).input_ids
+        sources = tokenizer(batch["source"], verbose=False).input_ids
+        targets = tokenizer(text_target=batch["target"], verbose=False).input_ids
         return [
             len(source) <= data_args.max_source_length and len(target) <= data_args.max_target_length
             for source, target in zip(sources, targets, strict=True)

@@ -28,12 +28,11 @@ from models.threshold import AdaptiveThreshold
 from util.data import count_long_sources
 from util.files import read_json_lines, write_json_lines
 from util.identity import hash_named_files, identify
-from util.metrics import METRICS, Reference, compute_scores
+from util.metrics import Reference, compute_scores, make_metric
 from util.prediction_log import PredictionLog
 from util.rows import SEEN_COLUMN, as_text
 from util.significance import confidence_intervals, paired_bootstrap
 from util.tables import environment
-from util.tasks import TASKS
 from util.timing import Stopwatch
 
 # How an evaluation decodes is its own affair, whatever a checkpoint's generation config says; what shapes the
@@ -70,6 +69,7 @@ class EvaluationSettings:
     synchronize: bool = True
     resume: bool = False
     baseline_predictions: Path | None = None
+    language: str | None = None  # of targets, for metrics
 
 
 @dataclass
@@ -98,7 +98,7 @@ def evaluate(
     results = summarize(records, settings, view_for(loaded.model).num_layers)
     samples = best_windows(records)
     scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
-    write_sample_scores(scores_path, samples, settings.task)
+    write_sample_scores(scores_path, samples, settings.task, settings.language)
     cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
     extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
     return results | judge(samples, settings, baseline) | extra
@@ -295,7 +295,7 @@ def summarize(records: list[dict[str, Any]], settings: EvaluationSettings, num_l
     exits = [layer for record in records for layer in record["exit_layers"] or ()]
     samples = best_windows(records)
     results = {
-        **score(samples, settings.task),
+        **score(samples, settings.task, settings.language),
         "samples": len(samples),
         "batch_size": settings.batch_size,
         "seconds": seconds,
@@ -341,11 +341,11 @@ def best_windows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-def score(records: list[dict[str, Any]], task: str) -> dict[str, Any]:
+def score(records: list[dict[str, Any]], task: str, language: str | None) -> dict[str, Any]:
     """The task's metrics; where the data set marks rows whose target is in train, also without them."""
 
     def of(rows: list[dict[str, Any]]) -> dict[str, float]:
-        return compute_scores(task, *texts_of(rows))
+        return compute_scores(task, *texts_of(rows), language)
 
     unseen = [row for row in records if not row.get(SEEN_COLUMN, False)]
     scores = of(records)
@@ -360,9 +360,11 @@ def judge(
     """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
     predictions, references = texts_of(records)
     results: dict[str, Any] = {
-        "confidence_intervals": confidence_intervals(settings.task, predictions, references)
+        "confidence_intervals": confidence_intervals(
+            settings.task, predictions, references, language=settings.language
+        )
     }
-    signatures = METRICS[TASKS[settings.task].metric]().signatures
+    signatures = make_metric(settings.task, settings.language).signatures
     if signatures:
         results["signatures"] = signatures
     if baseline is not None:
@@ -371,7 +373,9 @@ def judge(
             where = f"--baseline_predictions {settings.baseline_predictions}"
             raise UserError(f"{where} lacks {len(missing)} samples, such as {missing[0]}.")
         theirs = [baseline[record["id"]] for record in records]
-        results["vs_baseline"] = paired_bootstrap(settings.task, predictions, theirs, references)
+        results["vs_baseline"] = paired_bootstrap(
+            settings.task, predictions, theirs, references, language=settings.language
+        )
     return results
 
 
@@ -396,9 +400,9 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
 
 
-def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str) -> None:
+def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str, language: str | None) -> None:
     """One line a sample: its id and its own scores."""
-    metric = METRICS[TASKS[task].metric]()
+    metric = make_metric(task, language)
     statistics = metric.statistics(*texts_of(records))
     rows = (
         {"id": record["id"], **metric.scores(statistics[index : index + 1])}

@@ -1,5 +1,8 @@
 """Quality of predictions, without network access: BLEU and chrF, ROUGE, SQuAD's EM and F1.
 
+`compute_scores("translation", predictions, references, language="zh")`: the language that texts are written
+in chooses BLEU's tokenizer; the script of each reference chooses ROUGE's (`util.text_tokens`).
+
 Every metric maps predictions and references to sufficient statistics, one row a sample, and those to scores
 on a 0-100 scale; resampling rows of statistics is all that confidence intervals need.
 """
@@ -11,27 +14,17 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
-from nltk.tokenize.punkt import _ORTHO_LC, PunktParameters, PunktSentenceTokenizer
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from util.tasks import TASKS
+from util.text_tokens import UnicodeTokenizer, bleu_tokenizer, is_latin, split_sentences, warn_of_script
 
-# Of what nltk's English Punkt model knows (a download), the part that news and dialogues need.
-ABBREVIATIONS = (
-    "a.m adm al apr aug ave blvd bros calif capt cf cmdr co col conn corp d.c dec dept dr e.g est etc feb "
-    "fla fr ft gen gov hon i.e inc jan jr l.a lt ltd maj messrs mr mrs ms mt n.y nov oct p.m pp prof rep "
-    "reps rev sen sens sept sgt sr st u.k u.n u.s u.s.a vol vs"
-)
-USUALLY_LOWER_CASE = (  # in capitals they begin a sentence, even after an abbreviation, initial or ellipsis
-    "a after all although and as at but for he her his how however i if in is it its my now on our she so "
-    "some that the then there these they this those we what when where while who why you"
-)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer again and again
@@ -54,10 +47,13 @@ class SampleMean:
     """A metric whose scores are means over samples: the statistics are the samples' own scores."""
 
     def __init__(
-        self, names: tuple[str, ...], score_sample: Callable[[str, list[str]], tuple[float, ...]]
+        self,
+        names: tuple[str, ...],
+        score_sample: Callable[[str, list[str]], tuple[float, ...]],
+        signatures: dict[str, str] | None = None,
     ) -> None:
         self.names = names
-        self.signatures: dict[str, str] = {}
+        self.signatures = signatures or {}
         self.score_sample = score_sample
 
     def statistics(self, predictions: list[str], references: list[Reference]) -> np.ndarray:
@@ -73,9 +69,10 @@ class CorpusBleu:
 
     names = ("bleu", "chrf")
 
-    def __init__(self) -> None:
-        self.bleu, self.chrf = BLEU(), CHRF()
-        self.sentence_bleu = BLEU(effective_order=True)
+    def __init__(self, language: str | None = None) -> None:
+        tokenizer = bleu_tokenizer(language)
+        self.bleu, self.chrf = BLEU(tokenize=tokenizer), CHRF()
+        self.sentence_bleu = BLEU(tokenize=tokenizer, effective_order=True)
         for metric in (self.bleu, self.chrf):
             metric.num_refs = 1  # for the signatures
 
@@ -106,28 +103,23 @@ def as_list(reference: Reference) -> list[str]:
 
 
 def make_rouge() -> SampleMean:
-    """ROUGE F1 with stemming (Lin, 2004); for ROUGE-Lsum one sentence is one line."""
-    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+    """ROUGE F1 (Lin, 2004); for ROUGE-Lsum one sentence is one line.
+
+    Words are rouge_score's own, stemmed, which know the letters a to z alone; where a reference is not
+    written in Latin letters, they are `UnicodeTokenizer`'s.
+    """
+    latin = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+    other = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=UnicodeTokenizer())
 
     def score_sample(text: str, references: list[str]) -> tuple[float, ...]:
+        scorer = latin if is_latin(references[0]) else other
         score = scorer.score(split_sentences(references[0]), split_sentences(text))
         return tuple(100 * score[kind].fmeasure for kind in ROUGE_TYPES)
 
-    return SampleMean(ROUGE_TYPES, score_sample)
-
-
-def split_sentences(text: str) -> str:
-    """One sentence a line: at line breaks, and where Punkt (Kiss and Strunk, 2006) sees an end."""
-    return "\n".join(sentence_splitter().tokenize(text.strip()))
-
-
-@lru_cache(maxsize=1)
-def sentence_splitter() -> PunktSentenceTokenizer:
-    parameters = PunktParameters()
-    parameters.abbrev_types.update(ABBREVIATIONS.split())
-    for word in USUALLY_LOWER_CASE.split():
-        parameters.add_ortho_context(word, _ORTHO_LC)
-    return PunktSentenceTokenizer(parameters)
+    signature = (
+        f"tok:latin-stemmed,else-unicode|sent:punkt|package:rouge_score|version:{version('rouge_score')}"
+    )
+    return SampleMean(ROUGE_TYPES, score_sample, {"rouge": signature})
 
 
 def score_answer(text: str, references: list[str]) -> tuple[float, float]:
@@ -151,21 +143,30 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(expected))
 
 
-METRICS: dict[str, Callable[[], Metric]] = {
+METRICS: dict[str, Callable[[str | None], Metric]] = {  # by the language of the texts, if it is known
     "bleu": CorpusBleu,
-    "rouge": make_rouge,
-    "squad": lambda: SampleMean(("exact_match", "f1"), score_answer),
+    "rouge": lambda language: make_rouge(),
+    "squad": lambda language: SampleMean(("exact_match", "f1"), score_answer),
 }
 
 
-def compute_scores(task: str, predictions: list[str], references: list[Reference]) -> dict[str, float]:
+def make_metric(task: str, language: str | None = None) -> Metric:
+    """The task's metric for texts in a language."""
+    return METRICS[TASKS[task].metric](language)
+
+
+def compute_scores(
+    task: str, predictions: list[str], references: list[Reference], language: str | None = None
+) -> dict[str, float]:
     """The task's scores of a corpus."""
-    metric = METRICS[TASKS[task].metric]()
+    metric = make_metric(task, language)
+    if language is None and isinstance(metric, CorpusBleu):
+        warn_of_script(references)
     return metric.scores(metric.statistics(predictions, references))
 
 
 def token_metrics(
-    task: str, tokenizer: PreTrainedTokenizerBase
+    task: str, tokenizer: PreTrainedTokenizerBase, language: str | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """A Trainer's `compute_metrics`: decode padded token ids, then score them."""
 
@@ -175,6 +176,6 @@ def token_metrics(
         )
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return compute_scores(task, decode(prediction.predictions), decode(prediction.label_ids))
+        return compute_scores(task, decode(prediction.predictions), decode(prediction.label_ids), language)
 
     return compute

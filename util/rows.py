@@ -117,12 +117,17 @@ class RowReader:
         source, target = row.get(record.source), row.get(record.target)
         if record.task == "question_answering":
             answers = list_answers(target)
-            parts = {"question": source, "context": row.get("context")}
+            parts = {"question": strip_left(source), "context": strip_left(row.get("context"))}
             whole = record.prefix + QUESTION.format(**{name: as_text(part) for name, part in parts.items()})
             return {**parts, "source": whole, "target": next(iter(answers), None), "references": answers}
         if record.languages and record.source == record.target:
             source, target = source.get(record.languages[0]), target.get(record.languages[1])
         return {"source": with_prefix(record.prefix, source), "target": target}
+
+
+def strip_left(text: Any) -> Any:
+    """Text without leading blanks, as the original's questions and contexts; other values as they are."""
+    return text.lstrip() if isinstance(text, str) else text
 
 
 def list_answers(target: Any) -> list[Any]:

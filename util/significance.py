@@ -8,28 +8,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.metrics import METRICS, Reference, compute_scores
-from util.tasks import TASKS
+from util.metrics import Reference, compute_scores, make_metric
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
 def draw_scores(
-    task: str, predictions: list[str], references: list[Reference], seed: int = 0
+    task: str,
+    predictions: list[str],
+    references: list[Reference],
+    seed: int = 0,
+    language: str | None = None,
 ) -> dict[str, np.ndarray]:
     """Each of the task's scores on every resample: (RESAMPLES,). Equal sizes and seeds draw equal samples."""
-    metric = METRICS[TASKS[task].metric]()
+    metric = make_metric(task, language)
     statistics = metric.statistics(predictions, references)
     draws = [metric.scores(statistics[rows]) for rows in resamples(len(statistics), seed)]
     return {name: np.array([draw[name] for draw in draws]) for name in metric.names}
 
 
 def confidence_intervals(
-    task: str, predictions: list[str], references: list[Reference], seed: int = 0
+    task: str,
+    predictions: list[str],
+    references: list[Reference],
+    seed: int = 0,
+    language: str | None = None,
 ) -> dict[str, list[float]]:
     """95% interval [low, high] of each of the task's scores."""
-    draws = draw_scores(task, predictions, references, seed)
+    draws = draw_scores(task, predictions, references, seed, language)
     return {name: interval(values) for name, values in draws.items()}
 
 
@@ -39,11 +46,12 @@ def paired_bootstrap(
     baseline: list[str],
     references: list[Reference],
     seed: int = 0,
+    language: str | None = None,
 ) -> dict[str, dict[str, float | list[float]]]:
     """Difference to a baseline on the same samples: its value, 95% interval and two-sided p-value."""
     systems = (predictions, baseline)
-    ours, theirs = (draw_scores(task, texts, references, seed) for texts in systems)
-    our_score, their_score = (compute_scores(task, texts, references) for texts in systems)
+    ours, theirs = (draw_scores(task, texts, references, seed, language) for texts in systems)
+    our_score, their_score = (compute_scores(task, texts, references, language) for texts in systems)
     results = {}
     for name in ours:
         differences = ours[name] - theirs[name]

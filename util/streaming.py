@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.data import Encoder, skipped_entry, skipped_rows_file, split_contexts
+from util.data import Encoder, skipped_entry, skipped_rows_file, split_contexts, with_target_mark
 from util.files import json_line
 from util.rows import RowReader, check_columns
 from util.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
@@ -45,6 +45,7 @@ def stream_training_rows(
     if not first:
         raise UserError(f"{origin}: the train split is empty.")
     check_columns(first, record, origin)
+    record = with_target_mark(record, tokenizer)
     reader = RowReader(record, columns_of(first))
     stream = {
         "rows": rows,

@@ -24,7 +24,7 @@ from models.loading import LoadedModel
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from util.arguments import Arguments, DataArguments, ExitArguments
-from util.data import dataset_record, load_examples, tokenize
+from util.data import dataset_record, load_examples, target_language, tokenize
 from util.files import content_hash, file_hash
 from util.identity import hash_rows, hash_tokenizer
 from util.metrics import token_metrics
@@ -190,7 +190,9 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
-        compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
+        compute_metrics=token_metrics(data.task, tokenizer, target_language(data))
+        if training.predict_with_generate
+        else None,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         **exit_options,
