@@ -100,7 +100,7 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    with one_line_errors():
+    with one_line_errors("Run the same command with --resume_eval True to continue."):
         calibrate(*parse_flags(argv))
 
 

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.decoder_view import view_for
+from models.errors import one_line_errors
 from models.loading import load_model
 
 CARD = """\
@@ -118,4 +119,5 @@ def score_rows(flags: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

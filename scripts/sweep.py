@@ -117,7 +117,7 @@ class SweepArguments:
 
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
-    with one_line_errors():
+    with one_line_errors("Run the same command with --resume_eval True to continue."):
         sweep(*parse_groups((SweepArguments, DataArguments), __doc__, argv))
 
 

@@ -25,6 +25,7 @@ from models.decoder_view import view_for
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
+from models.json_files import decode_json, fits, read_text
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import SEEN_COLUMN, count_long_sources
@@ -405,17 +406,20 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     """
     if path is None:
         return None
-    rows = []
-    with path.open(encoding="utf8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                rows.append(row | {"id": row["id"], "prediction": row["prediction"]})
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"--baseline_predictions {path}, line {number}: not a prediction of run.py."
-                ) from error
-    return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
+    flag, rows = "--baseline_predictions", []
+    for number, line in enumerate(read_text(path, flag).split("\n"), 1):
+        if line.strip():
+            place = f"{flag} {path}, line {number},"
+            row = decode_json(line, place)
+            if not (
+                isinstance(row, dict) and fits(row.get("id"), str | int) and fits(row.get("prediction"), str)
+            ):
+                raise UserError(f"{place} is not a prediction of run.py: no id with a prediction.")
+            rows.append(row)
+    try:
+        return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{flag} {path} does not hold windows as run.py writes them.") from error
 
 
 def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str) -> None:
