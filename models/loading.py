@@ -37,7 +37,7 @@ from models.exit_heads import (
     is_head_weight,
     load_exit_heads,
 )
-from models.json_files import LARGEST, read_mapping
+from models.json_files import LARGEST, fits, read_mapping
 from models.lora import ADAPTER_CONFIG_NAME, EXIT_HEADS_NAME, load_lora
 
 LOADING_ERRORS = (  # what torch and transformers raise for files that are damaged or say impossible things
@@ -214,7 +214,7 @@ def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> PreTrainedTokenize
         raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
     if len(tokenizer) > vocab_size:
         raise UserError(f"{name} has {len(tokenizer)} tokens, but the model a vocab_size of {vocab_size}.")
@@ -259,7 +259,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder's weight files, if it is that they never arrived."""
+    """What is wrong with a folder's weight files, if they never arrived or their index is none."""
+    for path in folder.glob("*.index.json"):
+        if not fits(read_mapping(path).get("weight_map"), dict[str, str]):
+            return f"{path.name} lacks a weight_map from names to files."
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if path.is_file():
             with path.open("rb") as file:

@@ -56,6 +56,11 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors():
+        benchmark(flags)
+
+
+def benchmark(flags: argparse.Namespace) -> None:
     if flags.only:
         name, layers = flags.only.split(":")
         print(json.dumps(measure(name, int(layers), flags)))
@@ -133,5 +138,4 @@ def peak_memory() -> float:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main()

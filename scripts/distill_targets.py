@@ -32,6 +32,11 @@ from util.tasks import DATASETS
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors():
+        distill(flags)
+
+
+def distill(flags: argparse.Namespace) -> None:
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -92,5 +97,4 @@ def closest(hypotheses: list[str], reference: str) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main()

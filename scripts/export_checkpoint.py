@@ -61,6 +61,11 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors():
+        export(flags)
+
+
+def export(flags: argparse.Namespace) -> None:
     loaded = load_model(str(flags.run))
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)
@@ -119,5 +124,4 @@ def score_rows(flags: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main()

@@ -66,7 +66,7 @@ BROKEN_OFF = completion('{"bet', "error", error={"message": "provider died", "co
         (b"", "not JSON: ''"),
         (b'{"choices": [{"mess', "not JSON: '{\"choices\""),
         (b"[" * 100_000, "not JSON"),
-        (b"[]", "not a chat completion: '[]'"),
+        (b"[]", r"not a chat completion: '\[\]'"),
         ({"id": "1", "model": "m"}, "no choices"),
         ({"choices": None}, "no choices"),
         ({"choices": [None]}, "no choices"),

@@ -416,8 +416,10 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
             ):
                 raise UserError(f"{place} is not a prediction of run.py: no id with a prediction.")
             rows.append(row)
+    if not rows:
+        raise UserError(f"{flag} {path} holds no predictions.")
     try:
-        return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
+        return {row["id"]: row["prediction"] for row in best_windows(rows)}
     except (TypeError, KeyError) as error:
         raise UserError(f"{flag} {path} does not hold windows as run.py writes them.") from error
 
