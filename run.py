@@ -27,10 +27,14 @@ from util.training import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
 
+TO_CONTINUE = (
+    "Run the same command: training goes on from its last checkpoint, evaluation by --resume_eval True."
+)
+
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    with one_line_errors():
+    with one_line_errors(TO_CONTINUE):
         arguments = parse_arguments(argv)
         with locked_output_dir(Path(arguments.training.output_dir)):
             run(arguments)

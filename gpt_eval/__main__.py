@@ -27,7 +27,8 @@ from gpt_eval.predictions import read_samples
 from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.report import write_report
 from gpt_eval.scoring import score
-from models.errors import UserError
+from models.errors import INTERRUPTED, UserError
+from models.json_files import LARGEST
 
 FOLDER = Path("save/gpt_eval")
 
@@ -75,9 +76,9 @@ def add_make_flags(parser: argparse.ArgumentParser) -> None:
     add("--id_column", help="of --source_file (default: id, or the row number)")
     add("--prompts", type=Path, default=PROMPTS, help="folder of prompts (default: the paper's)")
     add("--num_samples", type=positive(int), help="draw as many (default: all)")
-    add("--seed", type=int, default=0, help="of --num_samples, and sent along")
+    add("--seed", type=positive(int, or_zero=True), default=0, help="of --num_samples, and sent along")
     add("--repeats", type=positive(int), default=1, help="ask everything as many times")
-    add("--temperature", type=float, default=0.0)
+    add("--temperature", type=positive(float, or_zero=True), default=0.0)
     add("--max_tokens", type=positive(int), default=256, help="of an answer (default: %(default)s)")
     add("--structured_output", default="json_schema", choices=("json_schema", "json_object", "none"))
     add(
@@ -99,8 +100,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=positive(float), default=60.0, help="seconds to a whole answer (%(default)s)")
     add("--max_attempts", type=positive(int), default=6, help="%(default)s")
     add("--backoff", type=positive(float), default=1.0, help="first wait in seconds, doubling (%(default)s)")
-    add("--price_in", type=float, help="USD for a million prompt tokens")
-    add("--price_out", type=float, help="USD for a million answer tokens")
+    add("--price_in", type=positive(float, or_zero=True), help="USD for a million prompt tokens")
+    add("--price_out", type=positive(float, or_zero=True), help="USD for a million answer tokens")
     add("--dry_run", action="store_true", help="send nothing; print requests, tokens and price")
 
 
@@ -108,13 +109,17 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     default = [FOLDER / "answers.jsonl"]
     parser.add_argument("--answers", type=Path, nargs="+", default=default, help="one file a judge")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=positive(int, or_zero=True), default=0, help="of the bootstrap")
 
 
-def positive(kind: type) -> Any:
+def positive(kind: type, or_zero: bool = False) -> Any:
+    """The type of a flag: a number above zero, or zero itself, that 64 bits hold."""
+
     def number(text: str) -> Any:
-        if (value := kind(text)) <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        value = kind(text)
+        if not 0 <= value <= LARGEST or (value == 0 and not or_zero):  # nor nan
+            bound = f"{'from zero on' if or_zero else 'above zero'}, at most 2^63 - 1"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
         return value
 
     return number
@@ -123,7 +128,7 @@ def positive(kind: type) -> Any:
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error})") from error
     if not isinstance(value, dict) or {"messages", "model", "stream"} & set(value):
         raise argparse.ArgumentTypeError("give a JSON object without messages, model and stream")
@@ -139,8 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return 130
+        print("\nInterrupted. Run the same command to continue: what is answered stays.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def make(flags: argparse.Namespace) -> int:
@@ -189,7 +194,10 @@ def run(flags: argparse.Namespace) -> int:
         outcome = ask_all(requests, endpoint, limiter, log)
         answers = [log.answers[key] for key in requests if key in log.answers]
     print(f"{flags.answers}: {len(answers):,} of {len(requests):,} answered, {spent(answers, prices)} in all")
+    if outcome.lost:
+        print(f"besides {spent(outcome.lost, prices)} for requests that failed")
     list_failures(outcome, rows)
+    list_refusals(log.answers, rows)
     return 1 if len(answers) < len(requests) else 0
 
 
@@ -197,12 +205,21 @@ def list_failures(outcome: Outcome, requests: list[dict[str, Any]]) -> None:
     """Every request that failed for good, with its reason."""
     for row in requests:
         if row["key"] in outcome.failures:
-            name = (
-                f"{row['judgement']} of {row['id']!r} by {' : '.join(row['systems'])}, repeat {row['repeat']}"
-            )
-            print(f"failed: {name}: {outcome.failures[row['key']]}", file=sys.stderr)
+            print(f"failed: {name_request(row)}: {outcome.failures[row['key']]}", file=sys.stderr)
     if outcome.stopped is not None:
         print(f"stopped, as the other requests would fail as well: {outcome.stopped}", file=sys.stderr)
+
+
+def list_refusals(answers: dict[str, dict[str, Any]], requests: list[dict[str, Any]]) -> None:
+    """Every request whose answer has no text, with the reason; it is paid for and not asked again."""
+    for row in requests:
+        record = answers.get(row["key"], {})
+        if record and not record["answer"]:
+            print(f"no verdict: {name_request(row)}: {record.get('reason', 'empty')}", file=sys.stderr)
+
+
+def name_request(row: dict[str, Any]) -> str:
+    return f"{row['judgement']} of {row['id']!r} by {' : '.join(row['systems'])}, repeat {row['repeat']}"
 
 
 def score_answers(flags: argparse.Namespace) -> int:

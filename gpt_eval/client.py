@@ -19,25 +19,20 @@ from urllib.parse import urlsplit
 
 import openai
 from openai.resources.chat import AsyncCompletions
-from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 from tqdm.auto import tqdm
 
 from gpt_eval.answer_log import AnswerLog
-from gpt_eval.cost import estimate_tokens
+from gpt_eval.cost import add_usage, estimate_tokens
 from gpt_eval.rate_limit import RateLimiter
+from gpt_eval.redaction import Redactor, redacted_logs
+from gpt_eval.responses import ResponseError, is_hopeless, is_transient, read_completion
 from models.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-RETRIED_STATUSES = {408, 409, 429}  # and 5xx
-HOPELESS_STATUSES = {401, 403, 404}  # wrong key, model or address: the next request fails as well
 MAX_FAILURES_IN_A_ROW = 20
 LONGEST_BACKOFF = 60.0
-
-
-class MalformedResponse(Exception):
-    """The endpoint's response is no chat completion."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +49,12 @@ class Endpoint:
 
 @dataclass
 class Outcome:
-    """`failures` maps keys to reasons; `stopped` says why the rest was not sent."""
+    """`failures` maps keys to reasons; `stopped` says why the rest was not sent; `lost` is the usage of
+    responses without an answer to requests that failed."""
 
     failures: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    lost: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_key() -> str:
@@ -78,8 +75,10 @@ def check_base_url(base_url: str) -> None:
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError("--base_url: give an address such as https://api.openai.com/v1.")
-    if parts.username or parts.password or parts.query:
-        raise UserError(f"--base_url: leave out user, password and query; the key comes from {KEY_VARIABLE}.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(
+            f"--base_url: leave out user, password, query and fragment; the key comes from {KEY_VARIABLE}."
+        )
 
 
 def ask_all(
@@ -103,13 +102,15 @@ class Sender:
         self.log = log
         self.outcome = Outcome()
         self._key = key
+        self._redact = Redactor(key)
         self._failures_in_a_row = 0
 
     async def send(self, pending: dict[str, dict[str, Any]]) -> Outcome:
         """Ask everything, or stop early where going on is hopeless."""
         options = {"base_url": self.endpoint.base_url, "timeout": self.endpoint.timeout, "max_retries": 0}
         queue = iter(pending.items())
-        with tqdm(total=len(pending), desc="Asking", unit="request", disable=None) as progress:
+        progress_bar = tqdm(total=len(pending), desc="Asking", unit="request", disable=None)
+        with redacted_logs(self._redact), progress_bar as progress:
             async with openai.AsyncOpenAI(api_key=self._key, **options) as client:
                 count = min(self.endpoint.concurrency, len(pending))
                 completions = client.chat.completions  # loads modules: better before requests are timed
@@ -125,42 +126,51 @@ class Sender:
             try:
                 self.log.append(key, await self._ask(completions, body))
                 self._failures_in_a_row = 0
-            except (openai.OpenAIError, MalformedResponse) as error:
+            except (openai.OpenAIError, ResponseError) as error:
                 self._note_failure(key, error)
             progress.update()
 
     async def _ask(self, completions: AsyncCompletions, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request, after as many attempts as it takes."""
+        """The answer to one request, after as many attempts as it takes; its usage is that of all of them."""
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.endpoint.max_attempts),
             wait=self._choose_wait,
-            retry=retry_if_exception(is_transient),
+            retry=retry_if_exception(may_succeed_later),
             reraise=True,
         )
-        async for attempt in retrying:
-            with attempt:
-                await self.limiter.acquire(estimate_tokens(body))
-                start = time.monotonic()
-                completion = await self._complete(completions, body)
-                seconds = round(time.monotonic() - start, 3)
-        return describe(completion, self._key) | {
+        lost: list[dict[str, Any]] = []
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    await self.limiter.acquire(estimate_tokens(body))
+                    start = time.monotonic()
+                    record = await self._complete(completions, body, lost)
+                    seconds = round(time.monotonic() - start, 3)
+        except (openai.OpenAIError, ResponseError):
+            self.outcome.lost += lost
+            raise
+        return self._redact.every_text(record) | {
+            "usage": add_usage([*lost, record["usage"]]) if lost else record["usage"],
             "seconds": seconds,
             "attempts": attempt.retry_state.attempt_number,
         }
 
-    async def _complete(self, completions: AsyncCompletions, body: dict[str, Any]) -> ChatCompletion:
+    async def _complete(
+        self, completions: AsyncCompletions, body: dict[str, Any], lost: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         # `extra_body`, so that endpoints of any version get what the request file says
         arguments = {"model": self.endpoint.model, "messages": body["messages"]}
-        call = completions.create(**arguments, extra_body=body)
+        call = completions.with_raw_response.create(**arguments, extra_body=body)
         try:  # the client's own timeout begins anew with each byte
-            completion = await asyncio.wait_for(call, self.endpoint.timeout)
+            response = await asyncio.wait_for(call, self.endpoint.timeout)
         except asyncio.TimeoutError as error:
-            raise MalformedResponse(f"no complete response in {self.endpoint.timeout} s") from error
-        except (ValueError, openai.APIResponseValidationError) as error:
-            raise MalformedResponse(f"the response is not JSON of a chat completion: {error}") from error
-        if not isinstance(completion, ChatCompletion) or not completion.choices:
-            raise MalformedResponse("the response is not a chat completion")
-        return completion
+            raise ResponseError(f"no complete response in {self.endpoint.timeout} s") from error
+        try:
+            return read_completion(response.text)
+        except ResponseError as error:
+            error.headers = response.headers
+            lost += [error.usage] if error.usage else []
+            raise
 
     def _choose_wait(self, state: RetryCallState) -> float:
         """Seconds to the next attempt: what the endpoint asks for, else random and doubling."""
@@ -171,43 +181,34 @@ class Sender:
         return asked
 
     def _note_failure(self, key: str, error: Exception) -> None:
-        reason = describe_error(error, self._key)
+        reason = describe_error(error, self._redact)
         self.outcome.failures[key] = reason
         self._failures_in_a_row += 1
-        if is_hopeless(error) or self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+        named = isinstance(error, (openai.APIStatusError, ResponseError))
+        hopeless = named and is_hopeless(*status_and_codes(error))
+        if hopeless or self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.outcome.stopped = reason
 
 
-def describe(completion: ChatCompletion, key: str) -> dict[str, Any]:
-    """What the log keeps of a completion; a refusal is an answer, too, and was paid for."""
-    choice, usage = completion.choices[0], completion.usage
-    text = (choice.message and (choice.message.content or choice.message.refusal)) or ""
-    return {
-        "answer": str(text).replace(key, "***"),
-        "finish_reason": choice.finish_reason,
-        "usage": usage and usage.model_dump(mode="json", exclude_none=True, warnings=False),
-        "served_model": completion.model,
-    }
+def may_succeed_later(error: BaseException) -> bool:
+    """Whether the same request is worth another attempt."""
+    return isinstance(error, openai.APIConnectionError) or (
+        isinstance(error, (openai.APIStatusError, ResponseError)) and is_transient(*status_and_codes(error))
+    )
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(error, openai.APIStatusError):
-        retried = error.status_code in RETRIED_STATUSES or error.status_code >= 500
-        return retried and not is_hopeless(error)
-    return isinstance(error, (openai.APIConnectionError, MalformedResponse))
-
-
-def is_hopeless(error: BaseException) -> bool:
-    """Whether no request can succeed any more."""
-    if not isinstance(error, openai.APIStatusError):
-        return False
-    return error.status_code in HOPELESS_STATUSES or error.code == "insufficient_quota"
+def status_and_codes(error: openai.APIStatusError | ResponseError) -> tuple[int | None, frozenset[str]]:
+    if isinstance(error, ResponseError):
+        return error.status, error.codes
+    return error.status_code, frozenset(name for name in (error.code, error.type) if isinstance(name, str))
 
 
 def retry_after(error: BaseException | None) -> float | None:
     """Seconds that the Retry-After header of a response asks for, given as a number or a date."""
-    value = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
+    if isinstance(error, openai.APIStatusError):
+        value = error.response.headers.get("retry-after")
+    else:
+        value = error.headers.get("retry-after") if isinstance(error, ResponseError) else None
     if value is None:
         return None
     if re.fullmatch(r"\d+(\.\d+)?", value):
@@ -219,8 +220,8 @@ def retry_after(error: BaseException | None) -> float | None:
     return max(0.0, seconds)
 
 
-def describe_error(error: Exception, key: str) -> str:
+def describe_error(error: Exception, redact: Redactor) -> str:
     """One printable line without the key, which some endpoints repeat in their messages."""
     cause = f" ({error.__cause__})" if isinstance(error, openai.APIConnectionError) else ""
-    text = " ".join(f"{error}{cause}".replace(key, "***").split())
+    text = " ".join(redact(f"{error}{cause}").split())
     return "".join(char for char in text if char.isprintable())[:500]

@@ -53,6 +53,12 @@ def sum_usage(records: Iterable[dict[str, Any]]) -> tuple[int, int]:
     return prompt, completion
 
 
+def add_usage(usages: Iterable[dict[str, Any] | None]) -> dict[str, int]:
+    """One usage for several responses."""
+    prompt, completion = sum_usage({"usage": usage} for usage in usages)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def price(counts: tuple[int, int], prices: tuple[float | None, float | None], bound: str) -> str:
     """The price in USD; empty unless both prices (USD per million tokens) are known."""
     if prices[0] is None or prices[1] is None:

@@ -19,6 +19,7 @@ from typing import Any
 from gpt_eval.parsing import schema
 from gpt_eval.predictions import Sample, read_rows
 from models.errors import UserError
+from models.json_files import read_text
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 FIELDS = {"likert": {"source", "summary"}, "pairwise": {"source", "summary_0", "summary_1"}}
@@ -46,13 +47,13 @@ def load_prompt(folder: Path, judgement: str) -> Prompt:
     path, system = folder / f"{judgement}.txt", folder / f"{judgement}_system.txt"
     if not path.is_file():
         raise UserError(f"--prompts: there is no file {path}.")
-    text = path.read_text(encoding="utf8").strip()
+    text = read_text(path, "--prompts").strip()
     found = {match["named"] or match["braced"] or match[0] for match in Template.pattern.finditer(text)}
     fields = FIELDS[judgement]
     if found - {"$$"} != fields:
         wanted = ", ".join(f"${name}" for name in sorted(fields))
         raise UserError(f"{path}: use exactly the fields {wanted}; write a dollar sign as $$.")
-    return Prompt(Template(text), system.read_text(encoding="utf8").strip() if system.is_file() else "")
+    return Prompt(Template(text), read_text(system, "--prompts").strip() if system.is_file() else "")
 
 
 def build_requests(samples: list[Sample], flags: argparse.Namespace) -> Iterator[dict[str, Any]]:

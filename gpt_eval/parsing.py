@@ -15,6 +15,7 @@ DIMENSIONS = ("relevance", "informativeness", "fluency", "coherence")
 RATINGS = (1, 2, 3, 4, 5)
 CHOICES = ("Summary 0", "Summary 1", "tie")
 
+THINKING = re.compile(r"\A.*</think>|\A\s*<think>.*", re.DOTALL)  # in the text, where no part of its own
 DECORATION = re.compile(r"[*_`\"'#]")
 RATING = r"\b{name}\b(?:\s*\([^)]*\))?\s*[:=-]\s*(\d+(?:\.\d+)?)(?:\s*/\s*5)?(?!\d|\s*/)"
 CHOICE = re.compile(
@@ -48,7 +49,7 @@ def parse_answer(judgement: str, text: str) -> tuple[Any, str]:
     if verdict is not None:
         return verdict, "strict"
     read = read_likert if judgement == "likert" else read_pairwise
-    verdict = read(text)
+    verdict = read(THINKING.sub("", text, count=1))
     return verdict, "unparsable" if verdict is None else "lenient"
 
 

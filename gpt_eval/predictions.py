@@ -1,24 +1,31 @@
-"""Predictions of one or two systems, joined by id with the texts they were made from."""
+"""Predictions of one or two systems, joined by id with the texts they were made from.
+
+A sample without a text to judge (a system's empty prediction, an empty source) is left out for all systems
+and named on stderr; what does not fit together is refused.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 import random
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
+from models.json_files import decode_json, read_text
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples, load_file
 from util.evaluation import best_windows
 from util.tasks import DATASETS
 
 COLUMNS = ("id", "prediction")
+LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131,072
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write half a character, HTTP cannot send it
 
 
@@ -41,14 +48,29 @@ def read_samples(flags: argparse.Namespace) -> list[Sample]:
     refuse_other_ids(systems, flags.predictions)
     sources, origin = read_sources(flags)
     first_name, first_path = next(iter(flags.predictions.items()))
-    ids = list(systems[first_name])
-    for row, name in enumerate(ids, 1):
-        if not sources.get(name, "").strip():
+    for row, name in enumerate(systems[first_name], 1):
+        if name not in sources:
             raise UserError(f"{first_path}, prediction {row}: {origin} has no text with the id {name!r}.")
+    ids = leave_out_empty(systems, sources)
     if flags.num_samples is not None and flags.num_samples < len(ids):
         chosen = set(random.Random(flags.seed).sample(ids, flags.num_samples))
         ids = [name for name in ids if name in chosen]
     return [Sample(name, sources[name], {key: texts[name] for key, texts in systems.items()}) for name in ids]
+
+
+def leave_out_empty(systems: dict[str, dict[str, str]], sources: dict[str, str]) -> list[str]:
+    """Ids of the samples that have texts, in the order of the first system; the others are named."""
+    texts = {**systems, "the source texts": sources}
+    found: list[str] = []
+    for name in next(iter(systems.values())):
+        empty = [origin for origin in texts if not texts[origin][name].strip()]
+        if empty:
+            print(f"left out: {name!r} is empty in {' and '.join(empty)}", file=sys.stderr)
+        else:
+            found.append(name)
+    if not found:
+        raise UserError("--predictions: every sample has an empty prediction or source text.")
+    return found
 
 
 def read_predictions(path: Path) -> dict[str, str]:
@@ -64,8 +86,8 @@ def read_predictions(path: Path) -> dict[str, str]:
         name, prediction = str(row["id"]), row["prediction"]
         if name in predictions:
             raise UserError(f"{path}, line {line}: the id {name!r} is there twice.")
-        if not isinstance(prediction, str) or not prediction.strip() or SURROGATE.search(prediction):
-            raise UserError(f"{path}, line {line}: the prediction of {name!r} is empty or not text.")
+        if not isinstance(prediction, str) or SURROGATE.search(prediction + name):
+            raise UserError(f"{path}, line {line}: the prediction of {name!r} is not text.")
         predictions[name] = prediction.strip()
     if not predictions:
         raise UserError(f"{path}: there are no predictions.")
@@ -76,21 +98,33 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and rows of a .jsonl or .csv file; texts stay as they are, whatever they look like."""
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{path}: give a .jsonl or a .csv file.")
+    text = read_text(path, newline="")
+    if path.suffix == ".csv":
+        yield from read_csv(path, text)
+        return
+    for line, part in enumerate(text.split("\n"), 1):
+        if part.strip():
+            row = decode_json(part, f"{path}, line {line},")
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {line}: not a JSON object.")
+            yield line, row
+
+
+def read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV text by the names in its first line; what a reader might misunderstand is refused."""
+    csv.field_size_limit(LONGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        with path.open(encoding="utf8", newline="" if path.suffix == ".csv" else "\n") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                yield from ((reader.line_num, row) for row in reader)
-                return
-            for line, text in enumerate(file, 1):
-                row = json.loads(text)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {line}: not a JSON object.")
-                yield line, row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line}: not JSON ({error.msg}).") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from error
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{path}: two columns have the same name.")
+        for cells in reader:
+            if len(cells) > len(header):
+                raise UserError(f"{path}, line {reader.line_num}: more cells than columns; quote texts.")
+            if cells:
+                yield reader.line_num, dict(zip(header, cells, strict=False))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
 
 
 def refuse_other_ids(systems: dict[str, dict[str, str]], paths: dict[str, Path]) -> None:
@@ -119,18 +153,20 @@ def read_sources(flags: argparse.Namespace) -> tuple[dict[str, str], str]:
 
 def read_source_file(path: Path, source_column: str, id_column: str | None) -> dict[str, str]:
     """Texts of a .jsonl/.json/.csv/.parquet file; ids are row numbers where run.py takes those, too."""
-    rows = load_file(path)
+    rows = [row for _, row in read_rows(path)] if path.suffix in (".jsonl", ".csv") else list(load_file(path))
+    columns = list(rows[0]) if rows else []
     for flag, column in (("--source_column", source_column), ("--id_column", id_column)):
-        if column is not None and column not in rows.column_names:
-            raise UserError(
-                f"{path}: no column {column!r}; found {', '.join(rows.column_names)}. Use {flag}."
-            )
-    if id_column is None and "id" in rows.column_names:
+        if column is not None and column not in columns:
+            raise UserError(f"{path}: no column {column!r}; found {', '.join(columns)}. Use {flag}.")
+    if id_column is None and "id" in columns:
         id_column = "id"
     sources: dict[str, str] = {}
     for index, row in enumerate(rows):
-        name = str(index if id_column is None else row[id_column])
+        name = str(index if id_column is None else row.get(id_column))
         if name in sources:
             raise UserError(f"{path}, row {index + 1}: the id {name!r} is there twice.")
-        sources[name] = "" if row[source_column] is None else str(row[source_column])
+        text = row.get(source_column)
+        if SURROGATE.search(str(text)):
+            raise UserError(f"{path}, row {index + 1}: the source of {name!r} is not text.")
+        sources[name] = "" if text is None else str(text)
     return sources

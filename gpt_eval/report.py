@@ -1,7 +1,8 @@
 """Scores as a table, JSON and a plot.
 
 Layout of scores.json (figures that cannot be computed are null; every interval is a 95% interval [low, high];
-`answers` counts requests: {"strict", "lenient", "unparsable", "missing"}; only the first two are scored):
+`answers` counts requests: {"strict", "lenient", "unparsable", "refused", "missing"}; only the first two are
+scored):
 
     {"requests": int, "distinct_requests": int,       # requests with equal text share one answer
      "judges": {"<model>": {

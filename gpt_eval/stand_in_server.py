@@ -30,7 +30,8 @@ class StandInServer:
         faults: the faults to choose from.
         retry_after: seconds, in the header of a rate limit's response.
         delay: seconds to every answer; `slow` adds `slow_delay`.
-        answer: what to say to a prompt instead of a rating; a status code answers with that error.
+        answer: what to say to a prompt instead of a rating; a status code answers with that error, a dict or
+            bytes are sent as the whole response.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class StandInServer:
         retry_after: float = 0.05,
         delay: float = 0.0,
         slow_delay: float = 1.0,
-        answer: Callable[[str], str | int] | None = None,
+        answer: Callable[[str], str | int | dict[str, Any] | bytes] | None = None,
     ) -> None:
         self.fault_rate = fault_rate
         self.faults = faults
@@ -114,6 +115,9 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(said, int):  # some servers repeat the key in their messages, so this one does
             self.send(said, {"error": {"message": f"{said} for {self.headers['Authorization']}"}})
             return
+        if isinstance(said, dict | bytes):
+            self.send(200, said)
+            return
         usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(said) // 4}
         completion = {
             "id": "stand-in",
@@ -145,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        data = text if isinstance(text, bytes) else text.encode()
         self.send_response(status)
         defaults = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         for name, value in (defaults | (headers or {})).items():

@@ -9,6 +9,8 @@ from typing import Any
 
 from gpt_eval.parsing import parse_answer
 
+STATES = ("strict", "lenient", "unparsable", "refused", "missing")
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -20,7 +22,7 @@ class Judged:
     systems: tuple[str, ...]
     repeat: int
     verdict: Any
-    state: str  # strict, lenient, unparsable, missing
+    state: str  # one of STATES
 
     @property
     def preference(self) -> str | None:
@@ -38,7 +40,8 @@ def read_verdicts(
     for request in requests:
         verdict, state = None, "missing"
         if request["key"] in answers:
-            verdict, state = parse_answer(request["judgement"], answers[request["key"]]["answer"])
+            text = answers[request["key"]]["answer"]
+            verdict, state = parse_answer(request["judgement"], text) if text else (None, "refused")
         names = request["judgement"], request["id"], tuple(request["systems"]), request["repeat"]
         judged.append(Judged(judge, *names, verdict, state))
     return judged
@@ -46,4 +49,4 @@ def read_verdicts(
 
 def count_states(judged: Iterable[Judged]) -> dict[str, int]:
     counts = Counter(row.state for row in judged)
-    return {state: counts[state] for state in ("strict", "lenient", "unparsable", "missing")}
+    return {state: counts[state] for state in STATES}

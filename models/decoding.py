@@ -27,7 +27,7 @@ from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import ExitPolicy, FullDepth, StepResult
+from models.exit_policy import ExitPolicy, FullDepth, StepResult, check_policy
 from models.families import view_for
 from models.generate_contract import arguments_kept_by_generate, model_arguments, refuse_unsupported
 from models.token_choice import TokenChooser, TokenStream
@@ -134,7 +134,8 @@ def early_exit_decode(
     """
     kept, cache = arguments_kept_by_generate(), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
-    view, policy = decoder_view or view_for(model), exit_policy or FullDepth()
+    view, policy = decoder_view or view_for(model), FullDepth() if exit_policy is None else exit_policy
+    check_policy(policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)

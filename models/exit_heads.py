@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from models.errors import UserError
 from models.families import view_for
+from models.json_files import check_fields, read_mapping
+from models.losses import INTERMEDIATE_LOSSES
 
 T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"
@@ -45,15 +47,33 @@ class ExitConfig:
     @classmethod
     def load(cls, folder: str | Path) -> ExitConfig:
         """Read the configuration from a save of ours, or from the `config.json` of an original FREE one."""
-        names = {field.name for field in fields(cls)}
         for file in (Path(folder, EXIT_CONFIG_NAME), Path(folder, "config.json")):
             if file.is_file():
-                try:
-                    settings = json.loads(file.read_text(encoding="utf8"))
-                except ValueError as error:
-                    raise UserError(f"{file} is not JSON: {error}") from error
-                return cls(**{name: settings[name] for name in names if settings.get(name) is not None})
+                return cls.from_settings(read_mapping(file), file)
         return cls()
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], file: Path) -> ExitConfig:
+        """Check what a file says; only a `config.json` may also speak of other things.
+
+        Raises:
+            UserError: an unknown setting, one of another type, or a loss or head that there is not.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown and file.name == EXIT_CONFIG_NAME:
+            raise UserError(
+                f"{file}: there is no setting {', '.join(unknown)}; known are {', '.join(known)}."
+            )
+        given = {name: settings[name] for name in known if settings.get(name) is not None}
+        check_fields(given, get_type_hints(cls), str(file))
+        choices = {"per_exit_head": PER_EXIT_HEADS, "intermediate_loss_fn": INTERMEDIATE_LOSSES}
+        for name, allowed in choices.items():
+            if given.get(name, allowed[0]) not in allowed:
+                raise UserError(f"{file}: {name} must be one of {', '.join(allowed)}, not {given[name]!r}.")
+        if given.get("shallow_exit_layer", 1) < 1:
+            raise UserError(f"{file}: shallow_exit_layer counts from 1, got {given['shallow_exit_layer']}.")
+        return cls(**given)
 
 
 class ConfidenceHead(nn.Sequential):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -181,6 +181,17 @@ def choose_rows(rows: list[bool], new: Tensor, old: Tensor | None) -> Tensor:
         return new
     mask = torch.tensor(rows, device=new.device).view(-1, *[1] * (new.dim() - 1))
     return torch.where(mask, new, old)
+
+
+def check_policy(policy: Any) -> None:
+    """Raise UserError for what is no policy: a class where an object of it is meant, or something else."""
+    if isinstance(policy, type):
+        raise UserError(
+            f"exit_policy: give an object, {policy.__name__}(...), not the class {policy.__name__}."
+        )
+    missing = [name for name in ("begin", "step", "finish", "retracts") if not hasattr(policy, name)]
+    if missing:
+        raise UserError(f"exit_policy: {policy!r} is no policy; it lacks {', '.join(missing)}.")
 
 
 def check_layer(name: str, layer: int, num_layers: int) -> None:

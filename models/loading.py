@@ -6,7 +6,6 @@ checkpoints; `create_model(config, tokenizer)` starts from random weights.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,10 +38,23 @@ from models.exit_heads import (
     is_head_weight,
     load_exit_heads,
 )
+from models.json_files import LARGEST, fits, read_mapping
 from models.lora import ADAPTER_CONFIG_NAME, EXIT_HEADS_NAME, load_lora
 
-LOADING_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
-BAD_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AssertionError)  # what reading one may raise
+LOADING_ERRORS = (  # what torch and transformers raise for files that are damaged or say impossible things
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+)
+LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DECODER_LM_HEAD = "decoder.lm_head.weight"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # beside those that a tokenizer's class names
@@ -72,13 +85,20 @@ def load_model(
     refuse_misspelt_folder(name_or_path)
     if find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub) is not None:
         return load_adapted_model(name_or_path, tokenizer_name, dtype, merge_adapter, **hub)
+    check_config(name_or_path)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
+            **hub,
         )
     except LOADING_ERRORS as error:
-        raise UserError(f"Cannot load a model from {name_or_path}: {first_line(error)}") from error
+        reason = find_damage(Path(name_or_path)) or first_line(error)
+        raise UserError(f"Cannot load a model from {name_or_path}: {reason}") from error
     freeze_unsaved_weights(model)
     unexpected = set(report["unexpected_keys"])
     exit_config = with_stored_heads(exit_config, unexpected)
@@ -119,11 +139,20 @@ def load_adapted_model(
     exit_config = load_exit_config(name_or_path, **hub)
     attach_exit_heads(loaded.model, exit_config)
     heads_file = find_file(name_or_path, EXIT_HEADS_NAME, **hub)
-    heads = load_file(heads_file) if heads_file is not None else {}
+    heads = read_weights(heads_file) if heads_file is not None else {}
     refuse_misfits(name_or_path, {}, head_misfits(loaded.model, heads))
     load_exit_heads(loaded.model, heads)
     model = load_lora(loaded.model, folder, merge)
     return LoadedModel(model.eval(), loaded.tokenizer, exit_config)
+
+
+def check_config(name_or_path: str) -> None:
+    """Raise UserError if a local config is no mapping, or names a size that no tensor has."""
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    for name, value in read_mapping(path).items() if path.is_file() else ():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"{path}: {name} {value} is too large: whole numbers have 64 bits.")
 
 
 def freeze_unsaved_weights(model: PreTrainedModel) -> None:
@@ -157,14 +186,15 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedModel:
     """A model with random weights from a config (hub id, folder or .json file)."""
+    check_config(config_name)
     try:
         config = AutoConfig.from_pretrained(config_name, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a config from {config_name}: {first_line(error)}") from error
     tokenizer = load_tokenizer(tokenizer_name, *vocabulary_sizes(config), **hub)
     try:
         model = AutoModelForSeq2SeqLM.from_config(config)
-    except ValueError as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"{config_name}: {first_line(error)}") from error
     return LoadedModel(model, tokenizer, ExitConfig())
 
@@ -186,7 +216,7 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-    except BAD_TOKENIZER as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
     if not has_vocabulary(tokenizer, name, **hub):
         raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
@@ -219,7 +249,7 @@ def read_extra_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
     for file in WEIGHT_FILES:
         index = find_file(name_or_path, f"{file}.index.json", **hub)
         if index is not None:
-            places = json.loads(index.read_text(encoding="utf8"))["weight_map"]
+            places = read_mapping(index)["weight_map"]  # whole, as the model came from it
             shards = {shard for name, shard in places.items() if is_extra_weight(name)}
             paths = [find_file(name_or_path, shard, **hub) for shard in sorted(shards)]
         else:
@@ -235,9 +265,28 @@ def is_extra_weight(name: str) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {find_damage(path.parent) or first_line(error)}") from error
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder's weight files, if they never arrived or their index is none."""
+    for path in folder.glob("*.index.json"):
+        if not fits(read_mapping(path).get("weight_map"), dict[str, str]):
+            return f"{path.name} lacks a weight_map from names to files."
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(len(LFS_POINTER))
+            if not start:
+                return f"{path.name} is empty; copy or download it again."
+            if start == LFS_POINTER:
+                return f"{path.name} is only a pointer; run `git lfs pull` where it was cloned."
+    return None
 
 
 def find_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
@@ -263,4 +312,6 @@ def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, l
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """The start of an error's text, with the kind where that says nothing; two lines after a colon."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])

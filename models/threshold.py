@@ -11,11 +11,14 @@ import math
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import stats
 from scipy.special import expit
+
+from models.errors import UserError
+from models.json_files import check_keys, read_mapping
 
 CLIP = 1e-4  # beta densities are unstable at 0 and 1
 
@@ -135,6 +138,19 @@ def weighted_beta_moments(x: np.ndarray, weights: np.ndarray) -> tuple[float, fl
         return float(alpha), float(alpha * (1 - mean) / mean)
 
 
+SAVED = {"settings": dict[str, Any], "observed": dict[str, Any]}
+SAVED_SETTINGS = {
+    "initial": float,
+    "zeta": float,
+    "low": float,
+    "high": float,
+    "max_sequences": int,
+    "capacity": int,
+    "as_released": bool,
+}
+OBSERVED = {"num_sequences": int, "confidences": list[float], "right": list[int], "value": float}
+
+
 class AdaptiveThreshold:
     """FREE's adaptive threshold (section 4.3): the smallest confidence that is right often enough.
 
@@ -208,8 +224,7 @@ class AdaptiveThreshold:
 
     def save(self, path: str | Path) -> None:
         """Write settings and observations as JSON."""
-        names = ("initial", "zeta", "low", "high", "max_sequences", "capacity", "as_released")
-        state = {name: getattr(self, name) for name in names}
+        state = {name: getattr(self, name) for name in SAVED_SETTINGS}
         observed = {
             "num_sequences": self.num_sequences,
             "confidences": list(self.confidences),
@@ -220,10 +235,19 @@ class AdaptiveThreshold:
 
     @classmethod
     def load(cls, path: str | Path) -> AdaptiveThreshold:
-        """Read what `save` wrote; goes on exactly where the saved one stood."""
-        state = json.loads(Path(path).read_text(encoding="utf8"))
-        threshold = cls(**state["settings"])
+        """Read what `save` wrote; goes on exactly where the saved one stood.
+
+        Raises:
+            UserError: the file holds something else.
+        """
+        state = read_mapping(Path(path))
+        check_keys(state, SAVED, str(path))
+        check_keys(state["settings"], SAVED_SETTINGS, f"{path}, settings")
+        check_keys(state["observed"], OBSERVED, f"{path}, observed")
         observed = state["observed"]
+        if len(observed["confidences"]) != len(observed["right"]):
+            raise UserError(f"{path}: confidences and right must be of one length.")
+        threshold = cls(**state["settings"])
         threshold.num_sequences = observed["num_sequences"]
         threshold.confidences.extend(observed["confidences"])
         threshold.right.extend(observed["right"])

@@ -23,9 +23,10 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.errors import one_line_errors
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
-from util.arguments import DataArguments
+from util.arguments import DataArguments, whole_number
 from util.data import dataset_record, load_examples, tokenize
 from util.tables import comparison_table, print_report
 
@@ -47,14 +48,19 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--source_column", default="document")
     parser.add_argument("--target_column", default="summary")
     parser.add_argument("--tokenizer", default="checkpoints/debian-t5-free")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--steps", type=whole_number, default=20)
+    parser.add_argument("--batch_size", type=whole_number, default=4)
     parser.add_argument("--only", help="one loss, in this process: name:layers")
     return parser.parse_args()
 
 
 def main() -> None:
     flags = parse_flags()
+    with one_line_errors():
+        benchmark(flags)
+
+
+def benchmark(flags: argparse.Namespace) -> None:
     if flags.only:
         name, layers = flags.only.split(":")
         print(json.dumps(measure(name, int(layers), flags)))

@@ -627,4 +627,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command to start again.", file=sys.stderr)
+        raise SystemExit(130) from None

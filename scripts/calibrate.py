@@ -94,7 +94,7 @@ class CalibrationArguments:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    with one_line_errors():
+    with one_line_errors("Run the same command with --resume_eval True to continue."):
         flags, arguments = parse_flags(argv)
         with locked_output_dir(Path(arguments.training.output_dir)):
             calibrate(flags, arguments)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
-from util.arguments import DataArguments, locked_output_file
+from util.arguments import DataArguments, locked_output_file, whole_number
 from util.data import dataset_record, load_examples
 from util.files import json_line
 from util.preparation import prepare
@@ -59,9 +59,11 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="The teacher.")
     parser.add_argument("--dataset_name", required=True, help="Whose training split is distilled.")
     parser.add_argument("--output_file", type=Path, required=True, help="A .jsonl.gz: source, target.")
-    parser.add_argument("--max_length", type=int, default=128, help="Longer rows are left out (tokens).")
-    parser.add_argument("--num_beams", type=int, default=4)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--max_length", type=whole_number, default=128, help="Longer rows are left out (tokens)."
+    )
+    parser.add_argument("--num_beams", type=whole_number, default=4)
+    parser.add_argument("--batch_size", type=whole_number, default=64)
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ from models.errors import UserError, one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
-from util.arguments import DataArguments, locked_output_file
+from util.arguments import DataArguments, locked_output_file, whole_number
 from util.data import dataset_record, load_examples
 from util.preparation import position_limit, prepare
 from util.tables import comparison_table, print_report, write_json
@@ -59,10 +59,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer counts.")
     parser.add_argument("--dataset_name", required=True, choices=sorted(DATASETS))
     parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    parser.add_argument("--size", type=int, default=500, help="Tokens on the shortlist, at least 2.")
-    parser.add_argument("--shallow_layer", type=int, help="Where decisions are compared (default: its own).")
-    parser.add_argument("--num_samples", type=int, default=100, help="Validation samples of the comparison.")
-    parser.add_argument("--max_length", type=int, default=64, help="Of their outputs.")
+    parser.add_argument("--size", type=whole_number, default=500, help="Tokens on the shortlist, at least 2.")
+    parser.add_argument(
+        "--shallow_layer", type=whole_number, help="Where decisions are compared (default: its own)."
+    )
+    parser.add_argument(
+        "--num_samples", type=whole_number, default=100, help="Validation samples of the comparison."
+    )
+    parser.add_argument("--max_length", type=whole_number, default=64, help="Of their outputs.")
     parser.add_argument("--output_file", type=Path, required=True)
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
-from util.calibration import METHODS, P_VALUES, simulate
+from util.calibration import METHODS, P_VALUES, check_losses, simulate
 from util.consistency import CONSISTENCIES
 from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
 
@@ -84,9 +84,14 @@ def read_losses(flags: SimulationArguments) -> tuple[np.ndarray, np.ndarray]:
     require(path.is_file(), f"--losses_file: there is no file {path}.")
     try:
         with np.load(path) as arrays:
-            return arrays[flags.consistency], arrays["ideal_speedups"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            losses, speedups = check_losses(arrays[flags.consistency]), arrays["ideal_speedups"]
+    except UserError as error:
+        raise UserError(f"--losses_file {path}: {error}") from error
+    except (ValueError, IndexError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--losses_file {path} is not what scripts/calibrate.py writes.") from error
+    kept = speedups.shape == losses.shape[1:] and speedups.dtype.kind == "f" and np.isfinite(speedups).all()
+    require(bool(kept), f"--losses_file {path}: ideal_speedups must hold one number a candidate.")
+    return losses, speedups
 
 
 def simulate_all(

@@ -123,7 +123,7 @@ class SweepArguments:
 
 def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()
-    with one_line_errors():
+    with one_line_errors("Run the same command with --resume_eval True to continue."):
         flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)):
             sweep(flags, data)

@@ -15,7 +15,7 @@ from transformers import T5Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
-from util.arguments import DataArguments, locked_output_dir
+from util.arguments import DataArguments, locked_output_dir, whole_number
 from util.data import dataset_record, load_examples
 from util.tasks import DATASETS
 
@@ -23,7 +23,7 @@ from util.tasks import DATASETS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset_name", required=True, choices=tuple(DATASETS))
-    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--vocab_size", type=whole_number, default=4096)
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
     with one_line_errors(), locked_output_dir(arguments.output_dir):

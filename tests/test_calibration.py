@@ -129,17 +129,53 @@ def test_conformal_risk_control_by_hand():
     assert result.certified.tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([[0.1, 1.5]], r"in \[0, 1\], but sample 1 of candidate 2 has 1.5"),
+        ([[0.1], [-0.2]], "sample 2 of candidate 1 has -0.2"),
+        ([[0.1], [math.nan]], "sample 2 of candidate 1 has nan"),
+        ([[math.inf]], "has inf"),
+        ([0.1, 0.2], r"table of numbers, samples x candidates; got shape \(2,\)"),
+        (np.zeros((0, 3)), r"got shape \(0, 3\)"),
+        ([["a"]], "table of numbers"),
+    ],
+)
+def test_losses_that_no_guarantee_covers_are_refused(losses, message):
+    for method in METHODS:
+        with pytest.raises(UserError, match=message):
+            certify(method, np.array(losses), DELTA, EPSILON)
+    with pytest.raises(UserError, match=r"delta must lie between 0 and 1, got 1\.5"):
+        certify("ltt", np.zeros((5, 1)), 1.5, EPSILON)
+    traces = np.array([[-1e-16, 1 + 1e-14]] * 50)  # of rounding
+    assert certify("ltt", traces, DELTA, EPSILON).certified.tolist() == [True, False]
+
+
 def test_fastest_is_among_the_certified():
     speedups = np.array([1.0, 2.0, 2.0, 3.0])
     assert fastest(np.array([True, True, True, False]), speedups) == 1
     assert fastest(np.zeros(4, dtype=bool), speedups) is None
 
 
+def p_value_by_hand(risk, n, delta):
+    """Hoeffding-Bentkus from binomial coefficients."""
+    entropy = (1 - risk) * math.log((1 - risk) / (1 - delta)) + (risk and risk * math.log(risk / delta))
+    losses = math.ceil(round(n * risk, 9))
+    tail = sum(math.comb(n, k) * delta**k * (1 - delta) ** (n - k) for k in range(losses + 1))
+    return min(math.exp(-n * entropy), math.e * tail)
+
+
+@pytest.mark.parametrize(
+    ("risk", "delta", "needed"),
+    [(0.0, 0.1, 29), (0.05, 0.1, 160), (0.07, 0.1, 442), (0.1, 0.2, 78), (0.125, 0.25, 56)],
+)
+def test_needed_samples_are_the_fewest(risk, delta, needed):
+    """The p-value rises with each loss that must be counted: 160 samples pass, some of 161 to 172 do not."""
+    by_hand = next(n for n in range(1, 1000) if p_value_by_hand(risk, n, delta) <= 0.05)
+    assert needed_samples("ltt", risk, delta, 0.05) == by_hand == needed
+
+
 def test_needed_samples():
-    for risk in (0.0, 0.03, 0.1):
-        passing = [n for n in range(1, 400) if hoeffding_bentkus(risk, n, DELTA) <= EPSILON]
-        needed = needed_samples("ltt", risk, DELTA, EPSILON)
-        assert needed in passing and needed <= passing[0] + 1 / max(risk, 0.01)
     assert needed_samples("ucb", 0.0, 0.1, 0.05) == 29  # 0.9^28 > 0.05 >= 0.9^29
     assert needed_samples("ltt", DELTA, DELTA, EPSILON) is None
     assert needed_samples("ltt", DELTA - 1e-6, DELTA, EPSILON) > 1e6

@@ -10,8 +10,9 @@ from transformers.generation import BaseStreamer
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
+from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads
-from models.exit_policy import Calm, FullDepth, StaticExit
+from models.exit_policy import Calm, FullDepth, StaticExit, check_policy
 from models.families import view_for
 from models.free import Free
 from models.threshold import AdaptiveThreshold, FixedThreshold
@@ -371,3 +372,18 @@ def test_layers_the_decoder_lacks_are_refused(policy):
 def test_beam_search_is_refused():
     with pytest.raises(ValueError, match="num_beams"):
         decode(tiny_model(), padded_inputs(), num_beams=3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Free, r"give an object, Free\(\.\.\.\), not the class Free"),
+        (FullDepth, r"give an object, FullDepth\(\.\.\.\)"),
+        ("free", "'free' is no policy; it lacks begin, step, finish, retracts"),
+        (NEVER, "is no policy; it lacks begin"),
+    ],
+)
+def test_what_is_no_policy_is_refused(policy, message):
+    with pytest.raises(UserError, match=message):
+        check_policy(policy)
+    check_policy(FullDepth())

@@ -27,6 +27,7 @@ from gpt_eval.parsing import DIMENSIONS, parse_answer
 from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.scoring import score
 from gpt_eval.stand_in_server import StandInServer
+from gpt_eval.verdicts import STATES
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,12 +128,11 @@ ROW = {"id": "s0", "prediction": "x"}
     [
         ([ROW, ROW], r"free.jsonl, line 2: the id 's0' is there twice"),
         ([{"id": "s0"}], r"free.jsonl, line 1: no prediction"),
-        ([ROW | {"prediction": "  "}], r"free.jsonl, line 1: the prediction of 's0' is empty"),
         ([ROW], r"free.jsonl lacks the id 's1', prediction 2 of \S*full.jsonl"),
         ([ROW, ROW | {"id": "s1"}, ROW | {"id": "s9"}], r"full.jsonl lacks the id 's9', prediction 3 of"),
         (
             [ROW | {"prediction": "\ud800"}],
-            r"free.jsonl, line 1: the prediction of 's0' is empty or not text",
+            r"free.jsonl, line 1: the prediction of 's0' is not text",
         ),
         ([], r"free.jsonl: there are no predictions"),
         (["text"], r"free.jsonl, line 1: not a JSON object"),
@@ -152,8 +152,8 @@ def test_other_wrong_input_is_named(tmp_path, capsys):
     (tmp_path / "likert.txt").write_text("Rate $summary, it cost $5.")
     wrong = {
         r"free.jsonl, prediction 2: \S*source.jsonl has no text with the id 's1'": make_flags(tmp_path),
-        r"cut.jsonl, line 2: not JSON": make_flags(tmp_path, systems=["cut"]),
-        r"none.jsonl: cannot be read": make_flags(tmp_path, systems=["none"]),
+        r"cut.jsonl, line 2, is not JSON": make_flags(tmp_path, systems=["cut"]),
+        r"none.jsonl cannot be read: No such file": make_flags(tmp_path, systems=["none"]),
         r"pairwise needs two files": make_flags(tmp_path, "--judgements", "pairwise", systems=["free"]),
         r"no column 'text'": make_flags(tmp_path, "--source_column", "text"),
         r"under different names": make_flags(tmp_path, systems=["free", "free"]),
@@ -164,6 +164,10 @@ def test_other_wrong_input_is_named(tmp_path, capsys):
     write_inputs(tmp_path, 1)
     assert main(make_flags(tmp_path, "--prompts", str(tmp_path), systems=["free"])) == 2
     assert "use exactly the fields $source, $summary; write a dollar sign as $$" in capsys.readouterr().err
+
+
+def rate(*ratings):
+    return json.dumps(dict(zip(DIMENSIONS, ratings, strict=True)))
 
 
 # Answers are read as text, whole or not at all
@@ -187,10 +191,13 @@ def test_other_wrong_input_is_named(tmp_path, capsys):
         ("likert", "Relevance: 45\nInformativeness: 3\nFluency: 5\nCoherence: 2", None, "unparsable"),
         ("likert", "__import__('os').system('touch pwned')", None, "unparsable"),
         ("likert", "[" * 100_000, None, "unparsable"),
+        ("likert", f"<think>Fluency: 1? {rate(1, 1, 1, 1)}</think>{RATINGS}", [4, 3, 5, 2], "lenient"),
+        ("likert", f"<think>{RATINGS}", None, "unparsable"),
         ("likert", "", None, "unparsable"),
         ("pairwise", '{"better": "Summary 1"}', "Summary 1", "strict"),
         ("pairwise", '{"better": "tie"}', "tie", "strict"),
         ("pairwise", "Summary 1", "Summary 1", "lenient"),
+        ("pairwise", "Summary 0\nor not?</think>\n\nSummary 1", "Summary 1", "lenient"),
         ("pairwise", "**Summary 0** is better.", "Summary 0", "lenient"),
         ("pairwise", "The better summary is: Summary0\n\nSummary 1 lacks the date.", "Summary 0", "lenient"),
         ("pairwise", "Tie", "tie", "lenient"),
@@ -220,10 +227,6 @@ def score_all(*built, **others):
     return score(requests, {"m": answers, **others})
 
 
-def rate(*ratings):
-    return json.dumps(dict(zip(DIMENSIONS, ratings, strict=True)))
-
-
 def test_likert_means_leave_unparsable_answers_out():
     scores = score_all(
         build("likert", "1", ["a"], rate(4, 3, 5, 2)),
@@ -236,7 +239,7 @@ def test_likert_means_leave_unparsable_answers_out():
     )
     judge = scores["judges"]["m"]
     system = judge["likert"]["systems"]["a"]
-    assert system["answers"] == {"strict": 3, "lenient": 0, "unparsable": 1, "missing": 1}
+    assert system["answers"] == {"strict": 3, "lenient": 0, "unparsable": 1, "refused": 0, "missing": 1}
     assert system["samples"] == 2
     means = {name: system[name]["mean"] for name in (*DIMENSIONS, "average")}
     assert means == {
@@ -274,7 +277,7 @@ def test_pairwise_counts_wins_in_both_orders_only():
     pairwise = scores["judges"]["m"]["pairwise"]
     assert [pairwise[name] for name in ("samples", "wins", "losses", "ties")] == [8, 4, 1, 3]
     assert pairwise["incomplete_pairs"] == 2
-    assert pairwise["answers"] == {"strict": 18, "lenient": 0, "unparsable": 1, "missing": 1}
+    assert pairwise["answers"] == {"strict": 18, "lenient": 0, "unparsable": 1, "refused": 0, "missing": 1}
     assert pairwise["win_rate"] == 0.8
     assert pairwise["p_value"] == pytest.approx(2 * (5 + 1) / 2**5)  # 4 or more of 5, both tails
     position = pairwise["position"]
@@ -363,7 +366,7 @@ def test_a_thousand_requests_through_every_fault(tmp_path):
         outcomes["answer"] >= 1000 and sum(row["attempts"] - 1 for row in records) == len(server.calls) - 1000
     )
     scores = score(requests, {"judge": read_answers(tmp_path / "answers.jsonl")})["judges"]["judge"]
-    assert scores["answers"] == {"strict": 1000, "lenient": 0, "unparsable": 0, "missing": 0}
+    assert scores["answers"] == {"strict": 1000, "lenient": 0, "unparsable": 0, "refused": 0, "missing": 0}
     assert scores["pairwise"]["wins"] == 250  # "good s1" is in its source, "bad s1" half
 
 
@@ -526,7 +529,7 @@ def test_injected_text_changes_no_other_row_and_runs_nothing(tmp_path, monkeypat
     files = ["--requests", "requests.jsonl", "--answers", "answers.jsonl", "--output_dir", "."]
     assert main(["score", *files]) == 0
     systems = json.loads(Path("scores.json").read_text())["judges"]["judge"]["likert"]["systems"]
-    assert systems["free"]["answers"] == {"strict": 2, "lenient": 0, "unparsable": 1, "missing": 0}
+    assert [systems["free"]["answers"][state] for state in STATES] == [2, 0, 1, 0, 0]
     assert systems["full"]["relevance"] == {"mean": 4.0, "interval": [4.0, 4.0]}
     assert not Path("pwned").exists()
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads
-from models.loading import cast_model, load_model
+from models.loading import cast_model, create_model, load_model
 
 CHECKPOINT = "checkpoints/debian-t5-free"
 FREE_KEYS = {  # as the original wrote its flags into config.json
@@ -166,6 +166,58 @@ def test_pickled_code_is_not_run(original, capsys):
     with pytest.raises(UserError, match="Cannot load a model"):
         load_model(str(folder))
     assert "must never run" not in capsys.readouterr().out
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("pytorch_model.bin", b"", "pytorch_model.bin is empty; copy or download it again"),
+        ("pytorch_model.bin", POINTER, "pytorch_model.bin is only a pointer; run `git lfs pull`"),
+        ("pytorch_model.bin", 1000, "Cannot load a model"),
+        ("model.safetensors", b"", "model.safetensors is empty; copy or download it again"),
+        ("model.safetensors", POINTER, "model.safetensors is only a pointer"),
+        ("model.safetensors", 1000, "Cannot load a model"),
+        ("model.safetensors.index.json", b"{}", "index.json lacks a weight_map from names to files"),
+        ("model.safetensors.index.json", b"[]", "index.json must hold a JSON object"),
+        ("model.safetensors.index.json", b"", "index.json is not JSON"),
+        ("config.json", b"3", "config.json must hold a JSON object, not 3"),
+        ("config.json", {"d_model": "wide"}, "expected int, got str"),
+        ("config.json", {"d_model": 10**30}, "d_model 1000000000000000000000000000000 is too large"),
+        ("config.json", {"d_model": -1}, "negative dimension"),
+        ("config.json", {"d_ff": 40}, r"does not fit its architecture; .*wrong shape: .*DenseReluDense"),
+        ("config.json", {"dtype": "float1"}, "Cannot load"),
+        ("exit_config.json", b"[]", "exit_config.json must hold a JSON object"),
+    ],
+)
+def test_damaged_checkpoints_are_named_in_one_line(tmp_path, file, content, message):
+    model = tiny_model("t5-tied", seed=3)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if file == "pytorch_model.bin":
+        torch.save(model.state_dict(), tmp_path / file)
+    if file != weights.name and file.startswith(("pytorch", "model")):
+        weights.unlink()
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((tmp_path / file).read_text()) | content).encode()
+    (tmp_path / file).write_bytes(
+        content if isinstance(content, bytes) else (tmp_path / file).read_bytes()[:content]
+    )
+    with pytest.raises(UserError, match=message) as error:
+        load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [{"d_model": "wide"}, {"d_model": 10**30}, {"num_heads": 0}])
+def test_impossible_configs_make_no_model(tmp_path, sizes):
+    path = tmp_path / "config.json"
+    settings = json.loads(tiny_model("t5-tied").config.to_json_string()) | sizes
+    path.write_text(json.dumps(settings | {"vocab_size": 4096}))
+    with pytest.raises(UserError, match=r"config\.json") as error:
+        create_model(str(path), CHECKPOINT)
+    assert "\n" not in str(error.value)
 
 
 def test_remote_code_is_refused(tmp_path):

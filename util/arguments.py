@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
@@ -20,6 +21,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from models.errors import UserError
 from models.exit_heads import PER_EXIT_HEADS
+from models.json_files import LARGEST, decode_json, read_text
 from models.losses import INTERMEDIATE_LOSSES
 from util.files import locked
 from util.tasks import DATASETS, TASKS
@@ -470,6 +472,9 @@ class Arguments:
 
     def _check_training(self) -> None:
         training, data = self.training, self.data
+        for name in ("seed", "data_seed"):
+            seed = getattr(training, name)
+            require(seed is None or 0 <= seed < 2**32, f"--{name} must lie in 0..{2**32 - 1}, got {seed}.")
         require(
             not data.streaming or training.max_steps > 0 or not training.do_train,
             "--streaming does not know how long an epoch is: add --max_steps.",
@@ -508,6 +513,14 @@ class PaperSettings:
     dataset_name: str | None = None
 
 
+def whole_number(text: str) -> int:
+    """The type of a whole-number flag of a plain argparse parser."""
+    value = int(text)
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is too large: whole numbers have 64 bits")
+    return value
+
+
 class Parser(HfArgumentParser):
     """An HfArgumentParser whose complaints are one line."""
 
@@ -534,7 +547,16 @@ def parse_exactly(parser: Parser, argv: list[str] | None) -> tuple[Any, ...]:
     if rest:
         near = difflib.get_close_matches(rest[0].split("=")[0], parser._option_string_actions, n=1)
         raise UserError(f"Unknown flag {rest[0]}" + (f": did you mean {near[0]}?" if near else "."))
+    refuse_huge_numbers(groups)
     return tuple(groups)
+
+
+def refuse_huge_numbers(groups: Iterable[Any]) -> None:
+    """Raise UserError for a whole number that no size, count or seed can be: they have 64 bits."""
+    for name, value in ((name, value) for group in groups for name, value in vars(group).items()):
+        for number in value if isinstance(value, list) else [value]:
+            fine = not isinstance(number, int) or abs(number) <= LARGEST
+            require(fine, f"--{name} {number} is too large: whole numbers have 64 bits.")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -569,13 +591,13 @@ def expand_argument_file(argv: list[str]) -> list[str]:
         return argv
     path = Path(argv[0])
     require(path.is_file(), f"There is no argument file {path}.")
+    text = read_text(path)
     try:
-        loader = json.loads if path.suffix == ".json" else yaml.safe_load
-        settings = loader(path.read_text(encoding="utf8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} is not valid {path.suffix[1:].upper()}: {error}".replace("\n", " ")
-        ) from error
+        settings = decode_json(text, str(path)) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
     return [text for name, value in settings.items() for text in as_flags(name, value)] + argv[1:]
 
@@ -602,7 +624,7 @@ def as_flags(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"--{name}", json.dumps(value, default=str) if isinstance(value, dict) else str(value)]
 
 
 def non_default_settings(*groups: Any) -> dict[str, Any]:

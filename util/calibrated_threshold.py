@@ -6,15 +6,15 @@ where the threshold is used.
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from datasets import Dataset
 
 from models.errors import UserError
+from models.json_files import check_fields, read_mapping
 from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
 from util.data import dataset_record
 from util.files import content_hash, file_hash
@@ -56,11 +56,16 @@ class CalibratedThreshold:
     @classmethod
     def load(cls, path: Path) -> CalibratedThreshold:
         """Raises UserError if the file holds something else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf8"))
-            return cls(**{entry.name: content[entry.name] for entry in fields(cls)})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{FLAG} {path} is not what scripts/calibrate.py writes.") from error
+        content, hints = read_mapping(path, FLAG), get_type_hints(cls)
+        missing = [name for name in hints if name not in content]
+        if missing:
+            raise UserError(
+                f"{FLAG} {path} is not what scripts/calibrate.py writes: it lacks {', '.join(missing)}."
+            )
+        check_fields({name: content[name] for name in hints}, hints, f"{FLAG} {path}")
+        if "hash" not in content["data"]:
+            raise UserError(f"{FLAG} {path}: data lacks a hash.")
+        return cls(**{name: content[name] for name in hints})
 
     def certified(self, path: Path, model: str, settings: dict[str, Any]) -> float:
         """The threshold, if it was certified for this model and these settings; `path` is for the message.

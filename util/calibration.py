@@ -7,7 +7,6 @@ the guarantee is for; nothing is assumed of their distribution.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,13 @@ import numpy as np
 from scipy.special import rel_entr
 from scipy.stats import binom
 
+from models.errors import UserError
+
 BISECTIONS = 40  # of [0, 1]: far below any difference that matters
+TRACE = 1e-9  # by which rounding may carry a loss out of [0, 1]
 ROUNDING = 1e-15  # relative entropies below it are noise
+BLOCK = 1000
+SCANNED = 10**5  # numbers of samples that `needed_samples` tries one by one
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Certification:
     certified: np.ndarray  # (K,) bool: all candidates before the first that fails
 
 
-def hoeffding_bentkus(risk: np.ndarray | float, n: int, delta: np.ndarray | float) -> np.ndarray:
+def hoeffding_bentkus(risk: np.ndarray | float, n: np.ndarray | int, delta: np.ndarray | float) -> np.ndarray:
     """P-value of "the mean of losses in [0, 1] exceeds delta", given their mean `risk` over n samples.
 
     The smaller of Hoeffding's (in its tight form, by relative entropy) and Bentkus' inequality: Bates et al.,
@@ -135,14 +139,41 @@ METHODS: dict[str, Callable[[np.ndarray, float, float, PValue], Certification]] 
 def certify(
     method: str, losses: np.ndarray, delta: float, epsilon: float, p_value: str = "hoeffding_bentkus"
 ) -> Certification:
-    """Judge candidates by their losses (n, K), conservative ones first; crc ignores epsilon and p_value."""
+    """Judge candidates by their losses (n, K), conservative ones first; crc ignores epsilon and p_value.
+
+    Raises:
+        UserError: what the guarantee does not cover, as losses outside [0, 1] or none at all.
+    """
+    losses = check_losses(losses)
+    for name, value in (("delta", delta), ("epsilon", epsilon)):
+        if not 0 < value < 1:
+            raise UserError(f"{name} must lie between 0 and 1, got {value}.")
     return METHODS[method](losses, delta, epsilon, P_VALUES[p_value])
 
 
-def needed_samples(method: str, risk: float, delta: float, epsilon: float) -> int | None:
-    """Samples that would certify a candidate if its mean loss stayed at `risk`; None if no number does.
+def check_losses(losses: np.ndarray) -> np.ndarray:
+    """Losses (n, K) as floats in [0, 1], where rounding may have left them by a trace.
 
-    Under ltt and ucb by the Hoeffding-Bentkus p-value: how bets fare depends on more than the mean.
+    Raises:
+        UserError: they are no such table.
+    """
+    losses = np.asarray(losses)
+    if losses.ndim != 2 or 0 in losses.shape or losses.dtype.kind not in "biuf":
+        raise UserError(f"Losses must be a table of numbers, samples x candidates; got shape {losses.shape}.")
+    inside = (losses >= -TRACE) & (losses <= 1 + TRACE)  # false for nan
+    if not inside.all():
+        row, column = np.argwhere(~inside)[0]
+        place = f"sample {row + 1} of candidate {column + 1}"
+        raise UserError(f"Losses must lie in [0, 1], but {place} has {losses[row, column]}.")
+    return np.clip(losses.astype(float), 0.0, 1.0)
+
+
+def needed_samples(method: str, risk: float, delta: float, epsilon: float) -> int | None:
+    """The fewest samples that would certify a candidate of mean loss `risk`; None if no number does.
+
+    Under ltt and ucb by the Hoeffding-Bentkus p-value: how bets fare depends on more than the mean. It rises
+    wherever one more loss must be counted, so that every number is tried; where Hoeffding's inequality needs
+    more than `SCANNED`, that is the answer.
     """
     if risk >= delta:
         return None
@@ -151,9 +182,13 @@ def needed_samples(method: str, risk: float, delta: float, epsilon: float) -> in
     entropy = rel_entr(risk, delta) + rel_entr(1 - risk, 1 - delta)
     if entropy < ROUNDING:
         return None
-    sizes = range(1, math.ceil(math.log(1 / epsilon) / entropy) + 1)  # at the last, Hoeffding's alone passes
-    passes = bisect.bisect_left(sizes, True, key=lambda n: bool(hoeffding_bentkus(risk, n, delta) <= epsilon))
-    return passes + 1
+    enough = math.ceil(math.log(1 / epsilon) / entropy)  # Hoeffding's alone passes
+    for start in range(1, min(enough, SCANNED) + 1, BLOCK):
+        sizes = np.arange(start, min(start + BLOCK, enough + 1))
+        passes = hoeffding_bentkus(np.full(len(sizes), risk), sizes, delta) <= epsilon
+        if passes.any():
+            return int(sizes[passes.argmax()])
+    return enough
 
 
 def fastest(certified: np.ndarray, speedups: np.ndarray) -> int | None:

@@ -23,6 +23,7 @@ from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.families import view_for
+from models.json_files import decode_json, fits, read_text
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import count_long_sources
@@ -392,12 +393,22 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     """
     if path is None:
         return None
-    rows = []
-    for place, row in read_json_lines(path):
-        if not isinstance(row.get("prediction"), str) or row.get("id") is None:
-            raise UserError(f"--baseline_predictions {place}: not a prediction of run.py.")
-        rows.append(row | {"id": as_text(row["id"])})
-    return {row["id"]: row["prediction"] for row in best_windows(rows)} if rows else {}
+    flag, rows = "--baseline_predictions", []
+    for number, line in enumerate(read_text(path, flag).split("\n"), 1):
+        if line.strip():
+            place = f"{flag} {path}, line {number},"
+            row = decode_json(line, place)
+            if not (
+                isinstance(row, dict) and fits(row.get("id"), str | int) and fits(row.get("prediction"), str)
+            ):
+                raise UserError(f"{place} is not a prediction of run.py: no id with a prediction.")
+            rows.append(row | {"id": as_text(row["id"])})
+    if not rows:
+        raise UserError(f"{flag} {path} holds no predictions.")
+    try:
+        return {row["id"]: row["prediction"] for row in best_windows(rows)}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{flag} {path} does not hold windows as run.py writes them.") from error
 
 
 def write_sample_scores(path: Path, records: list[dict[str, Any]], task: str, language: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from models.exit_heads import ExitConfig
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.families import view_for
 from models.free import Free
+from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.arguments import DataArguments, ExitArguments
@@ -124,9 +124,8 @@ def free_threshold(flags: ExitArguments) -> Threshold:
     if flags.adapt_threshold_file is not None:
         try:
             return AdaptiveThreshold.load(flags.adapt_threshold_file)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            file = flags.adapt_threshold_file
-            raise UserError(f"--adapt_threshold_file {file} is not what run.py writes.") from error
+        except ValueError as error:  # a file that is damaged, or settings that no threshold takes
+            raise UserError(f"--adapt_threshold_file: {error}") from error
     return AdaptiveThreshold(flags.shallow2deep_conf_threshold, flags.adapt_zeta)
 
 
@@ -154,8 +153,7 @@ def read_shortlist(path: Path) -> Tensor:
     Raises:
         UserError: the file holds something else.
     """
-    try:
-        ids = json.loads(path.read_text(encoding="utf8"))["token_ids"]
-        return torch.tensor(ids, dtype=torch.long)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--conf_shortlist {path} is not what scripts/learn_shortlist.py writes.") from error
+    content = read_mapping(path, "--conf_shortlist")
+    if not fits(content.get("token_ids"), list[int]) or not content["token_ids"]:
+        raise UserError(f"--conf_shortlist {path} is not what scripts/learn_shortlist.py writes.")
+    return torch.tensor(content["token_ids"], dtype=torch.long)

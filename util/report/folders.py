@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import UserError
+from models.json_files import check_fields, read_mapping
 from util.comparison import BASELINE, HF_GENERATE
 from util.report.results import JudgeScores, Results, ResultSet, Setting, Trace
 from util.tasks import TASKS
@@ -41,6 +42,34 @@ FIGURE_KEYS = (
     "exit_share",
 )
 TIME_RATIOS = ("speedup", "speedup_interval", "speedup_median", "real_over_ideal", "timing_doubt")
+SHAPES = {  # of what is read from any of the files
+    "settings": list[Any],
+    "rows": list[Any],
+    "judges": dict[str, Any],
+    "agreement": list[dict[str, Any]],
+    "likert": dict[str, Any],
+    "pairwise": dict[str, Any],
+    "answers": dict[str, int],
+    "arguments": dict[str, Any],
+    "environment": dict[str, Any],
+    "confidence_intervals": dict[str, Any],
+    "auc": dict[str, float | None] | None,
+    "fastest_99": dict[str, str | None] | None,
+    "pareto": list[str] | None,
+    "name": str,
+    "setting": str,
+    "method": str,
+    "checkpoint": str,
+    "main_score": str,
+    "dataset": str | None,
+    "split": str | None,
+    "row": int,
+    "samples": int,
+    "batch_size": int,
+    "num_layers": int | None,
+    "shallow_layer": int | None,
+    "threshold": float | None,
+}
 INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
 
 
@@ -93,7 +122,10 @@ def read_folder(folder: Path, label: str) -> Results:
     for stage in stages:
         results.sets.append(read_run(folder, stage, f"{label} ({stage})" if len(stages) > 1 else label))
     if (folder / "scores.json").is_file():
-        scores = read_object(folder / "scores.json", ("judges",))
+        path = folder / "scores.json"
+        scores = read_object(path, ("judges",))
+        for judge, entry in scores["judges"].items():
+            check_keys(entry, (), f"{path}, judge {judge!r}")
         results.judges.append(JudgeScores(label, scores))
     if not results.sets and not results.judges:
         raise UserError(f"{folder}: no results here; expected {EXPECTED}.")
@@ -282,12 +314,7 @@ def is_comparable(run: ResultSet, other: ResultSet) -> bool:
 
 def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """A JSON file with an object that has these keys."""
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text.") from error
+    content = read_mapping(path)
     check_keys(content, keys, str(path))
     return content
 
@@ -301,7 +328,7 @@ def read_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str,
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # broken JSON or UTF-8
+            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
                 raise UserError(f"{place}: not JSON. If it was cut off, remove it.") from error
             check_keys(row, keys, place)
             pieces, exits = row["pieces"], row["exit_layers"]
@@ -323,6 +350,7 @@ def check_keys(content: Any, keys: Sequence[str], place: str) -> None:
     missing = [key for key in keys if key not in content]
     if missing:
         raise UserError(f"{place}: lacks {', '.join(missing)}.")
+    check_fields({name: value for name, value in content.items() if name in SHAPES}, SHAPES, place)
 
 
 def check_figures(row: dict[str, Any], main_score: str, place: str) -> None:

@@ -1,0 +1,57 @@
+"""Ctrl-C in every command: one line that says how to continue, exit code 130, no traceback."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from gpt_eval import __main__ as gpt_eval
+from models.errors import one_line_errors
+
+MODEL = ["--model_name_or_path", "x", "--dataset_name", "debian_de_en"]
+EXPORT = ["--run", "x", "--output_dir", "x", "--title", "x", "--train_script", "x"]
+COMMANDS = {  # module: the work that is interrupted, the flags that lead there, and how to go on
+    "run": ("parse_arguments", [], "evaluation by --resume_eval True"),
+    "scripts.sweep": ("parse_groups", [], "--resume_eval True to continue"),
+    "scripts.calibrate": ("parse_flags", [], "--resume_eval True to continue"),
+    "scripts.choose_exit": ("parse_groups", [], "to start again"),
+    "scripts.simulate_calibration": ("parse_flags", [], "to start again"),
+    "scripts.compare": ("run", ["--free", "x"], "to start again"),
+    "scripts.learn_shortlist": ("load_model", [*MODEL, "--output_file", "x"], "to start again"),
+    "scripts.report": ("read_folders", ["folder"], "to start again"),
+    "scripts.train_tokenizer": ("train", [*MODEL[2:], "--output_dir", "x"], "to start again"),
+    "scripts.distill_targets": ("distill", [*MODEL, "--output_file", "x"], "to start again"),
+    "scripts.export_checkpoint": ("export", EXPORT, "to start again"),
+    "scripts.benchmark_training": ("benchmark", [], "to start again"),
+}
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, name):
+    module = importlib.import_module(name)
+    work, flags, hint = COMMANDS[name]
+    monkeypatch.setattr(module, work, interrupt)
+    monkeypatch.setattr("sys.argv", [name, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    output = capsys.readouterr().err
+    assert stopped.value.code == 130
+    assert "Interrupted. Run the same command" in output and hint in output and "Traceback" not in output
+
+
+def test_interrupted_judges_keep_their_answers(monkeypatch, capsys):
+    monkeypatch.setattr(gpt_eval, "read_requests", interrupt)
+    assert gpt_eval.main(["run", "--model", "m"]) == 130
+    assert capsys.readouterr().err == (
+        "\nInterrupted. Run the same command to continue: what is answered stays.\n"
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        raise ZeroDivisionError
