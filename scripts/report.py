@@ -25,8 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results")
     parser.add_argument("--output_dir", type=Path, default=Path("save/report"))
     flags = parser.parse_args(argv)
-    with one_line_errors(), locked_output_dir(flags.output_dir) as folder:
-        written = write_report(read_folders(flags.folders), folder)
+    with one_line_errors():
+        results = read_folders(flags.folders)
+        with locked_output_dir(flags.output_dir) as folder:
+            written = write_report(results, folder)
     print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}")
 
 
