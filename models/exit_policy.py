@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.checks import as_count, as_layers, as_number, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.threshold import AdaptiveThreshold, Threshold
+from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 
 
 @dataclass
@@ -87,7 +88,7 @@ class StaticExit(SequencePolicy):
     """Static-Exiting: every token stops after `layer`; deeper layers are never run."""
 
     def __init__(self, layer: int) -> None:
-        self.layer = layer
+        self.layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("StaticExit", self.layer, view.num_layers)
@@ -108,16 +109,18 @@ class Calm(SequencePolicy):
     def __init__(
         self,
         confidence: ConfidenceMeasure,
-        threshold: Threshold,
+        threshold: Threshold | float,
         min_layer: int = 1,
         exit_layers: Iterable[int] | None = None,
     ) -> None:
         if exit_layers is not None and min_layer != 1:
             raise UserError("Calm takes min_layer or exit_layers, not both.")
-        self.confidence = confidence
-        self.threshold = threshold
-        self.min_layer = min_layer
-        self.exit_layers = None if exit_layers is None else frozenset(exit_layers)
+        self.confidence = as_object("Calm: confidence", confidence, "SoftmaxGap()")
+        self.threshold = as_threshold("Calm: threshold", threshold)
+        self.min_layer = as_count("Calm: min_layer", min_layer)
+        self.exit_layers = (
+            None if exit_layers is None else frozenset(as_layers("Calm: exit_layers", exit_layers))
+        )
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Calm: min_layer", self.min_layer, view.num_layers)
@@ -190,7 +193,7 @@ class Free:
         self,
         shallow_layer: int,
         confidence: ConfidenceMeasure,
-        threshold: Threshold,
+        threshold: Threshold | float,
         copy_skipped: bool = False,
         rollback_threshold: float | None = None,
         causal_catch_up: bool = True,
@@ -201,14 +204,18 @@ class Free:
             raise UserError("lossless excludes copy_skipped, rollback_threshold and causal_catch_up=False.")
         if copy_skipped and rollback_threshold is not None:
             raise UserError("rollback_threshold needs the parallel pass that copy_skipped removes.")
-        self.shallow_layer = shallow_layer
-        self.confidence = confidence
-        self.threshold = threshold
+        if shallow_layer is None:  # what the exit_config of a checkpoint without exits says
+            raise UserError("Free: shallow_layer is None: the checkpoint was not trained with one; name it.")
+        self.shallow_layer = as_count("Free: shallow_layer", shallow_layer)
+        self.confidence = as_object("Free: confidence", confidence, "SoftmaxGap()")
+        self.threshold = as_threshold("Free: threshold", threshold)
         self.copy_skipped = copy_skipped
+        if rollback_threshold is not None:
+            rollback_threshold = as_number("Free: rollback_threshold", rollback_threshold)
         self.rollback_threshold = rollback_threshold
         self.causal_catch_up = causal_catch_up
         self.lossless = lossless
-        self.max_pending = max_pending
+        self.max_pending = None if max_pending is None else as_count("Free: max_pending", max_pending)
         self.retracts = lossless or rollback_threshold is not None
         self.pending: list[PendingToken] = []
 

@@ -361,7 +361,7 @@ def test_nothing_survives_on_the_model():
     assert before == {name: set(vars(module)) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("policy", [StaticExit(7), StaticExit(0), Free(9, SoftmaxGap(), NEVER)])
+@pytest.mark.parametrize("policy", [StaticExit(7), Free(9, SoftmaxGap(), NEVER)])
 def test_layers_the_decoder_lacks_are_refused(policy):
     with pytest.raises(ValueError, match=r"must lie in 1\.\.6"):
         decode(tiny_model(), padded_inputs(), policy)
