@@ -41,7 +41,7 @@ class EveryThirdDeep(FixedThreshold):
     """Two tokens exit, the third runs all layers, and so on."""
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__(0.5)
 
     def at(self, position):
         return 2.0 if position % 3 == 2 else -1.0
