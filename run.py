@@ -6,7 +6,6 @@ Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_ea
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from models.errors import one_line_errors
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, non_default_settings, parse_arguments
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
@@ -28,7 +28,7 @@ STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "pred
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    prepare_console()
     with one_line_errors():
         run(parse_arguments(argv))
 
@@ -75,7 +75,7 @@ def evaluate_stage(
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
     shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_report(comparison_table(f"{stage}: {split}", {"name": "", "value": ""}, as_rows(shown)))
+    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
 
 
 def evaluation_settings(

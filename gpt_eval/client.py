@@ -22,12 +22,12 @@ from openai.resources.chat import AsyncCompletions
 from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
-from tqdm.auto import tqdm
 
 from gpt_eval.answer_log import AnswerLog
 from gpt_eval.cost import estimate_tokens
 from gpt_eval.rate_limit import RateLimiter
 from models.errors import UserError
+from util.progress import Progress
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED_STATUSES = {408, 409, 429}  # and 5xx
@@ -109,7 +109,7 @@ class Sender:
         """Ask everything, or stop early where going on is hopeless."""
         options = {"base_url": self.endpoint.base_url, "timeout": self.endpoint.timeout, "max_retries": 0}
         queue = iter(pending.items())
-        with tqdm(total=len(pending), desc="Asking", unit="request", disable=None) as progress:
+        with Progress("Asking", len(pending), "request") as progress:
             async with openai.AsyncOpenAI(api_key=self._key, **options) as client:
                 count = min(self.endpoint.concurrency, len(pending))
                 completions = client.chat.completions  # loads modules: better before requests are timed
@@ -117,7 +117,7 @@ class Sender:
         return self.outcome
 
     async def _work(
-        self, completions: AsyncCompletions, queue: Iterator[tuple[str, dict[str, Any]]], progress: tqdm
+        self, completions: AsyncCompletions, queue: Iterator[tuple[str, dict[str, Any]]], progress: Progress
     ) -> None:
         for key, body in queue:
             if self.outcome.stopped is not None:

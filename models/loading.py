@@ -7,8 +7,10 @@ checkpoints; `create_model(config, tokenizer)` starts from random weights.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,10 @@ def load_model(
         return load_adapted_model(name_or_path, tokenizer_name, dtype, merge_adapter, **hub)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub
-        )
+        with without_load_report():  # it is judged below, where exit heads are known
+            model, report = AutoModelForSeq2SeqLM.from_pretrained(
+                name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **hub
+            )
     except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a model from {name_or_path}: {first_line(error)}") from error
     freeze_unsaved_weights(model)
@@ -98,6 +101,21 @@ def load_model(
         hub = {**hub, "revision": "main"}  # the revision is the model's
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing and unexpected weights; other warnings pass."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_load_report)
+
+
+def is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def refuse_misspelt_folder(name_or_path: str) -> None:

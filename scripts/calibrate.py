@@ -11,7 +11,6 @@ scripts/simulate_calibration.py.
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,10 +40,12 @@ from util.arguments import (
 from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, needed_samples
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
 from util.evaluation import best_windows, decode_split, fingerprint, summarize_depth, texts_of
 from util.metrics import Reference
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
+from util.progress import track
 from util.report import comparison_table, environment, print_report
 
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
@@ -99,7 +99,7 @@ class Outcome:
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    prepare_console()
     with one_line_errors():
         calibrate(*parse_flags(argv))
 
@@ -166,7 +166,7 @@ def decode_candidates(
     policies = {"full_depth": ExitArguments(use_synchronize=exit_flags.use_synchronize)}
     policies |= {f"threshold_{value}": with_threshold(exit_flags, value) for value in flags.thresholds}
     outcomes = []
-    for name, policy_flags in tqdm(policies.items(), desc="Policies", unit="policy", disable=None):
+    for name, policy_flags in track([*policies.items()], "Calibrating", "candidate"):
         settings = evaluation_settings(arguments, policy_flags, f"{name}.jsonl")
         policy = build_policy(policy_flags, loaded, settings.max_length)
         records = decode_split(loaded, policy, examples, settings)

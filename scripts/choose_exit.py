@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,9 +37,11 @@ from util.arguments import (
     require_unit_interval,
 )
 from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
+from util.console import prepare_console
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
+from util.progress import track
 from util.report import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
 
@@ -78,7 +79,7 @@ class ChooserArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors():
         choose(*parse_groups((ChooserArguments, DataArguments), __doc__, argv))
 
@@ -99,7 +100,9 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     warm_up([full], examples, evaluation)
     decode_interleaved([full], examples, evaluation)
     cost = measure_cost(full)
-    traces = [read_trace(full, record, examples, evaluation) for record in full.records]
+    traces = [
+        read_trace(full, record, examples, evaluation) for record in track(full.records, "Tracing", "sample")
+    ]
     predictions = [predict_free(cost, traces, layer, threshold) for layer, threshold in candidates]
     chosen = recommend(predictions, flags.min_agreement)
     tested = choose_tested(predictions, chosen, flags.measured)

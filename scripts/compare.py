@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +25,7 @@ from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, make_output_dir
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings
 from util.report import (
@@ -65,7 +65,7 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors():
         run(flags)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from sacrebleu.metrics import CHRF
-from tqdm import tqdm
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments
 from util.data import dataset_record, load_examples
+from util.progress import track
 from util.tasks import DATASETS
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
     flags.output_file.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
-        for start in tqdm(range(0, len(order), flags.batch_size), unit="batch"):
+        for start in track(range(0, len(order), flags.batch_size), "Distilling", "batch"):
             rows = examples.select(order[start : start + flags.batch_size])
             for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
                 target = closest(hypotheses, row["target"])

@@ -35,10 +35,10 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {
     "threshold": "threshold",
     "full_exits": "exits",
-    "shortlist_exits": "with the shortlist",
+    "shortlist_exits": "exits, shortlist",
     "decisions_changed": "changed",
     "full_wrong_exits": "wrong exits",
-    "shortlist_wrong_exits": "with the shortlist",
+    "shortlist_wrong_exits": "wrong exits, shortlist",
 }
 
 

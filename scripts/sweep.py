@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,9 +51,11 @@ from util.comparison import (
     trace_record,
     warm_up,
 )
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, PredictionLog, fingerprint, replay_calibration
 from util.policies import build_measure
+from util.progress import track
 from util.report import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 
@@ -116,7 +117,7 @@ class SweepArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors():
         sweep(*parse_groups((SweepArguments, DataArguments), __doc__, argv))
 
@@ -282,7 +283,7 @@ def write_traces(
 ) -> None:
     """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
     with path.open("w", encoding="utf8") as file:
-        for setting in settings:
+        for setting in track(settings, "Tracing", "setting"):
             if setting.batch_size > 1:
                 continue
             chosen = setting.records if setting.method == BASELINE else setting.records[:count]
@@ -303,7 +304,7 @@ def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings
     best = [{"method": name, "auc": area} for name, area in areas.items()]
     print_report(
         comparison_table(f"{rows[0]['samples']} samples", columns, rows),
-        comparison_table("Area under quality against latency", {"method": "", "auc": "AUC"}, best),
+        comparison_table("Area under quality against latency", {"method": "method", "auc": "AUC"}, best),
         f"Fastest at 99% of full quality: {', '.join(filter(None, fastest.values()))}",
         f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}",
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from models.decoder_view import view_for
 from models.exit_policy import ExitPolicy
@@ -29,6 +29,7 @@ from util.evaluation import (
     summarize,
     texts_of,
 )
+from util.progress import track
 from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
 
@@ -69,9 +70,9 @@ class Setting:
 
 def warm_up(settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings) -> None:
     """Let every setting decode something before it is timed; policies that learn must be made anew after."""
-    for index in range(min(WARM_UP_SAMPLES, len(examples))):
-        for setting in settings:
-            decode_batch(setting.loaded, setting.policy, examples.select([index]), evaluation)
+    pairs = [*product(range(min(WARM_UP_SAMPLES, len(examples))), settings)]
+    for index, setting in track(pairs, "Warming up", "output"):
+        decode_batch(setting.loaded, setting.policy, examples.select([index]), evaluation)
 
 
 def decode_interleaved(
@@ -88,7 +89,7 @@ def decode_interleaved(
     """
     size = max(setting.batch_size for setting in settings)
     blocks = list(batch_indices(start, len(examples), size))
-    for number, block in enumerate(tqdm(blocks, desc="Decoding", unit="block", disable=None), start // size):
+    for number, block in enumerate(track(blocks, "Decoding", "block"), start // size):
         first = number % len(settings)
         for setting in settings[first:] + settings[:first]:
             for rows in batch_indices(block.start, block.stop, setting.batch_size):
@@ -128,7 +129,7 @@ def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dic
         setting.name: draw_scores(evaluation.task, *texts_of(best_windows(setting.records)))[quality]
         for setting in settings
     }
-    for setting in settings:
+    for setting in track(settings, "Comparing", "setting"):
         row, baseline = own[setting.name], baselines[setting.group]
         scores = row[quality], own[baseline.name][quality]
         row["interval"] = interval(draws[setting.name])

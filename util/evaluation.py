@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.generation import GenerateEncoderDecoderOutput
 
 from models.decoder_view import view_for
@@ -29,6 +28,7 @@ from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data import SEEN_COLUMN, count_long_sources
 from util.metrics import METRICS, Reference, compute_scores
+from util.progress import track
 from util.report import environment, write_json
 from util.significance import confidence_intervals, paired_bootstrap
 from util.tasks import TASKS
@@ -121,7 +121,7 @@ def decode_share(
     if batches:
         warm_up = None if policy is None else FullDepth()
         decode_batch(loaded, warm_up, examples.select(batches[0]), settings)
-    for indices in tqdm(batches, desc="Decoding", unit="batch", disable=None):
+    for indices in track(batches, "Decoding", "batch"):
         batch = examples.select(indices)
         decoded = decode_batch(loaded, policy, batch, settings)
         done += log.append(describe_batch(loaded, batch, decoded))

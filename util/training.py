@@ -10,6 +10,7 @@ import logging
 import shutil
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
@@ -27,6 +28,7 @@ from util.optimizer import build_muon
 from util.policies import build_policy
 from util.streaming import stream_training_rows
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+from util.training_progress import progress_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
     if training.generation_max_length is None:
         training.generation_max_length = data.val_max_target_length
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
         model=loaded.model,
@@ -154,6 +157,6 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
         compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
         **exit_options,
     )
