@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from util.arguments import OUR_GROUPS
+from util.flag_help import answer_help
+
+if __name__ == "__main__":
+    answer_help(OUR_GROUPS, __doc__, training=True)  # before torch is imported
+
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
@@ -30,7 +37,7 @@ STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "pred
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
-        run(parse_arguments(argv))
+        run(parse_arguments(argv, __doc__))
 
 
 def run(arguments: Arguments) -> None:
@@ -40,8 +47,19 @@ def run(arguments: Arguments) -> None:
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
+        say_next(arguments)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+
+
+def say_next(arguments: Arguments) -> None:
+    """Where the trained model is, and what it is for."""
+    folder = arguments.training.output_dir
+    after = f"run.py --model_name_or_path {folder} --do_eval, or --do_predict"
+    if arguments.exit.shallow_exit_layer is not None:
+        after += f"; scripts/sweep.py --free {folder} compares all methods"
+    if PartialState().is_main_process:
+        print(f"Saved the model to {folder}. Next: {after}")
 
 
 def load_stages(arguments: Arguments, loaded: LoadedModel) -> dict[str, Dataset]:
@@ -76,6 +94,10 @@ def evaluate_stage(
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
     shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
     print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
+    print(
+        f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
+        f"{training.output_dir}, beside the folder of another run to compare"
+    )
 
 
 def evaluation_settings(

@@ -1,18 +1,27 @@
-"""The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading."""
+"""The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading.
 
-from models.bart import BartView
-from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoder_view import DecoderView, register_view, view_for
-from models.decoding import DecodeStats, early_exit_decode
-from models.errors import UserError
-from models.exit_heads import ExitConfig
-from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, SequencePolicy, StaticExit, StepResult
-from models.loading import LoadedModel, create_model, load_model
-from models.losses import build_exit_loss
-from models.t5 import T5View
-from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
-from models.trace import LayerTrace, trace_layers
-from models.umt5 import UMT5View
+What is named here is imported when it is first used, so that `models.errors` and flags cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.bart import BartView
+    from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
+    from models.decoder_view import DecoderView, register_view, view_for
+    from models.decoding import DecodeStats, early_exit_decode
+    from models.errors import UserError
+    from models.exit_heads import ExitConfig
+    from models.exit_policy import Calm, ExitPolicy, Free, FullDepth, SequencePolicy, StaticExit, StepResult
+    from models.loading import LoadedModel, create_model, load_model
+    from models.losses import build_exit_loss
+    from models.t5 import T5View
+    from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
+    from models.trace import LayerTrace, trace_layers
+    from models.umt5 import UMT5View
 
 __all__ = [
     "AdaptiveThreshold",
@@ -47,3 +56,39 @@ __all__ = [
     "trace_layers",
     "view_for",
 ]
+
+HOMES = {  # of the names above
+    "models.bart": ("BartView",),
+    "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
+    "models.decoder_view": ("DecoderView", "register_view", "view_for"),
+    "models.decoding": ("DecodeStats", "early_exit_decode"),
+    "models.errors": ("UserError",),
+    "models.exit_heads": ("ExitConfig",),
+    "models.exit_policy": (
+        "Calm",
+        "ExitPolicy",
+        "Free",
+        "FullDepth",
+        "SequencePolicy",
+        "StaticExit",
+        "StepResult",
+    ),
+    "models.loading": ("LoadedModel", "create_model", "load_model"),
+    "models.losses": ("build_exit_loss",),
+    "models.t5": ("T5View",),
+    "models.threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
+    "models.trace": ("LayerTrace", "trace_layers"),
+    "models.umt5": ("UMT5View",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

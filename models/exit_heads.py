@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.choices import PER_EXIT_HEADS as PER_EXIT_HEADS
 from models.decoder_view import view_for
 from models.errors import UserError
 
 T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"
 HEAD_NAMES = ("cm_head", "layer_transformation", "per_exit_heads")
-PER_EXIT_HEADS = ("norm", "projection")
 
 
 @dataclass

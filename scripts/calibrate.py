@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import OUR_GROUPS
+from util.flag_help import answer_help
+from util.script_arguments import CalibrationArguments
+
+if __name__ == "__main__":
+    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, training=True)  # before torch is imported
+
 import numpy as np
 from datasets import Dataset
 from transformers import set_seed
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.decoder_view import view_for
 from models.errors import one_line_errors
@@ -31,14 +38,12 @@ from util.arguments import (
     ExitArguments,
     Parser,
     expand_argument_file,
-    flag,
-    list_flag,
     parse_arguments,
     require,
-    require_unit_interval,
+    require_split,
 )
 from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
-from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, needed_samples
+from util.calibration import certify, fastest, monotone, needed_samples
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.console import prepare_console
 from util.data import dataset_record, load_examples
@@ -48,8 +53,7 @@ from util.policies import build_policy, resolve_exit_arguments, threshold_flag, 
 from util.progress import track
 from util.report import comparison_table, environment, print_report
 
-THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
-SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}
+SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
     "threshold": "threshold",
     "layers_per_token": "layers/token",
@@ -57,35 +61,6 @@ COLUMNS = {
     "speedup": "speed-up",
     "risk": "observed loss",
 }
-
-
-@dataclass
-class CalibrationArguments:
-    delta: float = flag(0.05, "Tolerated loss against full depth, in (0, 1): 0.05 are 5 points of the score.")
-    epsilon: float = flag(0.05, "Tolerated probability that the loss exceeds --delta all the same.")
-    method: str = flag(
-        "ltt",
-        "Learn then test, conformal risk control (in expectation), or upper confidence bounds.",
-        tuple(METHODS),
-    )
-    p_value: str = flag("hoeffding_bentkus", "The test of ltt and ucb.", tuple(P_VALUES))
-    consistency: str = flag(
-        "textual", "Loss against full depth's text, or in the task's score.", CONSISTENCIES
-    )
-    thresholds: list[float] = list_flag(
-        THRESHOLDS,
-        "Candidates; a token exits above, so that 1.0 is full depth.",
-    )
-    fastest_by: str = flag("layers", "What the fastest is measured by.", tuple(SPEEDS))
-    split: str = flag("validation", "Held-out samples to calibrate on.", ("validation", "test"))
-
-    def __post_init__(self) -> None:
-        for name in ("delta", "epsilon"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"--{name} must lie between 0 and 1, got {value}.")
-        for value in self.thresholds:
-            require_unit_interval("thresholds", value)
-        self.thresholds = sorted(set(self.thresholds), reverse=True)
 
 
 @dataclass
@@ -128,6 +103,7 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments
 def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     """Decode the split at full depth and with every candidate, certify, save and report."""
     data, training = arguments.data, arguments.training
+    require_split(data, flags.split)
     set_seed(training.seed)
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
@@ -248,7 +224,10 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
     ]
     title = f"{calibrated.consistency} loss, {calibrated.samples} {calibrated.data['split']} samples"
     print_report(comparison_table(title, columns, shown), verdict(calibrated))
-    print_report(f"Wrote {folder}/calibrated_threshold.json for run.py --calibrated_threshold_file")
+    print_report(
+        f"Wrote {folder}/calibrated_threshold.json. Next: run.py with --calibrated_threshold_file "
+        f"{folder}/calibrated_threshold.json"
+    )
 
 
 def verdict(calibrated: CalibratedThreshold) -> str:

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments
+from util.flag_help import answer_help
+from util.script_arguments import ChooserArguments
+
+if __name__ == "__main__":
+    answer_help((ChooserArguments, DataArguments), __doc__)  # before torch is imported
+
 import numpy as np
 import torch
 from datasets import Dataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
@@ -28,13 +35,10 @@ from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
 from util.arguments import (
     DataArguments,
-    flag,
-    list_flag,
     make_output_dir,
     parse_groups,
     require,
-    require_positive,
-    require_unit_interval,
+    require_split,
 )
 from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
 from util.console import prepare_console
@@ -56,28 +60,6 @@ COLUMNS = {
 MEASURED_COLUMNS = COLUMNS | {"measured": "measured", "error": "error %", "quality_share": "% of full"}
 
 
-@dataclass
-class ChooserArguments:
-    model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder.")
-    split: str = flag("validation", "Which split is decoded.", ("validation", "test"))
-    num_samples: int | None = flag(200, "Only the first samples.")
-    shallow_layers: list[int] = list_flag([], "Candidate exits (default: all but the last layer).")
-    thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "Candidates.")
-    min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
-    measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
-    output_dir: str = flag("save/choose_exit", "Gets choice.json.")
-
-    def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
-        require(bool(self.thresholds), "--thresholds: name at least one.")
-        require_positive("num_samples", self.num_samples)
-        require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
-        require_unit_interval("min_agreement", self.min_agreement)
-        for value in self.thresholds:
-            require_unit_interval("thresholds", value)
-
-
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
@@ -85,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def choose(flags: ChooserArguments, data: DataArguments) -> None:
+    require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model_name_or_path)

@@ -9,27 +9,33 @@ and, along full depth's outputs on the validation split, how its decisions diffe
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments, make_output_dir, parse_groups
+from util.flag_help import answer_help
+from util.script_arguments import ShortlistArguments
+
+if __name__ == "__main__":
+    answer_help((ShortlistArguments, DataArguments), __doc__)  # before torch is imported
+
 import torch
 from datasets import Dataset
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import ShortlistGap, SoftmaxGap
 from models.decoder_view import view_for
 from models.errors import UserError, one_line_errors
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
-from util.arguments import DataArguments
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
+from util.progress import track
 from util.report import comparison_table, print_report, write_json
-from util.tasks import DATASETS
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {
@@ -43,41 +49,26 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
+    prepare_console()
     with one_line_errors():
+        flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
+        path = Path(flags.output_file)
+        make_output_dir(path.parent)
         loaded = load_model(flags.model_name_or_path)
-        shortlist = learn_shortlist(loaded, load_split(flags, loaded, flags.split), flags.size)
-        flags.output_file.parent.mkdir(parents=True, exist_ok=True)
-        shortlist["decisions"] = measure_decisions(flags, loaded, shortlist["token_ids"])
-        write_json(flags.output_file, shortlist)
+        shortlist = learn_shortlist(loaded, load_split(data, loaded, flags.split), flags.size)
+        shortlist["decisions"] = measure_decisions(flags, data, loaded, shortlist["token_ids"])
+        write_json(path, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")
         print_report(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
+        print(f"Wrote {path}. Next: run.py or scripts/sweep.py with --conf_shortlist {path}")
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer counts.")
-    parser.add_argument("--dataset_name", required=True, choices=sorted(DATASETS))
-    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    parser.add_argument("--size", type=int, default=500, help="Tokens on the shortlist, at least 2.")
-    parser.add_argument("--shallow_layer", type=int, help="Where decisions are compared (default: its own).")
-    parser.add_argument("--num_samples", type=int, default=100, help="Validation samples of the comparison.")
-    parser.add_argument("--max_length", type=int, default=64, help="Of their outputs.")
-    parser.add_argument("--output_file", type=Path, required=True)
-    return parser.parse_args(argv)
-
-
-def load_split(
-    flags: argparse.Namespace, loaded: LoadedModel, split: str, limit: int | None = None
-) -> Dataset:
-    data = DataArguments(task=DATASETS[flags.dataset_name].task, dataset_name=flags.dataset_name)
+def load_split(data: DataArguments, loaded: LoadedModel, split: str, limit: int | None = None) -> Dataset:
     return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
 
 
 def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[str, Any]:
     """The `size` most frequent target tokens (fewer if the split has fewer), by falling frequency."""
-    if size < 2:
-        raise UserError(f"--size must be at least 2, got {size}.")
     counts = Counter(
         token for row in loaded.tokenizer(list(examples["target"]))["input_ids"] for token in row
     )
@@ -87,7 +78,7 @@ def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[s
 
 
 def measure_decisions(
-    flags: argparse.Namespace, loaded: LoadedModel, token_ids: list[int]
+    flags: ShortlistArguments, data: DataArguments, loaded: LoadedModel, token_ids: list[int]
 ) -> list[dict[str, float]]:
     """At each threshold: the share of tokens that would exit and, of all tokens, those that would wrongly."""
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
@@ -99,8 +90,11 @@ def measure_decisions(
     measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
-    for source in load_split(flags, loaded, "validation", flags.num_samples)["source"]:
-        inputs = loaded.tokenizer(source, truncation=True, max_length=512, return_tensors="pt")
+    sources = list(load_split(data, loaded, "validation", flags.num_samples)["source"])
+    for source in track(sources, "Comparing", "sample"):
+        inputs = loaded.tokenizer(
+            source, truncation=True, max_length=data.max_source_length, return_tensors="pt"
+        )
         sequences = loaded.model.generate(**inputs, max_length=flags.max_length, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)

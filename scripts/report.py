@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     with one_line_errors():
         written = write_report(read_folders(flags.folders), make_output_dir(flags.output_dir))
-    print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}")
+    print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}. Next: open report.html")
 
 
 if __name__ == "__main__":

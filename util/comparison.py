@@ -29,12 +29,12 @@ from util.evaluation import (
     summarize,
     texts_of,
 )
+from util.method_names import BASELINE as BASELINE
+from util.method_names import HF_GENERATE as HF_GENERATE
 from util.progress import track
 from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
 
-BASELINE = "Full depth"
-HF_GENERATE = "HF generate"
 WARM_UP_SAMPLES = 3
 GOOD_SHARE = 99.0  # per cent of full depth's quality
 

@@ -309,7 +309,10 @@ def check_columns(columns: list[str], first: dict[str, Any], record: DatasetReco
     found = ", ".join(columns)
     for flag, column in (("--source_column", record.source), ("--target_column", record.target)):
         if column not in columns:
-            raise UserError(f"{origin}: no column {column!r}; found {found}. Name yours with {flag}.")
+            raise UserError(
+                f"{origin}: no column {column!r}; found {found}. Name yours with {flag}, or the task with "
+                f"--task (here {record.task})."
+            )
     if record.task == "question_answering" and "context" not in columns:
         raise UserError(f"{origin}: no column 'context'; found {found}. Rename yours to it.")
     if record.task == "translation" and record.source == record.target:
