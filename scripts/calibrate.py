@@ -224,10 +224,10 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
     ]
     title = f"{calibrated.consistency} loss, {calibrated.samples} {calibrated.data['split']} samples"
     print_report(comparison_table(title, columns, shown), verdict(calibrated))
-    print_report(
-        f"Wrote {folder}/calibrated_threshold.json. Next: run.py with --calibrated_threshold_file "
-        f"{folder}/calibrated_threshold.json"
-    )
+    path = folder / "calibrated_threshold.json"
+    failed = "raise --delta, or give more samples, with --resume_eval True"
+    after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
+    print_report(f"Wrote {path}. Next: {after}")
 
 
 def verdict(calibrated: CalibratedThreshold) -> str:

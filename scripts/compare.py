@@ -154,7 +154,8 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
     title = f"{flags.dataset_name}, {rows[0]['samples']} {flags.split} samples, batch 1, greedy"
     print_report(comparison_table(title, columns, rows), "", depth_legend(), *show_samples(settings))
     print_report(
-        f"\nWrote report.json, report.csv and report.png to {flags.output_dir}. Next: scripts/sweep.py for all thresholds"
+        f"\nWrote report.json, report.csv and report.png to {flags.output_dir}. Next: scripts/sweep.py tries "
+        "other thresholds and layers"
     )
 
 
