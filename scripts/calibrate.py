@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:
     """The flags of this script, and the others as run.py understands them."""
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
+    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, True, argv)
     parser = Parser((CalibrationArguments,), description=__doc__, allow_abbrev=False)
     flags, others = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False

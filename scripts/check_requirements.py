@@ -1,4 +1,4 @@
-"""Exit with 0 if this Python's packages satisfy requirements.txt; else say what is missing, and exit with 1."""
+"""Exit with 0 if this Python has what requirements.txt asks for; else say what is missing, exit with 1."""
 
 from __future__ import annotations
 

@@ -40,9 +40,11 @@ TRAINING_FLAGS = {
 COLUMN = 34  # where help texts begin
 
 
-def answer_help(groups: Sequence[type], description: str, training: bool = False) -> None:
-    """Print the help and exit if the command line asks for it."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+def answer_help(
+    groups: Sequence[type], description: str, training: bool = False, argv: list[str] | None = None
+) -> None:
+    """Print the help and exit if the command line (or `argv`) asks for it."""
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
         print(describe_flags(groups, description, training), end="")
         sys.exit(0)
 
