@@ -28,6 +28,7 @@ def test_python_blocks_run(page, monkeypatch):
         exec(compile(block, str(page), "exec"), scope)
 
 
+SHORT = ["--val_max_target_length", "8"]
 OVERRIDES = {  # fewer of everything; what a page's command does stays the same
     "train_tokenizer": ["--vocab_size", "600"],
     "run": [
@@ -39,8 +40,8 @@ OVERRIDES = {  # fewer of everything; what a page's command does stays the same
         "2",
         "--use_cpu",
     ],
-    "sweep": ["--num_samples", "2"],
-    "learn_shortlist": ["--num_samples", "2"],
+    "sweep": ["--num_samples", "2", *SHORT],
+    "learn_shortlist": ["--num_samples", "2", "--max_length", "8"],
     "report": [],
 }
 
