@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 
-from util.progress import on_terminal
+from util.progress import is_first_process, on_terminal
 
 OUR_LOGGERS = ("models", "util", "scripts", "gpt_eval")
 DEPRECATED = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)  # addressed to programmers
@@ -20,7 +20,7 @@ def prepare_console() -> None:
         sys.stdout.reconfigure(line_buffering=True)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in OUR_LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if is_first_process() else logging.WARNING)
     for category in DEPRECATED:
         warnings.filterwarnings("ignore", category=category)
     quiet_transformers()
