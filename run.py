@@ -6,10 +6,16 @@ Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_ea
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+from util.arguments import OUR_GROUPS
+from util.flag_help import answer_help
+
+if __name__ == "__main__":
+    answer_help(OUR_GROUPS, __doc__, training=True)  # before torch is imported
+
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
@@ -18,6 +24,7 @@ from models.families import view_for
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, locked_output_dir, non_default_settings, parse_arguments
+from util.console import prepare_console
 from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
@@ -33,9 +40,9 @@ TO_CONTINUE = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    prepare_console()
     with one_line_errors(TO_CONTINUE):
-        arguments = parse_arguments(argv)
+        arguments = parse_arguments(argv, __doc__)
         with locked_output_dir(Path(arguments.training.output_dir)):
             run(arguments)
 
@@ -48,8 +55,19 @@ def run(arguments: Arguments) -> None:
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
+        say_next(arguments)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+
+
+def say_next(arguments: Arguments) -> None:
+    """Where the trained model is, and what it is for."""
+    folder = arguments.training.output_dir
+    after = f"run.py --model_name_or_path {folder} --do_eval, or --do_predict"
+    if arguments.exit.shallow_exit_layer is not None:
+        after += f"; scripts/sweep.py --free {folder} compares all methods"
+    if PartialState().is_main_process:
+        print(f"Saved the model to {folder}. Next: {after}")
 
 
 def load_stages(arguments: Arguments, loaded: LoadedModel) -> dict[str, Dataset]:
@@ -83,7 +101,11 @@ def evaluate_stage(
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
     shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_report(comparison_table(f"{stage}: {split}", {"name": "", "value": ""}, as_rows(shown)))
+    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
+    print(
+        f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
+        f"{training.output_dir}, beside the folder of another run to compare"
+    )
 
 
 def evaluation_settings(

@@ -21,7 +21,6 @@ import openai
 from openai.resources.chat import AsyncCompletions
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
-from tqdm.auto import tqdm
 
 from gpt_eval.answer_log import AnswerLog
 from gpt_eval.cost import add_usage, estimate_tokens
@@ -29,6 +28,7 @@ from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.redaction import Redactor, redacted_logs
 from gpt_eval.responses import ResponseError, is_hopeless, is_transient, read_completion
 from models.errors import UserError
+from util.progress import Progress
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_FAILURES_IN_A_ROW = 20
@@ -109,7 +109,7 @@ class Sender:
         """Ask everything, or stop early where going on is hopeless."""
         options = {"base_url": self.endpoint.base_url, "timeout": self.endpoint.timeout, "max_retries": 0}
         queue = iter(pending.items())
-        progress_bar = tqdm(total=len(pending), desc="Asking", unit="request", disable=None)
+        progress_bar = Progress("Asking", len(pending), "request")
         with redacted_logs(self._redact), progress_bar as progress:
             async with openai.AsyncOpenAI(api_key=self._key, **options) as client:
                 count = min(self.endpoint.concurrency, len(pending))
@@ -118,7 +118,7 @@ class Sender:
         return self.outcome
 
     async def _work(
-        self, completions: AsyncCompletions, queue: Iterator[tuple[str, dict[str, Any]]], progress: tqdm
+        self, completions: AsyncCompletions, queue: Iterator[tuple[str, dict[str, Any]]], progress: Progress
     ) -> None:
         for key, body in queue:
             if self.outcome.stopped is not None:

@@ -42,10 +42,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from rich.markup import escape
-from rich.table import Table
 
 from gpt_eval.parsing import DIMENSIONS
-from util.tables import comparison_table, plt, print_report, write_json
+from util.tables import WholeTable, comparison_table, plt, print_report, write_json
 
 FIGURES = (*DIMENSIONS, "average")
 LIKERT_COLUMNS = {"samples": "samples", **{name: name for name in FIGURES}}
@@ -68,9 +67,9 @@ def write_report(folder: Path, scores: dict[str, Any]) -> None:
     print_report(*tables(scores), f"Wrote scores.json and scores.png to {escape(str(folder))}")
 
 
-def tables(scores: dict[str, Any]) -> list[Table]:
+def tables(scores: dict[str, Any]) -> list[WholeTable]:
     judges = scores["judges"]
-    columns = {"name": "", **{judge: escape(judge) for judge in judges}}
+    columns = {"name": "figure", **{judge: escape(judge) for judge in judges}}
     likert = [row for judge, results in judges.items() for row in likert_rows(judge, results)]
     pairwise = {
         judge: pairwise_figures(results) for judge, results in judges.items() if "pairwise" in results

@@ -1,36 +1,93 @@
 """The engine: models seen layer by layer, exit policies, the decoding loop, losses and loading.
 
-Names are loaded when they are first used, so that `import models.errors` does not load torch.
+What is named here is imported when it is first used, so that `models.errors` and flags cost nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-EXPORTS = {
-    "confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
-    "decoder_view": ("DecoderState", "DecoderView"),
-    "decoding": ("DecodeStats", "early_exit_decode", "generate"),
-    "errors": ("UserError",),
-    "exit_heads": ("ExitConfig",),
-    "exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
-    "families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
-    "free": ("Free",),
-    "loading": ("LoadedModel", "create_model", "load_model"),
-    "losses": ("build_exit_loss",),
-    "threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
-    "trace": ("LayerTrace", "trace_layers"),
+if TYPE_CHECKING:
+    from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
+    from models.decoder_view import DecoderState, DecoderView
+    from models.decoding import DecodeStats, early_exit_decode, generate
+    from models.errors import UserError
+    from models.exit_heads import ExitConfig
+    from models.exit_policy import Calm, ExitPolicy, FullDepth, SequencePolicy, StaticExit, StepResult
+    from models.families import BartView, T5View, UMT5View, register_view, view_for
+    from models.free import Free
+    from models.loading import LoadedModel, create_model, load_model
+    from models.losses import build_exit_loss
+    from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
+    from models.trace import LayerTrace, trace_layers
+
+__all__ = [
+    "AdaptiveThreshold",
+    "BartView",
+    "Calm",
+    "ConfidenceMeasure",
+    "DecayingThreshold",
+    "DecodeStats",
+    "DecoderState",
+    "DecoderView",
+    "ExitConfig",
+    "ExitPolicy",
+    "FixedThreshold",
+    "Free",
+    "FullDepth",
+    "LayerTrace",
+    "LoadedModel",
+    "Measured",
+    "MetaClassifier",
+    "SequencePolicy",
+    "ShortlistGap",
+    "SoftmaxGap",
+    "StaticExit",
+    "StepResult",
+    "T5View",
+    "UMT5View",
+    "UserError",
+    "build_exit_loss",
+    "create_model",
+    "early_exit_decode",
+    "generate",
+    "load_model",
+    "register_view",
+    "trace_layers",
+    "view_for",
+]
+
+HOMES = {  # of the names above
+    "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
+    "models.decoder_view": ("DecoderState", "DecoderView"),
+    "models.decoding": ("DecodeStats", "early_exit_decode", "generate"),
+    "models.errors": ("UserError",),
+    "models.exit_heads": ("ExitConfig",),
+    "models.exit_policy": (
+        "Calm",
+        "ExitPolicy",
+        "FullDepth",
+        "SequencePolicy",
+        "StaticExit",
+        "StepResult",
+    ),
+    "models.families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
+    "models.free": ("Free",),
+    "models.loading": ("LoadedModel", "create_model", "load_model"),
+    "models.losses": ("build_exit_loss",),
+    "models.threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
+    "models.trace": ("LayerTrace", "trace_layers"),
 }
-HOMES = {name: module for module, names in EXPORTS.items() for name in names}
-__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+    home = next((module for module, names in HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.choices import PER_EXIT_HEADS as PER_EXIT_HEADS
 from models.errors import UserError
 from models.families import view_for
 from models.json_files import check_fields, read_mapping
@@ -24,7 +25,6 @@ from models.losses import INTERMEDIATE_LOSSES
 T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"
 HEAD_NAMES = ("cm_head", "layer_transformation", "per_exit_heads")
-PER_EXIT_HEADS = ("norm", "projection")
 
 
 @dataclass

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from models.checks import as_count, as_layers, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.threshold import Threshold
+from models.threshold import Threshold, as_threshold
 
 
 @dataclass
@@ -87,7 +88,7 @@ class StaticExit(SequencePolicy):
     """Static-Exiting: every token stops after `layer`; deeper layers are never run."""
 
     def __init__(self, layer: int) -> None:
-        self.layer = layer
+        self.layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("StaticExit", self.layer, view.num_layers)
@@ -108,16 +109,18 @@ class Calm(SequencePolicy):
     def __init__(
         self,
         confidence: ConfidenceMeasure,
-        threshold: Threshold,
+        threshold: Threshold | float,
         min_layer: int = 1,
         exit_layers: Iterable[int] | None = None,
     ) -> None:
         if exit_layers is not None and min_layer != 1:
             raise UserError("Calm takes min_layer or exit_layers, not both.")
-        self.confidence = confidence
-        self.threshold = threshold
-        self.min_layer = min_layer
-        self.exit_layers = None if exit_layers is None else frozenset(exit_layers)
+        self.confidence = as_object("Calm: confidence", confidence, "SoftmaxGap()")
+        self.threshold = as_threshold("Calm: threshold", threshold)
+        self.min_layer = as_count("Calm: min_layer", min_layer)
+        self.exit_layers = (
+            None if exit_layers is None else frozenset(as_layers("Calm: exit_layers", exit_layers))
+        )
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Calm: min_layer", self.min_layer, view.num_layers)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.checks import as_count, as_number, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import StepResult, check_layer, choose_rows, run_undecided
-from models.threshold import AdaptiveThreshold, Threshold
+from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
 
@@ -41,7 +42,7 @@ class Free:
         self,
         shallow_layer: int,
         confidence: ConfidenceMeasure,
-        threshold: Threshold,
+        threshold: Threshold | float,
         copy_skipped: bool = False,
         rollback_threshold: float | None = None,
         causal_catch_up: bool = True,
@@ -55,19 +56,19 @@ class Free:
                 "copy_skipped removes the parallel pass: it excludes rollback_threshold, max_pending and "
                 "causal_catch_up=False."
             )
-        if max_pending is not None and max_pending < 1:
-            raise UserError(f"max_pending must be at least 1, got {max_pending}.")
-        self.shallow_layer = shallow_layer
-        self.confidence = confidence
-        self.threshold = threshold
+        if shallow_layer is None:  # what the exit_config of a checkpoint without exits says
+            raise UserError("Free: shallow_layer is None: the checkpoint was not trained with one; name it.")
+        self.shallow_layer = as_count("Free: shallow_layer", shallow_layer)
+        self.confidence = as_object("Free: confidence", confidence, "SoftmaxGap()")
+        self.threshold = as_threshold("Free: threshold", threshold)
         self.copy_skipped = copy_skipped
         self.causal_catch_up = causal_catch_up
-        self.max_pending = max_pending
+        self.max_pending = None if max_pending is None else as_count("Free: max_pending", max_pending)
         self.verification: Verification | None = None
         if lossless:
             self.verification = Drafting()
         elif rollback_threshold is not None:
-            self.verification = Rollback(rollback_threshold)
+            self.verification = Rollback(as_number("Free: rollback_threshold", rollback_threshold))
 
     @property
     def retracts(self) -> bool:

@@ -6,8 +6,10 @@ checkpoints; `create_model(config, tokenizer)` starts from random weights.
 
 from __future__ import annotations
 
+import logging
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,14 +90,15 @@ def load_model(
     check_config(name_or_path)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            trust_remote_code=False,
-            **hub,
-        )
+        with without_load_report():  # it is judged below, where exit heads are known
+            model, report = AutoModelForSeq2SeqLM.from_pretrained(
+                name_or_path,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                trust_remote_code=False,
+                **hub,
+            )
     except LOADING_ERRORS as error:
         reason = find_damage(Path(name_or_path)) or first_line(error)
         raise UserError(f"Cannot load a model from {name_or_path}: {reason}") from error
@@ -114,6 +117,21 @@ def load_model(
         hub = {**hub, "revision": "main"}  # the revision is the model's
     tokenizer = load_tokenizer(tokenizer_name or name_or_path, *vocabulary_sizes(model.config), **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keep transformers from printing its table of missing and unexpected weights; other warnings pass."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_load_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_load_report)
+
+
+def is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def refuse_misspelt_folder(name_or_path: str) -> None:

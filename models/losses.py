@@ -16,18 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.choices import INTERMEDIATE_LOSSES as INTERMEDIATE_LOSSES
 from models.decoder_view import DecoderView
 
 PADDING_LABEL = -100
 TOKENS_PER_CHUNK = 2048
-INTERMEDIATE_LOSSES = (
-    "ce",
-    "weighted_ce",
-    "shallowdeep_ce",
-    "shallowdeep_kd_last",
-    "shallowdeep_kd_unif",
-    "shallowdeep_kd_dyna",
-)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from collections import deque
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
+from models.checks import as_count, as_number, as_share
 from models.errors import UserError
 from models.json_files import check_keys, read_mapping
 
@@ -31,9 +33,32 @@ class Threshold(Protocol):
         """Threshold of the token at `position`, counted from 0; it exits if its confidence exceeds it."""
 
 
+def as_threshold(name: str, value: Any) -> Threshold:
+    """A threshold object as it is, a number as a FixedThreshold.
+
+    Raises:
+        UserError: anything else, or a number that is no threshold; `name` says whose it is.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return FixedThreshold(as_level(name, value))
+    if isinstance(value, type) or not (hasattr(value, "at") and hasattr(value, "start_sequence")):
+        raise UserError(f"{name} must be a number or an object such as FixedThreshold(0.4), got {value!r}.")
+    return value
+
+
+def as_level(name: str, value: Any) -> float:
+    """A threshold's value: in [0, 1] like confidences, or up to 1 beyond, for all tokens or none to exit."""
+    level = as_number(name, value, low=-math.inf)
+    if not -1 <= level <= 2:
+        raise UserError(f"{name} must lie in [0, 1] like confidences (-1: all exit, 2: none), got {value!r}.")
+    return level
+
+
 class FixedThreshold:
+    """The same at every position; -1 lets every token exit, 2 none."""
+
     def __init__(self, value: float) -> None:
-        self.value = value
+        self.value = as_level("FixedThreshold: value", value)
 
     def start_sequence(self) -> None:
         pass
@@ -52,10 +77,10 @@ class DecayingThreshold:
 
     def __init__(self, value: float, temperature: float, max_length: int, form: str = "released") -> None:
         if form not in ("released", "paper"):
-            raise ValueError(f"form must be 'released' or 'paper', got {form!r}.")
-        self.value = value
-        self.temperature = temperature
-        self.max_length = max_length
+            raise UserError(f"DecayingThreshold: form must be 'released' or 'paper', got {form!r}.")
+        self.value = as_level("DecayingThreshold: value", value)
+        self.temperature = as_number("DecayingThreshold: temperature", temperature)
+        self.max_length = as_count("DecayingThreshold: max_length", max_length)
         self.form = form
 
     def start_sequence(self) -> None:
@@ -172,12 +197,12 @@ class AdaptiveThreshold:
         capacity: int = 20_000,
         as_released: bool = False,
     ) -> None:
-        self.initial = initial
-        self.zeta = zeta
-        self.low = low
-        self.high = high
-        self.max_sequences = max_sequences
-        self.capacity = capacity
+        self.initial = as_level("AdaptiveThreshold: initial", initial)
+        self.zeta = as_share("AdaptiveThreshold: zeta", zeta)
+        self.high = as_share("AdaptiveThreshold: high", high)
+        self.low = as_number("AdaptiveThreshold: low", low, 0.0, self.high)
+        self.max_sequences = as_count("AdaptiveThreshold: max_sequences", max_sequences, low=0)
+        self.capacity = as_count("AdaptiveThreshold: capacity", capacity)
         self.as_released = as_released
         self.lock = threading.Lock()  # one threshold may learn from several generations at once
         self.reset()

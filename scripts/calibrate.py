@@ -11,11 +11,18 @@ full depth decode each batch in turn. --output_dir gets calibrated_threshold.jso
 
 from __future__ import annotations
 
-import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import OUR_GROUPS
+from util.flag_help import answer_help
+from util.script_arguments import CalibrationArguments
+
+if __name__ == "__main__":
+    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, training=True)  # before torch is imported
 
 import numpy as np
 from datasets import Dataset
@@ -32,17 +39,16 @@ from util.arguments import (
     ExitArguments,
     Parser,
     expand_argument_file,
-    flag,
-    list_flag,
     locked_output_dir,
     parse_arguments,
     require,
-    require_unit_interval,
+    require_split,
 )
 from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
-from util.calibration import METHODS, P_VALUES, certify, fastest, monotone, needed_samples
+from util.calibration import certify, fastest, monotone, needed_samples
 from util.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
 from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
 from util.evaluation import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
 from util.identity import fingerprint
@@ -52,8 +58,7 @@ from util.preparation import prepare
 from util.tables import comparison_table, environment, print_report
 from util.timing_doubts import untrusted_timing
 
-THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
-SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}
+SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
     "threshold": "threshold",
     "layers_per_token": "layers/token",
@@ -63,37 +68,8 @@ COLUMNS = {
 }
 
 
-@dataclass
-class CalibrationArguments:
-    delta: float = flag(0.05, "Tolerated loss against full depth, in (0, 1): 0.05 are 5 points of the score.")
-    epsilon: float = flag(0.05, "Tolerated probability that the loss exceeds --delta all the same.")
-    method: str = flag(
-        "ltt",
-        "Learn then test, conformal risk control (in expectation), or upper confidence bounds.",
-        tuple(METHODS),
-    )
-    p_value: str = flag("hoeffding_bentkus", "The test of ltt and ucb.", tuple(P_VALUES))
-    consistency: str = flag(
-        "textual", "Loss against full depth's text, or in the task's score.", CONSISTENCIES
-    )
-    thresholds: list[float] = list_flag(
-        THRESHOLDS,
-        "Candidates; a token exits above, so that 1.0 is full depth.",
-    )
-    fastest_by: str = flag("layers", "What the fastest is measured by.", tuple(SPEEDS))
-    split: str = flag("validation", "Held-out samples to calibrate on.", ("validation", "test"))
-
-    def __post_init__(self) -> None:
-        for name in ("delta", "epsilon"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"--{name} must lie between 0 and 1, got {value}.")
-        for value in self.thresholds:
-            require_unit_interval("thresholds", value)
-        self.thresholds = sorted(set(self.thresholds), reverse=True)
-
-
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         flags, arguments = parse_flags(argv)
         with locked_output_dir(Path(arguments.training.output_dir)):
@@ -103,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:
     """The flags of this script, and the others as run.py understands them."""
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
+    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, True, argv)
     parser = Parser((CalibrationArguments,), description=__doc__, allow_abbrev=False)
     flags, others = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
@@ -124,6 +101,7 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments
 def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     """Decode the split at full depth and with every candidate, certify, save and report."""
     data, training = arguments.data, arguments.training
+    require_split(data, flags.split)
     set_seed(training.seed)
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
@@ -270,7 +248,10 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
     table = comparison_table(title, columns, shown)
     doubts = untrusted_timing(calibrated.candidates)
     print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
-    print_report(f"Wrote {folder}/calibrated_threshold.json for run.py --calibrated_threshold_file")
+    path = folder / "calibrated_threshold.json"
+    failed = "raise --delta, or give more samples, with --resume_eval True"
+    after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
+    print_report(f"Wrote {path}. Next: {after}")
 
 
 def verdict(calibrated: CalibratedThreshold) -> str:

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments
+from util.flag_help import answer_help
+from util.script_arguments import ChooserArguments
+
+if __name__ == "__main__":
+    answer_help((ChooserArguments, DataArguments), __doc__)  # before torch is imported
+
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers.utils.logging import disable_progress_bar
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
@@ -30,19 +36,18 @@ from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
 from util.arguments import (
     DataArguments,
-    flag,
-    list_flag,
     locked_output_dir,
     parse_groups,
     require,
-    require_positive,
-    require_unit_interval,
+    require_split,
 )
 from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
+from util.console import prepare_console
 from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
 from util.preparation import prepare
+from util.progress import track
 from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
 from util.timing_doubts import doubt_prediction, untrusted_timing
@@ -58,30 +63,8 @@ COLUMNS = {
 MEASURED_COLUMNS = COLUMNS | {"measured": "measured", "error": "error %", "quality_share": "% of full"}
 
 
-@dataclass
-class ChooserArguments:
-    model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder.")
-    split: str = flag("validation", "Which split is decoded.", ("validation", "test"))
-    num_samples: int | None = flag(200, "Only the first samples.")
-    shallow_layers: list[int] = list_flag([], "Candidate exits (default: all but the last layer).")
-    thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "Candidates.")
-    min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
-    measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
-    output_dir: str = flag("save/choose_exit", "Gets choice.json.")
-
-    def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
-        require(bool(self.thresholds), "--thresholds: name at least one.")
-        require_positive("num_samples", self.num_samples)
-        require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
-        require_unit_interval("min_agreement", self.min_agreement)
-        for value in self.thresholds:
-            require_unit_interval("thresholds", value)
-
-
 def main(argv: list[str] | None = None) -> None:
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors():
         flags, data = parse_groups((ChooserArguments, DataArguments), __doc__, argv)
         require(not data.resume_eval, "--resume_eval: a choice is made anew each time; leave the flag out.")
@@ -90,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def choose(flags: ChooserArguments, data: DataArguments) -> None:
+    require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     loaded = load_model(flags.model_name_or_path)
@@ -109,7 +93,9 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     warm_up([full], examples, evaluation)
     decode_interleaved([full], examples, evaluation)
     cost = measure_cost(full)
-    traces = [read_trace(full, record, examples, evaluation) for record in full.records]
+    traces = [
+        read_trace(full, record, examples, evaluation) for record in track(full.records, "Tracing", "sample")
+    ]
     predictions = [predict_free(cost, traces, layer, threshold) for layer, threshold in candidates]
     chosen = recommend(predictions, flags.min_agreement)
     tested = choose_tested(predictions, chosen, flags.measured)

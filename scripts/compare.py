@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.text import Text
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +25,7 @@ from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, locked_output_dir, whole_number
 from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
+from util.console import prepare_console
 from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
 from util.preparation import prepare
@@ -71,7 +71,7 @@ def parse_flags() -> argparse.Namespace:
 
 def main() -> None:
     flags = parse_flags()
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors(), locked_output_dir(flags.output_dir):
         run(flags)
 
@@ -166,7 +166,10 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
     print_report(
         comparison_table(title, columns, rows), doubts or "", depth_legend(), *show_samples(settings)
     )
-    print_report(f"\nWrote report.json, report.csv and report.png to {flags.output_dir}")
+    print_report(
+        f"\nWrote report.json, report.csv and report.png to {flags.output_dir}. Next: scripts/sweep.py tries "
+        "other thresholds and layers"
+    )
 
 
 def show_samples(settings: list[Setting], count: int = 3) -> list[Any]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from sacrebleu.metrics import CHRF
-from tqdm import tqdm
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +27,7 @@ from util.arguments import DataArguments, locked_output_file, whole_number
 from util.data import dataset_record, load_examples
 from util.files import json_line
 from util.preparation import prepare
+from util.progress import track
 from util.tasks import DATASETS
 
 MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
@@ -47,7 +47,7 @@ def distill(flags: argparse.Namespace) -> None:
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
-        for start in tqdm(range(0, len(order), flags.batch_size), unit="batch"):
+        for start in track(range(0, len(order), flags.batch_size), "Distilling", "batch"):
             rows = examples.select(order[start : start + flags.batch_size])
             for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
                 target = closest(hypotheses, row["target"])

@@ -1,12 +1,15 @@
-# Sourced by the scripts: makes .venv from requirements.txt when it is missing or older, activates it, and
-# defines `launch`, which starts a Python script on every GPU, or on every CPU core where there is none.
+# Sourced by the scripts: takes the active virtual environment if it has what requirements.txt asks for, else
+# .venv, which it makes from that file when it is missing or older; and defines `launch`, which starts a Python
+# script on every GPU, or on every CPU core where there is none.
 
-if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
-  python3 -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-  touch .venv/.installed
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! python scripts/check_requirements.py; then
+  if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    touch .venv/.installed
+  fi
+  source .venv/bin/activate
 fi
-source .venv/bin/activate
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)

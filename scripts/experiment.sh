@@ -3,9 +3,10 @@
 #   MODE    train   the paper's settings; writes save/<data set>-<method>
 #           eval    quality and latency, batch 1, of that folder (or of MODEL, if it is set)
 #           smoke   two training steps of a tiny random model and an evaluation, offline, in half a minute
-#   METHOD  free | calm | static | full
+#   METHOD  free | lossless | calm | static | full
 #
-# LAYERS is FREE's exit and Static's depth. DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz)
+# LAYERS is FREE's exit and Static's depth where the checkpoint has no exit layer of its own. Lossless trains as
+# FREE does; its evaluation takes FREE's model if there is none in its folder. DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz)
 # and the like, read instead of the hub. Further flags go to run.py and win over those set here. Paths given by
 # the caller are relative to the caller's folder.
 source scripts/environment.sh
@@ -14,26 +15,43 @@ cd "$OLDPWD"
 
 experiment() {
   local task=$1 dataset=$2 model=$3 config=$4 layers=$5 mode=${6:-} method=${7:-}
-  case "$mode/$method" in
-    train/free | train/calm | train/static | train/full | eval/free | eval/calm | eval/static | eval/full) ;;
-    smoke/free | smoke/calm | smoke/static | smoke/full) layers=2 ;;
-    *)
-      echo "error: usage: bash $0 {train|eval|smoke} {free|calm|static|full} [flags of run.py]" >&2
-      exit 2
-      ;;
-  esac
+  if [[ ! $mode/$method =~ ^(train|eval|smoke)/(free|lossless|calm|static|full)$ ]]; then
+    echo "error: usage: bash $0 {train|eval|smoke} {free|lossless|calm|static|full} [flags of run.py]" >&2
+    exit 2
+  fi
   shift 7
-  choose_method "$method" "$layers" "$mode"
   local output=$ROOT/save/$dataset-$method data=(--task "$task" --dataset_name "$dataset")
+  [ "$mode" != eval ] || take_trained_model
+  if [ "$mode" = smoke ]; then layers=2; else layers=$(exit_layer "$model" "$layers"); fi
+  choose_method "$method" "$layers"
   [ -z "${DATA_DIR:-}" ] || data+=(--data_dir "$DATA_DIR")
   "run_$mode" "$@"
 }
 
+take_trained_model() { # sets model; an evaluation of another model leaves results in such a folder as well
+  local folder
+  [ -z "${MODEL:-}" ] || return 0
+  for folder in "$output" "${output%-lossless}-free"; do
+    if [ -f "$folder/config.json" ] || [ -f "$folder/adapter_config.json" ]; then
+      model=$folder
+      return 0
+    fi
+    [ "$method" = lossless ] || return 0
+  done
+}
+
+exit_layer() { # of a checkpoint's folder, else the second argument
+  local found=
+  [ ! -f "$1/exit_config.json" ] || found=$(sed -n 's/.*"shallow_exit_layer": *\([0-9]*\).*/\1/p' "$1/exit_config.json")
+  echo "${found:-$2}"
+}
+
 choose_method() { # sets TRAINING and DECODING
   case $1 in
-    free)
+    free | lossless)
       TRAINING=(--intermediate_loss_fn shallowdeep_kd_dyna --shallow_exit_layer "$2" --distill_layer_alpha 0.5)
       DECODING=(--use_shallow_deep True --shallow_exit_layer "$2")
+      [ "$1" = free ] || DECODING+=(--lossless True)
       ;;
     calm)
       TRAINING=(--intermediate_loss_fn weighted_ce)
@@ -58,10 +76,6 @@ run_train() {
 }
 
 run_eval() {
-  # An evaluation of another model leaves results in that folder as well: does it hold a model?
-  if [ -z "${MODEL:-}" ] && { [ -f "$output/config.json" ] || [ -f "$output/adapter_config.json" ]; }; then
-    model=$output
-  fi
   python "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${DECODING[@]}" \
     --do_eval --deploy_scenario True --per_device_eval_batch_size 1 --output_dir "$output" "$@"
 }

@@ -9,80 +9,67 @@ and, along full depth's outputs on the validation split, how its decisions diffe
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments, locked_output_file, parse_groups
+from util.flag_help import answer_help
+from util.script_arguments import ShortlistArguments
+
+if __name__ == "__main__":
+    answer_help((ShortlistArguments, DataArguments), __doc__)  # before torch is imported
+
 import torch
 from datasets import Dataset
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import ShortlistGap, SoftmaxGap
 from models.errors import UserError, one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
-from util.arguments import DataArguments, locked_output_file, whole_number
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
-from util.preparation import position_limit, prepare
+from util.preparation import prepare
+from util.progress import track
 from util.tables import comparison_table, print_report, write_json
-from util.tasks import DATASETS
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {
     "threshold": "threshold",
     "full_exits": "exits",
-    "shortlist_exits": "with the shortlist",
+    "shortlist_exits": "exits, shortlist",
     "decisions_changed": "changed",
     "full_wrong_exits": "wrong exits",
-    "shortlist_wrong_exits": "with the shortlist",
+    "shortlist_wrong_exits": "wrong exits, shortlist",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags = parse_flags(argv)
-    with one_line_errors(), locked_output_file(flags.output_file):
-        loaded = load_model(flags.model_name_or_path)
-        shortlist = learn_shortlist(loaded, load_split(flags, loaded, flags.split), flags.size)
-        shortlist["decisions"] = measure_decisions(flags, loaded, shortlist["token_ids"])
-        write_json(flags.output_file, shortlist)
+    prepare_console()
+    with one_line_errors():
+        flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
+        with locked_output_file(Path(flags.output_file)) as path:
+            loaded = load_model(flags.model_name_or_path)
+            shortlist = learn_shortlist(loaded, load_split(data, loaded, flags.split), flags.size)
+            shortlist["decisions"] = measure_decisions(flags, data, loaded, shortlist["token_ids"])
+            write_json(path, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")
         print_report(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
+        print(f"Wrote {path}. Next: run.py or scripts/sweep.py with --conf_shortlist {path}")
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", required=True, help="Whose tokenizer counts.")
-    parser.add_argument("--dataset_name", required=True, choices=sorted(DATASETS))
-    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    parser.add_argument("--size", type=whole_number, default=500, help="Tokens on the shortlist, at least 2.")
-    parser.add_argument(
-        "--shallow_layer", type=whole_number, help="Where decisions are compared (default: its own)."
-    )
-    parser.add_argument(
-        "--num_samples", type=whole_number, default=100, help="Validation samples of the comparison."
-    )
-    parser.add_argument("--max_length", type=whole_number, default=64, help="Of their outputs.")
-    parser.add_argument("--output_file", type=Path, required=True)
-    return parser.parse_args(argv)
-
-
-def load_split(
-    flags: argparse.Namespace, loaded: LoadedModel, split: str, limit: int | None = None
-) -> Dataset:
-    data = DataArguments(task=DATASETS[flags.dataset_name].task, dataset_name=flags.dataset_name)
-    prepare(loaded, data, {"--max_length": flags.max_length})
+def load_split(data: DataArguments, loaded: LoadedModel, split: str, limit: int | None = None) -> Dataset:
+    prepare(loaded, data)
     return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
 
 
 def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[str, Any]:
     """The `size` most frequent target tokens (fewer if the split has fewer), by falling frequency."""
-    if size < 2:
-        raise UserError(f"--size must be at least 2, got {size}.")
     counts = Counter(
         token for row in loaded.tokenizer(text_target=list(examples["target"]))["input_ids"] for token in row
     )
@@ -92,7 +79,7 @@ def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[s
 
 
 def measure_decisions(
-    flags: argparse.Namespace, loaded: LoadedModel, token_ids: list[int]
+    flags: ShortlistArguments, data: DataArguments, loaded: LoadedModel, token_ids: list[int]
 ) -> list[dict[str, float]]:
     """At each threshold: the share of tokens that would exit and, of all tokens, those that would wrongly."""
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
@@ -104,9 +91,11 @@ def measure_decisions(
     measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
-    limit = min(512, position_limit(loaded.model) or 512)
-    for source in load_split(flags, loaded, "validation", flags.num_samples)["source"]:
-        inputs = loaded.tokenizer(source, truncation=True, max_length=limit, return_tensors="pt")
+    sources = list(load_split(data, loaded, "validation", flags.num_samples)["source"])
+    for source in track(sources, "Comparing", "sample"):
+        inputs = loaded.tokenizer(
+            source, truncation=True, max_length=data.max_source_length, return_tensors="pt"
+        )
         sequences = loaded.model.generate(**inputs, max_length=flags.max_length, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)

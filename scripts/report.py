@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         results = read_folders(flags.folders)
         with locked_output_dir(flags.output_dir) as folder:
             written = write_report(results, folder)
-    print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}")
+    print(f"Wrote {', '.join(path.name for path in written)} to {flags.output_dir}. Next: open report.html")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Question answering on SQuAD 1.1 with T5-large.
-# Usage: bash scripts/run_qa_squad.sh {train|eval|smoke} {free|calm|static|full} [flags of run.py]
+# Usage: bash scripts/run_qa_squad.sh {train|eval|smoke} {free|lossless|calm|static|full} [flags of run.py]
 # MODEL=... chooses another checkpoint, DATA_DIR=... local files: see scripts/experiment.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Multi-document summarization on Multi-News with LongT5-base.
-# Usage: bash scripts/run_sum_multinews.sh {train|eval|smoke} {free|calm|static|full} [flags of run.py]
+# Usage: bash scripts/run_sum_multinews.sh {train|eval|smoke} {free|lossless|calm|static|full} [flags of run.py]
 # MODEL=... chooses another checkpoint, DATA_DIR=... local files: see scripts/experiment.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -17,7 +17,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +24,7 @@ from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
 from util.calibration import METHODS, P_VALUES, check_losses, simulate
 from util.consistency import CONSISTENCIES
+from util.progress import track
 from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
 
 DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
@@ -105,7 +105,7 @@ def simulate_all(
     ]
     cases = [(*procedure, delta) for procedure in procedures for delta in sorted(flags.deltas)]
     rows = []
-    for method, p_value, delta in tqdm(cases, desc="Simulating", unit="case", disable=None):
+    for method, p_value, delta in track(cases, "Simulating", "case"):
         result = simulate(
             population,
             speedups,

@@ -13,15 +13,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments
+from util.flag_help import answer_help
+from util.script_arguments import SweepArguments
+
+if __name__ == "__main__":
+    answer_help((SweepArguments, DataArguments), __doc__)  # before torch is imported
+
 import torch
 from datasets import Dataset
-from transformers.utils.logging import disable_progress_bar
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
@@ -32,14 +38,11 @@ from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import (
     DataArguments,
-    flag,
-    list_flag,
     locked_output_dir,
     non_default_settings,
     parse_groups,
     require,
-    require_positive,
-    require_unit_interval,
+    require_split,
 )
 from util.comparison import (
     BASELINE,
@@ -53,6 +56,7 @@ from util.comparison import (
     restore,
     trace_record,
 )
+from util.console import prepare_console
 from util.data import dataset_record, load_examples, target_language
 from util.evaluation import EvaluationSettings
 from util.files import write_json_lines
@@ -60,11 +64,11 @@ from util.identity import hash_named_files, hash_rows, identify_model
 from util.policies import build_measure
 from util.prediction_log import PredictionLog
 from util.preparation import prepare
+from util.progress import track
 from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
 from util.timing_doubts import untrusted_timing
 
-METHODS = (HF_GENERATE, "Static", "FREE", "FREE adaptive", "FREE lossless", "FREE shortlist", "CALM")
 COLUMNS = {
     "name": "setting",
     "checkpoint": "model",
@@ -81,48 +85,8 @@ COLUMNS = {
 }
 
 
-@dataclass
-class SweepArguments:
-    free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
-    calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
-    methods: list[str] = list_flag(METHODS, f"Of {', '.join(METHODS)}; {BASELINE} always runs.")
-    static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).")
-    shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).")
-    free_thresholds: list[float] = list_flag([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.")
-    lossless_thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.")
-    adapt_zetas: list[float] = list_flag([0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.")
-    calm_thresholds: list[float] = list_flag([0.3, 0.5, 0.7, 0.8, 0.9, 0.95], "CALM's.")
-    exit_layers: list[int] = list_flag([], "CALM also with tests after these layers only.")
-    conf_shortlist: str | None = flag(None, "File of scripts/learn_shortlist.py, for FREE shortlist.")
-    batch_sizes: list[int] = list_flag([1], "Samples decoded together; every setting runs at each.")
-    split: str = flag("test", "Which split is decoded.", ("validation", "test"))
-    num_samples: int | None = flag(None, "Only the first samples.")
-    trace_samples: int = flag(8, "Samples of each setting that are traced, for the report's heat maps.")
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
-    output_dir: str = flag("save/sweep", "Where results go.")
-
-    def __post_init__(self) -> None:
-        require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
-        unknown = sorted(set(self.methods) - set(METHODS))
-        require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose of {', '.join(METHODS)}.")
-        for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
-            for value in getattr(self, name):
-                require_unit_interval(name, value)
-        require_positive("num_samples", self.num_samples)
-        require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
-        largest = max(self.batch_sizes)
-        require(
-            all(largest % size == 0 for size in self.batch_sizes),
-            f"--batch_sizes must divide the largest, {largest}: all settings decode the same blocks.",
-        )
-        require(
-            self.conf_shortlist is None or Path(self.conf_shortlist).is_file(),
-            f"--conf_shortlist: there is no file {self.conf_shortlist}.",
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
-    disable_progress_bar()
+    prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)):
@@ -130,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sweep(flags: SweepArguments, data: DataArguments) -> None:
+    require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
     checkpoints = load_checkpoints(flags)
@@ -291,7 +256,7 @@ def write_traces(
     """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
 
     def traces() -> Iterator[dict[str, Any]]:
-        for setting in settings:
+        for setting in track(settings, "Tracing", "setting"):
             if setting.batch_size > 1:
                 continue
             chosen = setting.records if setting.method == BASELINE else setting.records[:count]
@@ -314,10 +279,11 @@ def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings
     best = [{"method": name, "auc": area} for name, area in areas.items()]
     print_report(
         comparison_table(f"{rows[0]['samples']} samples", columns, rows),
-        comparison_table("Area under quality against latency", {"method": "", "auc": "AUC"}, best),
+        comparison_table("Area under quality against latency", {"method": "method", "auc": "AUC"}, best),
         f"Fastest at 99% of full quality: {', '.join(filter(None, fastest.values()))}",
         summary["untrusted_timing"] or "",
-        f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}",
+        f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}. Next: scripts/report.py "
+        f"{folder} --output_dir save/report",
     )
     print(json.dumps(summary))
 

@@ -1,54 +1,82 @@
-"""Train a SentencePiece vocabulary on both sides of a data set and save it as a T5 tokenizer.
+"""Train a SentencePiece vocabulary on both sides of training rows and save it as a T5 tokenizer.
 
-python scripts/train_tokenizer.py --dataset_name debian_de_en --vocab_size 4096 --output_dir save/tokenizer
+    python scripts/train_tokenizer.py --dataset_name debian_de_en --output_dir save/tokenizer
+    python scripts/train_tokenizer.py --task summarization --train_file rows.csv --source_column text \
+        --target_column title --vocab_size 4096 --output_dir save/tokenizer
+
+Data flags are those of run.py.
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments, locked_output_dir, parse_groups
+from util.flag_help import answer_help
+from util.script_arguments import TokenizerArguments
+
+if __name__ == "__main__":
+    answer_help((TokenizerArguments, DataArguments), __doc__)  # before torch is imported
 
 import sentencepiece
 from transformers import T5Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from models.errors import one_line_errors
-from util.arguments import DataArguments, locked_output_dir, whole_number
+from models.errors import UserError, one_line_errors
+from util.console import prepare_console
 from util.data import dataset_record, load_examples
-from util.tasks import DATASETS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset_name", required=True, choices=tuple(DATASETS))
-    parser.add_argument("--vocab_size", type=whole_number, default=4096)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    arguments = parser.parse_args()
-    with one_line_errors(), locked_output_dir(arguments.output_dir):
-        train(arguments.dataset_name, arguments.vocab_size, arguments.output_dir)
+def main(argv: list[str] | None = None) -> None:
+    prepare_console()
+    with one_line_errors():
+        flags, data = parse_groups((TokenizerArguments, DataArguments), __doc__, argv)
+        with locked_output_dir(Path(flags.output_dir)) as folder:
+            train(flags, data, folder)
 
 
-def train(dataset_name: str, vocab_size: int, output_dir: Path) -> None:
-    """Write `spiece.model` and the tokenizer made from it."""
-    data_args = DataArguments(task=DATASETS[dataset_name].task, dataset_name=dataset_name)
-    rows = load_examples(dataset_record(data_args), data_args, "train")
+def train(flags: TokenizerArguments, data: DataArguments, folder: Path) -> None:
+    """Write `spiece.model` and the tokenizer made from it into a folder."""
+    rows = load_examples(dataset_record(data), data, "train")
     texts = [text for row in rows for text in (row["source"], row["target"])]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(output_dir / "spiece"),
-        vocab_size=vocab_size,
-        character_coverage=0.9998,
-        pad_id=0,  # T5's order of special tokens
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
+    train_pieces(texts, folder / "spiece", flags.vocab_size)
+    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    print(
+        f"Wrote a tokenizer of {len(tokenizer)} pieces to {folder}. Next: run.py --do_train --tokenizer_name "
+        f'{folder} --config_name FILE, with "vocab_size": {flags.vocab_size} in that file'
     )
-    (output_dir / "spiece.vocab").unlink()
-    tokenizer = T5Tokenizer.from_pretrained(output_dir, extra_ids=0, model_max_length=512)
-    tokenizer.save_pretrained(output_dir)
+
+
+def train_pieces(texts: list[str], prefix: Path, vocab_size: int) -> None:
+    """Write `<prefix>.model`, with T5's order of special tokens.
+
+    Raises:
+        UserError: the texts have too few pieces.
+    """
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_prefix=str(prefix),
+            vocab_size=vocab_size,
+            character_coverage=0.9998,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"--vocab_size {vocab_size} does not suit these texts: {reason(error)}") from error
+    prefix.with_suffix(".vocab").unlink()
+
+
+def reason(error: RuntimeError) -> str:
+    """What SentencePiece says, without its place in the source code."""
+    return re.sub(r"^.*\] ", "", " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

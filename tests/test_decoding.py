@@ -43,7 +43,7 @@ class EveryThirdDeep(FixedThreshold):
     """Two tokens exit, the third runs all layers, and so on."""
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__(0.5)
 
     def at(self, position):
         return 2.0 if position % 3 == 2 else -1.0
@@ -363,7 +363,7 @@ def test_nothing_survives_on_the_model():
     assert before == {name: set(vars(module)) for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("policy", [StaticExit(7), StaticExit(0), Free(9, SoftmaxGap(), NEVER)])
+@pytest.mark.parametrize("policy", [StaticExit(7), Free(9, SoftmaxGap(), NEVER)])
 def test_layers_the_decoder_lacks_are_refused(policy):
     with pytest.raises(ValueError, match=r"must lie in 1\.\.6"):
         decode(tiny_model(), padded_inputs(), policy)

@@ -66,6 +66,28 @@ def test_train_and_eval_of_local_files_from_another_folder(tmp_path):
     assert results["samples"] == 2 and results["average_layers"] == 3
 
 
+def in_experiment(command):
+    """What a command prints where scripts/experiment.sh was sourced."""
+    command = ["bash", "-euc", f"source scripts/experiment.sh; {command}"]
+    return subprocess.check_output(command, cwd=ROOT, env=ENVIRONMENT | {"OLDPWD": "."}, text=True)
+
+
+@pytest.mark.parametrize("model, layer", [("checkpoints/debian-t5-free", "2"), ("google-t5/t5-large", "6")])
+def test_lossless_exits_where_the_checkpoint_does(model, layer):
+    """After the checkpoint's own exit layer, and the script's where it has none."""
+    shown = in_experiment(f"choose_method lossless $(exit_layer {model} 6); echo ${{DECODING[@]}}")
+    assert shown.strip() == f"--use_shallow_deep True --shallow_exit_layer {layer} --lossless True"
+
+
+def test_lossless_decodes_the_model_of_free(tmp_path):
+    for name in ("toy-free", "toy-full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    take = f"output={tmp_path}/toy-$method; take_trained_model; basename $model"
+    shown = in_experiment(f"for method in lossless full calm; do model=hub; {take}; done")
+    assert shown.split() == ["toy-free", "toy-full", "hub"]
+
+
 def test_there_is_a_script_for_every_data_set_of_the_paper():
     text = "".join((ROOT / "scripts" / name).read_text() for name in SCRIPTS)
     for name in ("samsum", "cnn_dailymail", "multi_news", "big_patent", "squad", "iwslt2017"):

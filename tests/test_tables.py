@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from util.tables import color_by_depth, comparison_table, format_figure, plot_trade_off, write_csv, write_json
 
@@ -34,8 +36,24 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_table_shows_missing_figures():
     table = comparison_table("t", {"method": "method", "exit_share": "exits"}, ROWS)
-    assert list(table.columns[1].cells) == ["-", "0.60"]
+    assert table.columns[1] == ("exits", ["-", "0.60"])
     assert format_figure(None) == "-" and format_figure(3) == "3"
+
+
+@pytest.mark.parametrize("width", [36, 60, 80, 120])
+def test_tables_never_cut_a_figure(width):
+    """What does not fit follows below, beside the first column; no line is longer than the screen."""
+    columns = {"name": "setting", **{f"figure_{k}": f"tokens/s at {k}" for k in range(9)}}
+    rows = [
+        {"name": f"FREE lossless 0.{k}", **{f"figure_{j}": 1000.0 * k + j for j in range(9)}} for k in (1, 2)
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(comparison_table("9 figures", columns, rows))
+    shown = console.file.getvalue()
+    assert all(f"{1000 * k + j}.00 " in shown for k in (1, 2) for j in range(9)) and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    tables = shown.count("┏")
+    assert shown.count("FREE lossless 0.1") == tables == {36: 9, 60: 3, 80: 2, 120: 1}[width]
 
 
 def test_colours_follow_depth():

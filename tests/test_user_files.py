@@ -7,7 +7,6 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from util.report.folders import read_folders
 
 from gpt_eval.judgements import load_prompt, read_requests
 from gpt_eval.predictions import read_predictions, read_source_file
@@ -19,6 +18,7 @@ from util.arguments import ExitArguments, expand_argument_file, parse_arguments,
 from util.calibrated_threshold import CalibratedThreshold
 from util.evaluation import read_baseline
 from util.policies import free_threshold, read_shortlist
+from util.report.folders import read_folders
 
 CERTIFICATE = {
     "threshold": 0.5,

@@ -8,23 +8,27 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import HfArgumentParser
 
+from models.choices import INTERMEDIATE_LOSSES, PER_EXIT_HEADS
 from models.errors import UserError
-from models.exit_heads import PER_EXIT_HEADS
 from models.json_files import LARGEST, decode_json, read_text
-from models.losses import INTERMEDIATE_LOSSES
 from util.files import locked
+from util.flag_help import describe_flags
 from util.tasks import DATASETS, TASKS
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainingArguments
 
 WITHOUT_EFFECT = (  # on predictions
     "resume_eval",
@@ -57,6 +61,11 @@ FREE_FLAGS = (
 )
 ADAPTIVE_FLAGS = ("adapt_threshold_file", "adapt_zeta")
 CONFIDENCE_TYPES = ("softmax", "meta")
+
+
+SCRATCH_SETTINGS = {"learning_rate": 1e-3, "warmup_steps": 0.1, "logging_steps": 10}  # with --config_name
+
+logger = logging.getLogger(__name__)
 
 
 def flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -116,6 +125,28 @@ def locked_output_file(path: Path) -> Iterator[Path]:
         yield path
 
 
+def refuse_misspelt_dataset(name: str) -> None:
+    """Raise UserError for a name that is nearly a known one, before the hub is asked for it."""
+    if name in DATASETS or "/" in name:
+        return
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), DATASETS, n=1, cutoff=0.8)
+    require(
+        not near,
+        f"--dataset_name {name}: did you mean {''.join(near)}? Others of the hub are named OWNER/NAME.",
+    )
+
+
+def require_split(data: DataArguments, split: str) -> None:
+    """Raise UserError, naming the other split, if only that one's local file was given."""
+    other = {"test": "validation", "validation": "test"}.get(split)
+    if other is None or data.dataset_name or data.data_dir or getattr(data, f"{split}_file"):
+        return
+    require(
+        getattr(data, f"{other}_file") is None,
+        f"There is no --{split}_file: give one, or decode --{other}_file with --split {other}.",
+    )
+
+
 def require_unit_interval(name: str, value: float | None) -> None:
     require(value is None or 0 <= value <= 1, f"--{name} must lie in [0, 1], got {value}.")
 
@@ -126,6 +157,8 @@ def require_positive(name: str, value: float | None) -> None:
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "Model"
+
     model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder. Omit to train from scratch.")
     config_name: str | None = flag(None, "Config (hub id, folder or .json) of a model to train from scratch.")
     tokenizer_name: str | None = flag(None, "Tokenizer, if it is not the checkpoint's own.")
@@ -144,6 +177,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "Data, lengths and evaluation"
+
     task: str = flag("translation", "What the model learns or is judged by.", tuple(TASKS))
     dataset_name: str | None = flag(None, f"One of {', '.join(DATASETS)}, or any hub id.")
     dataset_config_name: str | None = flag(None, "Configuration of the data set.")
@@ -200,6 +235,8 @@ class DataArguments:
         for name in ("train_file", "validation_file", "test_file"):
             path = getattr(self, name)
             require(path is None or Path(path).is_file(), f"--{name}: there is no file {path}.")
+        if not (self.data_dir or any(local)):
+            refuse_misspelt_dataset(self.dataset_name)
         known = DATASETS.get(self.dataset_name)
         if self.max_source_length is None:
             self.max_source_length = known.max_source_length if known else 512
@@ -225,6 +262,8 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
+    _argument_group_name = "Losses at exits"
+
     output_hidden_states_decoder: bool = flag(
         False, "Train with losses at intermediate layers (implied by --intermediate_loss_fn)."
     )
@@ -279,6 +318,8 @@ class LossArguments:
 
 @dataclass
 class LoraArguments:
+    _argument_group_name = "LoRA"
+
     use_lora: bool = flag(False, "Train low-rank adapters (PEFT) and exit heads instead of all weights.")
     lora_rank: int = flag(16, "Rank of the adapters.")
     lora_alpha: int = flag(32, "Their scale: the update is multiplied by alpha / rank.")
@@ -299,6 +340,8 @@ class LoraArguments:
 @dataclass
 class ExitArguments:
     """Which tokens stop early. Layers count from 1; thresholds lie in [0, 1]."""
+
+    _argument_group_name = "Early exits"
 
     deploy_scenario: bool = flag(False, "Measure latency: batch 1, one sample after the other.")
     use_synchronize: bool = flag(True, "Wait for the accelerator at both ends of what is timed.")
@@ -521,8 +564,18 @@ def whole_number(text: str) -> int:
     return value
 
 
+OUR_GROUPS = (ModelArguments, DataArguments, LossArguments, LoraArguments, ExitArguments)
+"""The flags of run.py but for the Trainer's."""
+
+
 class Parser(HfArgumentParser):
-    """An HfArgumentParser whose complaints are one line."""
+    """An HfArgumentParser whose complaints are one line, and whose help is ours."""
+
+    def format_help(self) -> str:
+        groups = [group for group in self.dataclass_types if hasattr(group, "_argument_group_name")]
+        return describe_flags(
+            groups, self.description or "", training=len(groups) < len(self.dataclass_types)
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message[0].upper() + message[1:])
@@ -559,24 +612,20 @@ def refuse_huge_numbers(groups: Iterable[Any]) -> None:
             require(fine, f"--{name} {number} is too large: whole numbers have 64 bits.")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, description: str = "") -> Arguments:
     """Parse and validate the flags of run.py.
 
     Raises:
         UserError: unknown, missing, malformed or contradictory flags.
     """
-    parser = Parser(
-        (
-            ModelArguments,
-            DataArguments,
-            LossArguments,
-            LoraArguments,
-            ExitArguments,
-            Seq2SeqTrainingArguments,
-        )
-    )
+    from transformers import Seq2SeqTrainingArguments  # torch comes with it, and --help needs none
+
+    parser = Parser((*OUR_GROUPS, Seq2SeqTrainingArguments), description=description)
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
-    argv = expand_paper_settings(argv)
+    if "--help_all" in argv:
+        print(HfArgumentParser.format_help(parser))
+        sys.exit(0)
+    argv = expand_scratch_settings(expand_paper_settings(argv))
     try:
         return Arguments(*parse_exactly(parser, argv))
     except UserError:
@@ -616,6 +665,22 @@ def expand_paper_settings(argv: list[str]) -> list[str]:
         f"--paper_settings: the paper has no data set {wanted.dataset_name!r}.",
     )
     return [text for name, value in record.training.items() for text in as_flags(name, value)] + argv
+
+
+def expand_scratch_settings(argv: list[str]) -> list[str]:
+    """Put what trains random weights before the flags of a run with --config_name, and say so.
+
+    The Trainer's own defaults are for fine-tuning: its learning rate hardly moves random weights, and small
+    runs end before the first line with a loss. The paper's settings stay as they are.
+    """
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    if "config_name" not in given or "paper_settings" in given:
+        return argv
+    chosen = {name: value for name, value in SCRATCH_SETTINGS.items() if name not in given}
+    flags = [text for name, value in chosen.items() for text in as_flags(name, value)]
+    if flags and given & {"do_train"}:
+        logger.info("Random weights: training with %s, as no flags say otherwise.", " ".join(flags))
+    return flags + argv
 
 
 def as_flags(name: str, value: Any) -> list[str]:

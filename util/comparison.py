@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from models.exit_policy import ExitPolicy
 from models.families import view_for
@@ -31,13 +31,14 @@ from util.evaluation import (
     summarize,
     texts_of,
 )
+from util.method_names import BASELINE as BASELINE
+from util.method_names import HF_GENERATE as HF_GENERATE
 from util.prediction_log import PredictionLog
+from util.progress import track
 from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
 from util.timing_doubts import doubt_speedup, possible_speedup
 
-BASELINE = "Full depth"
-HF_GENERATE = "HF generate"
 WARM_UP_SAMPLES = 3
 GOOD_SHARE = 99.0  # per cent of full depth's quality
 
@@ -73,9 +74,9 @@ class Setting:
 
 def warm_up(settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings) -> None:
     """Let every setting decode something before it is timed; policies that learn must be made anew after."""
-    for index in range(min(WARM_UP_SAMPLES, len(examples))):
-        for setting in settings:
-            decode_batch(setting.loaded, setting.policy, examples.select([index]), evaluation)
+    pairs = [*product(range(min(WARM_UP_SAMPLES, len(examples))), settings)]
+    for index, setting in track(pairs, "Warming up", "output"):
+        decode_batch(setting.loaded, setting.policy, examples.select([index]), evaluation)
 
 
 def decode_interleaved(
@@ -94,7 +95,7 @@ def decode_interleaved(
     size = largest_batch(settings)
     blocks = list(batch_indices(samples.start, samples.stop, size))
     first_number = samples.start // size
-    for number, block in enumerate(tqdm(blocks, desc="Decoding", unit="block", disable=None), first_number):
+    for number, block in enumerate(track(blocks, "Decoding", "block"), first_number):
         first = number % len(settings)
         for setting in settings[first:] + settings[:first]:
             for rows in batch_indices(block.start, block.stop, setting.batch_size):
@@ -178,7 +179,7 @@ def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dic
         )[quality]
         for setting in settings
     }
-    for setting in settings:
+    for setting in track(settings, "Comparing", "setting"):
         row, baseline = own[setting.name], baselines[setting.group]
         scores = row[quality], own[baseline.name][quality]
         row["interval"] = interval(draws[setting.name])

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.generation import GenerateEncoderDecoderOutput
 
 from models.decoding import DecodeStats, early_exit_decode
@@ -31,6 +30,7 @@ from util.files import read_json_lines, write_json_lines
 from util.identity import hash_named_files, identify
 from util.metrics import Reference, compute_scores, make_metric
 from util.prediction_log import PredictionLog
+from util.progress import track
 from util.rows import SEEN_COLUMN, as_text
 from util.significance import confidence_intervals, paired_bootstrap
 from util.tables import environment
@@ -161,7 +161,7 @@ def decode_share(
     if batches:
         warm_up = None if policy is None else FullDepth()
         decode_batch(loaded, warm_up, examples.select(batches[0]), settings)
-    for indices in tqdm(batches, desc="Decoding", unit="batch", disable=None):
+    for indices in track(batches, "Decoding", "batch"):
         batch = examples.select(indices)
         decoded = decode_batch(loaded, policy, batch, settings)
         log.append(describe_batch(loaded, batch, decoded))

@@ -29,7 +29,10 @@ def check_columns(first: list[Row], record: DatasetRecord, origin: str) -> None:
     found = ", ".join(columns)
     for flag, column in (("--source_column", record.source), ("--target_column", record.target)):
         if column not in columns:
-            raise UserError(f"{origin}: no column {column!r}; found {found}. Name yours with {flag}.")
+            raise UserError(
+                f"{origin}: no column {column!r}; found {found}. Name yours with {flag}, or the task "
+                f"with --task (here {record.task})."
+            )
     if record.task == "question_answering" and "context" not in columns:
         raise UserError(f"{origin}: no column 'context'; found {found}. Rename yours to it.")
     if record.task == "translation" and record.source == record.target:

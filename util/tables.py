@@ -10,14 +10,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import transformers
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MARKERS = "os^DvP*X<>"
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 200
 DEPTH_STYLES = ("green", "yellow", "red")  # shallow, middle, deep
 
 
@@ -69,14 +70,58 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def comparison_table(title: str, columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> Table:
-    """A table of the keys in `columns`, which maps each key to a heading; missing figures are dashes."""
+class WholeTable:
+    """A table whose figures are never cut: where columns do not fit, they follow in further tables, which
+    repeat the first column."""
+
+    def __init__(self, title: str, columns: list[tuple[str, list[str]]]) -> None:
+        """`columns` are pairs of a heading and its cells."""
+        self.title = title
+        self.columns = columns
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        unlimited = options.update(max_width=10_000)
+        widths = [least_width(console, unlimited, column) for column in self.columns]
+        groups: list[list[int]] = [[0]]  # column numbers of each table
+        for index in range(1, len(self.columns)):
+            wider = [*groups[-1], index]
+            if len(wider) > 2 and sum(widths[one] + 3 for one in wider) >= options.max_width:  # 3: "│  "
+                groups.append([0, index])
+            else:
+                groups[-1] = wider
+        for number, group in enumerate(groups):
+            title, columns = None if number else self.title, [self.columns[one] for one in group]
+            table = draw_table(title, columns)
+            if Measurement.get(console, unlimited, table).maximum > options.max_width:
+                table = draw_table(title, columns, [widths[one] for one in group])
+            yield table
+
+
+def least_width(console: Console, options: ConsoleOptions, column: tuple[str, list[str]]) -> int:
+    """Of a column whose heading may wrap between words."""
+    heading, cells = column
+    lines = [Measurement.get(console, options, cell).maximum for cell in cells]
+    return max([Measurement.get(console, options, heading).minimum, *lines])
+
+
+def draw_table(
+    title: str | None, columns: list[tuple[str, list[str]]], widths: list[int] | None = None
+) -> Table:
     table = Table(title=title, title_justify="left")
-    for index, heading in enumerate(columns.values()):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(format_figure(row.get(key)) for key in columns))
+    for index, (heading, _) in enumerate(columns):
+        width = None if widths is None else widths[index]
+        table.add_column(heading, justify="right" if index else "left", width=width, overflow="fold")
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def comparison_table(title: str, columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> WholeTable:
+    """A table of the keys in `columns`, which maps each key to a heading; missing figures are dashes."""
+    rows = list(rows)
+    return WholeTable(
+        title, [(heading, [format_figure(row.get(key)) for row in rows]) for key, heading in columns.items()]
+    )
 
 
 def format_figure(value: Any) -> str:

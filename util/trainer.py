@@ -119,6 +119,18 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         if heads.is_file():
             load_exit_heads((model or self.model).get_base_model(), load_file(heads))
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights; a tied one is saved once, under one of its names."""
+        missing = without_tied(load_result.missing_keys, self.model)
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+
+def without_tied(missing: list[str], model: nn.Module) -> list[str]:
+    """The names of missing weights, but for those that share their memory with one that is there."""
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    loaded = {place for name, place in places.items() if name not in missing}
+    return [name for name in missing if places.get(name) not in loaded]
+
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest `checkpoint-<step>` that is whole; damaged ones are named in a warning and passed over."""

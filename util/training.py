@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
@@ -34,6 +35,7 @@ from util.sources import RowFile, load_rows
 from util.streaming import stream_training_rows
 from util.tables import write_json
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+from util.training_progress import progress_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +184,7 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
     if training.generation_max_length is None:
         training.generation_max_length = data.val_max_target_length
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
         model=loaded.model,
@@ -194,6 +197,6 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         if training.predict_with_generate
         else None,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+        callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
         **exit_options,
     )

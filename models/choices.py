@@ -1,0 +1,13 @@
+"""Names that flags and checkpoints choose from. Nothing here imports torch."""
+
+from __future__ import annotations
+
+PER_EXIT_HEADS = ("norm", "projection")
+INTERMEDIATE_LOSSES = (
+    "ce",
+    "weighted_ce",
+    "shallowdeep_ce",
+    "shallowdeep_kd_last",
+    "shallowdeep_kd_unif",
+    "shallowdeep_kd_dyna",
+)
