@@ -104,7 +104,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     for line, part in enumerate(text.split("\n"), 1):
         if part.strip():
-            row = decode_json(part, f"{path}, line {line},")
+            row = decode_json(part, f"{path}, line {line}")
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {line}: not a JSON object.")
             yield line, row

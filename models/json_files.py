@@ -45,12 +45,12 @@ def decode_json(text: str | bytes, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise UserError(f"{place} is not JSON: {where}{error.msg}.") from error
+        where = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise UserError(f"{place}{where}: not JSON ({error.msg}).") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not UTF-8 text.") from error
+        raise UserError(f"{place}: not UTF-8 text.") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise UserError(f"{place} is not JSON that can be read: {error}.") from error
+        raise UserError(f"{place}: not JSON that can be read ({error}).") from error
 
 
 def check_fields(content: dict[str, Any], hints: dict[str, Any], place: str) -> None:

@@ -152,7 +152,7 @@ def test_other_wrong_input_is_named(tmp_path, capsys):
     (tmp_path / "likert.txt").write_text("Rate $summary, it cost $5.")
     wrong = {
         r"free.jsonl, prediction 2: \S*source.jsonl has no text with the id 's1'": make_flags(tmp_path),
-        r"cut.jsonl, line 2, is not JSON": make_flags(tmp_path, systems=["cut"]),
+        r"cut.jsonl, line 2: not JSON": make_flags(tmp_path, systems=["cut"]),
         r"none.jsonl cannot be read: No such file": make_flags(tmp_path, systems=["none"]),
         r"pairwise needs two files": make_flags(tmp_path, "--judgements", "pairwise", systems=["free"]),
         r"no column 'text'": make_flags(tmp_path, "--source_column", "text"),

@@ -169,7 +169,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name):
         ("calibrated.json", {"threshold": 0.5}, "it lacks delta"),
         ("shortlist.json", {"token_ids": [1, 2.5]}, "is not what scripts/learn_shortlist.py writes"),
         ("shortlist.json", {"token_ids": [1, 2**64]}, "is not what scripts/learn_shortlist.py writes"),
-        ("baseline.jsonl", {"id": "1", "prediction": 5}, "line 1, is not a prediction of run.py"),
+        ("baseline.jsonl", {"id": "1", "prediction": 5}, "line 1: not a prediction of run.py"),
         ("scores.json", {"judges": {"m": 3}}, "judge 'm': expected a JSON object"),
         ("scores.json", {"judges": {"m": {"likert": []}}}, "likert must be an object, not []"),
         ("settings.json", SWEEP | {"settings": [{"name": 1}]}, "settings.json: lacks method"),

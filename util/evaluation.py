@@ -396,12 +396,12 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     flag, rows = "--baseline_predictions", []
     for number, line in enumerate(read_text(path, flag).split("\n"), 1):
         if line.strip():
-            place = f"{flag} {path}, line {number},"
+            place = f"{flag} {path}, line {number}"
             row = decode_json(line, place)
             if not (
                 isinstance(row, dict) and fits(row.get("id"), str | int) and fits(row.get("prediction"), str)
             ):
-                raise UserError(f"{place} is not a prediction of run.py: no id with a prediction.")
+                raise UserError(f"{place}: not a prediction of run.py, with an id and a prediction.")
             rows.append(row | {"id": as_text(row["id"])})
     if not rows:
         raise UserError(f"{flag} {path} holds no predictions.")
