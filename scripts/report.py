@@ -3,7 +3,8 @@
 python scripts/report.py save/sweep save/judge --output_dir save/report
 
 A folder may come from run.py, from scripts/sweep.py or from gpt_eval. Give a run at full depth on the same
-samples along with other runs, and they are compared with it.
+samples along with other runs, and their quality is compared with it; speed-ups are those of sweeps, whose
+settings decode in turn.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def test_sweep_that_does_not_say_it_took_turns_gets_no_speedup(tmp_path):
     (row, *_) = read_csv(tmp_path)
     assert not TIME_RATIOS & set(row) and row["quality_share"] == "100.0"
     assert "× speed-up" not in page.text and "1.50×" not in page.text and "Timed apart" in page.text
+    assert row["pareto"] == "False" and "Area under the curve" not in page.text
 
 
 def test_run_beside_a_sweep_keeps_its_speedups_apart(tmp_path):

@@ -250,12 +250,13 @@ def oracle_figure(bars: dict[str, Oracle]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a file for papers and slides: white background, letters as outlines in SVG."""
+def save_figure(figure: Figure, *paths: Path) -> None:
+    """Write files for papers and slides: white background, letters as outlines in SVG."""
     with plt.rc_context(STYLE):
-        figure.savefig(
-            path, dpi=200, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=200, facecolor="white", metadata=metadata)
+    plt.close(figure)
 
 
 def inline_svg(figure: Figure, name: str, description: str, details: Sequence[str] = ()) -> Markup:

@@ -168,17 +168,18 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
 
 
 def add_figures(result: ResultSet, settings: dict[str, Setting], path: Path) -> None:
+    """Read sweep.json; what compares times is left out where settings did not take turns."""
     content = read_object(path, ("rows",))
     for row in content["rows"]:
         check_keys(row, ("name",), str(path))
         check_figures(row, result.main_score, str(path))
         compared = row if result.interleaved else drop_time_ratios(row)
         known_setting(settings, row["name"], str(path)).figures = compared
-    result.auc = content.get("auc") or {}
-    result.fastest_99 = content.get("fastest_99") or {}
-    result.pareto = content.get("pareto") or []
-    for name in [*result.pareto, *filter(None, result.fastest_99.values())]:
+    pareto, fastest = content.get("pareto") or [], content.get("fastest_99") or {}
+    for name in [*pareto, *filter(None, fastest.values())]:
         known_setting(settings, name, str(path))
+    if result.interleaved:
+        result.auc, result.fastest_99, result.pareto = content.get("auc") or {}, fastest, pareto
 
 
 def known_setting(settings: dict[str, Setting], name: str, place: str) -> Setting:

@@ -66,6 +66,7 @@ def render_page(results: Results, tables: list[TableData], output_dir: Path) -> 
         headline=headline(results),
         trade_off=trade_off_section(sets, output_dir),
         tables=tables,
+        measured=any("speed-up" in table.headings for table in tables),
         throughput=throughput_section(sets),
         depth=depth_section(sets),
         calibration=calibration_section(sets),

@@ -62,11 +62,11 @@ def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any]
     near = near_points(points, line)
     panels = [points, near] if near else [points]
     both = trade_off_figure(points, panels, x.label, y.label, line)
-    for suffix in ("png", "svg"):
-        save_figure(both, output_dir / f"trade_off.{suffix}")
+    save_figure(both, output_dir / "trade_off.png", output_dir / "trade_off.svg")
     details = [point.detail for point in points]
-    summary = "; ".join(point.detail for point in points if point.pareto) or f"{len(points)} settings"
-    descriptions = [f"Scatter plot of {y.label} against {x.label}. On the Pareto front: {summary}."]
+    front = "; ".join(point.detail for point in points if point.pareto)
+    descriptions = [f"Scatter plot of {y.label} against {x.label}, {len(points)} settings."]
+    descriptions[0] += f" On the Pareto front: {front}." if front else ""
     descriptions += [f"The same near {line:.0f}%."] if near else []
     figures = [
         trade_off_figure(points, [panel], x.label, y.label, line, legend=panel is points) for panel in panels
@@ -80,6 +80,7 @@ def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any]
         "line": line,
         "measured": x.key == "speedup",
         "pareto": any(point.pareto for point in points),
+        "intervals": any(point.x_interval or point.y_interval for point in points),
         "batch_sizes": sorted({setting.batch_size for _, setting in pairs}),
         "auc": [(name, f"{value:.3f}") for result in sets for name, value in result.auc.items()],
     }
