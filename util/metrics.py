@@ -18,7 +18,6 @@ import numpy as np
 from nltk.tokenize.punkt import _ORTHO_LC, PunktParameters, PunktSentenceTokenizer
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
-from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from util.tasks import TASKS
 
@@ -162,19 +161,3 @@ def compute_scores(task: str, predictions: list[str], references: list[Reference
     """The task's scores of a corpus."""
     metric = METRICS[TASKS[task].metric]()
     return metric.scores(metric.statistics(predictions, references))
-
-
-def token_metrics(
-    task: str, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A Trainer's `compute_metrics`: decode padded token ids, then score them."""
-
-    def decode(token_ids: np.ndarray) -> list[str]:
-        return tokenizer.batch_decode(
-            np.where(token_ids < 0, tokenizer.pad_token_id, token_ids), skip_special_tokens=True
-        )
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return compute_scores(task, decode(prediction.predictions), decode(prediction.label_ids))
-
-    return compute

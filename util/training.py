@@ -5,13 +5,20 @@ What was interrupted continues from the newest whole checkpoint in --output_dir.
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import shutil
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
+from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from models.decoder_view import DecoderView, view_for
@@ -22,11 +29,22 @@ from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from util.arguments import Arguments, ExitArguments
 from util.data import dataset_record, load_examples, tokenize
-from util.metrics import token_metrics
+from util.evaluation import (
+    EvaluationSettings,
+    batch_indices,
+    best_windows,
+    decode_batch,
+    describe_batch,
+    own_share,
+    score,
+)
 from util.optimizer import build_muon
 from util.policies import build_policy
 from util.streaming import stream_training_rows
 from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +60,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
         flags = arguments.lora
         settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
         loaded.model = add_lora(loaded.model, *settings)
-    trainer = build_trainer(arguments, loaded, exit_loss=loss, exit_config=exit_config)
-    if exit_flags.methods:
-        trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
+    trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
     resume = resume or last_complete_checkpoint(arguments.training.output_dir)
     if resume is not None:
@@ -130,7 +146,9 @@ def keep_all_layers(view: DecoderView) -> None:
         view.decoder.layerdrop = 0.0
 
 
-def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:
+def build_trainer(
+    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, **exit_options: Any
+) -> EarlyExitTrainer:
     data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
     record = dataset_record(data)
     if data.streaming:
@@ -138,12 +156,12 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
     else:
         train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
         train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
-    eval_rows = None
+    eval_rows, score = None, None
     if training.eval_strategy != "no":
-        eval_rows = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
-        eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
-    if training.generation_max_length is None:
-        training.generation_max_length = data.val_max_target_length
+        examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
+        eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length)
+        if training.predict_with_generate:
+            score = generation_score(arguments, exit_flags, loaded, examples)
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
         model=loaded.model,
@@ -152,8 +170,52 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
-        compute_metrics=token_metrics(data.task, tokenizer) if training.predict_with_generate else None,
+        score=score,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         **exit_options,
     )
+
+
+def generation_score(
+    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, examples: Dataset
+) -> Callable[[], dict[str, float]]:
+    """A function that decodes the examples and gives the figures that `--do_eval` would give."""
+    data, training = arguments.data, arguments.training
+    settings = EvaluationSettings(
+        task=data.task,
+        max_source_length=data.max_source_length,
+        max_length=training.generation_max_length or data.val_max_target_length,
+        batch_size=training.per_device_eval_batch_size,
+        num_beams=training.generation_num_beams or 1,
+        predictions_file=Path(training.output_dir, "predictions.jsonl"),  # stays as it is
+    )
+    if settings.num_beams > 1 and exit_flags.methods:
+        raise UserError(
+            f"{' '.join(exit_flags.methods)} decodes greedily: leave --generation_num_beams at 1."
+        )
+    policy = build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
+    share = examples.select(own_share(len(examples), settings.batch_size, PartialState()))
+
+    def compute() -> dict[str, float]:
+        records = []
+        with settled_generation_config(loaded.model):
+            for indices in batch_indices(0, len(share), settings.batch_size):
+                batch = share.select(indices)
+                records += describe_batch(loaded, batch, decode_batch(loaded, policy, batch, settings))
+        return score(best_windows(gather_object(records)), data.task)
+
+    return compute
+
+
+@contextmanager
+def settled_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, the model's generation config leaves to flags how long and how many its outputs are."""
+    owner = model.get_base_model() if is_adapted(model) else model
+    own = owner.generation_config
+    owner.generation_config = copy.deepcopy(own)
+    owner.generation_config.update(max_new_tokens=None, min_new_tokens=None, num_return_sequences=None)
+    try:
+        yield
+    finally:
+        owner.generation_config = own
