@@ -32,7 +32,7 @@ DATA = {
     "max_source_length": 24,
     "max_target_length": 12,
 }
-QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+QUIET = {"report_to": "none", "disable_tqdm": True}
 FREE = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
 
 
@@ -84,7 +84,7 @@ def test_two_processes_equal_one(base, tmp_path):
     loss = {"intermediate_loss_fn": "ce"}
     one = DATA | QUIET | {"do_eval": True, "max_eval_samples": 7, "per_device_eval_batch_size": 2}
     one |= {"use_shallow_deep": True, "shallow_exit_layer": 2, "shallow2deep_conf_threshold": 0.02}
-    flags = train_flags(base, tmp_path / "two", ddp_backend="gloo", per_device_train_batch_size=1)
+    flags = train_flags(base, tmp_path / "two", per_device_train_batch_size=1)
     torchrun(*as_argv(**flags | loss | one))
     halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     weights = train(base, tmp_path / "one", **loss, **halves)
