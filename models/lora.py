@@ -5,6 +5,7 @@ The exit heads are trained in full beside the adapters and saved in a file of th
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,16 +116,17 @@ def load_lora(model: PreTrainedModel, folder: Path, merge: bool) -> PreTrainedMo
 
 
 def refuse_tied_targets(adapted: PeftModel, name: str) -> None:
-    """Raise UserError if an adapter of the embeddings, once merged, would change the LM head that shares
-    their weights, or the other way round."""
+    """Raise UserError if a layer is adapted whose weights have other users, such as tied embeddings: once
+    merged, the adapter would change those as well. (Trained tokens know all users of theirs.)"""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     model = adapted.get_base_model()
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
-        raise UserError(
-            f"{name}: embeddings and LM head share their weights, so that neither can be adapted."
-        )
+    users = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
+            if users[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+                raise UserError(f"{name}: other modules share their weights with {path}: leave it unadapted.")
 
 
 def train_exit_heads(adapted: PeftModel) -> None:

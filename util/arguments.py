@@ -535,9 +535,10 @@ def launched_processes() -> int:
 
 
 def cpu_launch_flags() -> list[str]:
-    """What several processes without accelerators need in order to work together; given flags override it."""
+    """What processes of torchrun need without GPUs in order to work together; given flags override it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if launched_processes() == 1 or accelerator is not None and accelerator.type != "mps":
+    has_gpus = accelerator is not None and accelerator.type != "mps"  # Apple's has no collectives
+    if has_gpus or launched_processes() == 1 or "LOCAL_RANK" not in os.environ:
         return []
     return ["--use_cpu", "True", "--ddp_backend", "gloo"]
 

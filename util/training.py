@@ -83,7 +83,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
 
 
 def is_finished(trainer: EarlyExitTrainer) -> bool:
-    """Whether --output_dir holds the result of as long a training as is asked for, early stopping included."""
+    """Whether --output_dir holds the result of a training as long as asked for, even if it stopped early."""
     folder = Path(trainer.args.output_dir)
     if find_damage(folder) is not None or not (folder / "train_results.json").is_file():
         return False
@@ -209,7 +209,7 @@ def build_trainer(
 
 
 def use_one_gpu(training: Seq2SeqTrainingArguments) -> None:
-    """Each process trains on one GPU: within one, torch's DataParallel would make copies that no view knows."""
+    """Keep each process to one GPU: torch's DataParallel would make copies of the model that no view sees."""
     if training.n_gpu > 1:
         logger.warning("Training on one of %d GPUs; for all: torchrun --nproc_per_node gpu.", training.n_gpu)
         training._n_gpu = 1
