@@ -124,9 +124,10 @@ def refuse_tied_targets(adapted: PeftModel, name: str) -> None:
     model = adapted.get_base_model()
     users = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):
-            if users[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
-                raise UserError(f"{name}: other modules share their weights with {path}: leave it unadapted.")
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if users[id(getattr(layer.get_base_layer(), "weight", None))] > 1:
+            raise UserError(f"{name}: other modules share their weights with {path}: leave it unadapted.")
 
 
 def train_exit_heads(adapted: PeftModel) -> None:
