@@ -2,6 +2,10 @@
 
 `build_exit_loss(...)` turns the public flags into one object; calling it on a forward pass gives the total
 to minimise and its parts to log. Layers count from 1; N is the number of target tokens that are not padding.
+
+A micro-batch is one share of the batch that an optimizer step sees. Losses return their share of the whole
+batch's loss, so that the sum over micro-batches and processes is the loss of one big batch; what they must
+know of the whole, `total` tells them.
 """
 
 from __future__ import annotations
@@ -23,12 +27,30 @@ PADDING_LABEL = -100
 TOKENS_PER_CHUNK = 2048
 
 
+Total = Callable[[str, Tensor], Tensor]
+"""Sum over the whole batch of what a micro-batch counted under a name: `total(name, own)`."""
+
+
+def own_total(name: str, own: Tensor) -> Tensor:
+    """The micro-batch is the whole batch."""
+    return own
+
+
 @dataclass
 class LossTerms:
     """`total` is minimised; `parts` holds detached scalars for the log."""
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def times(self, share: Tensor) -> LossTerms:
+        return LossTerms(share * self.total, {name: share * value for name, value in self.parts.items()})
+
+
+def token_share(labels: Tensor, total: Total = own_total) -> Tensor:
+    """The share that (B, T) labels have in the whole batch's target tokens."""
+    own = (labels != PADDING_LABEL).sum()
+    return own / total("tokens", own)
 
 
 @contextmanager
@@ -132,14 +154,11 @@ def uniform_teachers(num_layers: int, shallow_layer: int) -> list[int]:
     return [i * num_layers // shallow_layer for i in range(1, shallow_layer + 1)]
 
 
-def align_last(distances: Tensor) -> list[int]:
-    """Student of each teacher row, or -1 for none: only the last teacher teaches, the last student."""
-    return [-1] * (len(distances) - 1) + [distances.shape[1] - 1]
-
-
-def align_uniform(distances: Tensor) -> list[int]:
-    """Teacher i teaches student i."""
-    return list(range(len(distances)))
+def fixed_alignment(name: str, shallow_layer: int) -> list[int] | None:
+    """Student index of each teacher, -1 for none; None where states decide, batch by batch."""
+    if name == "last":  # only the last teacher teaches, the last student
+        return [-1] * (shallow_layer - 1) + [shallow_layer - 1]
+    return list(range(shallow_layer)) if name == "unif" else None
 
 
 def align_closest(distances: Tensor) -> list[int]:
@@ -159,46 +178,54 @@ def align_closest(distances: Tensor) -> list[int]:
 class LayerwiseDistillation:
     """MSE between normalized states of teacher layers (detached) and shallow layers (FREE, section 4.2).
 
-    `align` maps the (teachers, students) distance matrix to one student index a teacher. With
+    `alignment` holds one student index a teacher, -1 for none; None takes the closest (`align_closest`). With
     `mask_padding=False` padded positions count, as in the original implementation.
     """
 
     num_layers: int
     shallow_layer: int
-    align: Callable[[Tensor], list[int]]
+    alignment: list[int] | None
     layer_transformation: torch.nn.Module | None = None
     mask_padding: bool = True
 
-    def __call__(self, view: DecoderView, outputs: Any, tokens: TargetTokens) -> LossTerms:
-        states = view.training_states(outputs)
-        teachers = [
-            self._read(view, states, layer, tokens).detach()
-            for layer in uniform_teachers(self.num_layers, self.shallow_layer)
-        ]
-        students = [
-            self._transform(self._read(view, states, layer, tokens))
-            for layer in range(1, self.shallow_layer + 1)
-        ]
-        pairs = self._pair(teachers, students)
+    def __call__(
+        self, view: DecoderView, outputs: Any, tokens: TargetTokens, total: Total = own_total
+    ) -> LossTerms:
+        teachers, students = self._read_all(view, outputs, tokens)
+        alignment = self.alignment
+        if alignment is None:
+            alignment = align_closest(total("distances", sum_distances(teachers, students)))
+        pairs = [(teachers[i], students[j]) for i, j in enumerate(alignment) if j >= 0]
         loss = torch.stack([F.mse_loss(student, teacher) for teacher, student in pairs]).mean()
         return LossTerms(loss, {"distillation": loss.detach()})
+
+    def _read_all(
+        self, view: DecoderView, outputs: Any, tokens: TargetTokens
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """States of the teachers and of the students, each (N, D)."""
+        states = view.training_states(outputs)
+        teachers = uniform_teachers(self.num_layers, self.shallow_layer)
+        students = range(1, self.shallow_layer + 1)
+        return (
+            [self._read(view, states, layer, tokens).detach() for layer in teachers],
+            [self._transform(self._read(view, states, layer, tokens)) for layer in students],
+        )
 
     def _read(
         self, view: DecoderView, states: tuple[Tensor, ...], layer: int, tokens: TargetTokens
     ) -> Tensor:
         normalized = normalized_state(view, states, layer)
-        return tokens.select(normalized) if self.mask_padding else normalized
+        return tokens.select(normalized) if self.mask_padding else normalized.flatten(0, 1)
 
     def _transform(self, student: Tensor) -> Tensor:
         return student if self.layer_transformation is None else self.layer_transformation(student)
 
-    def _pair(self, teachers: list[Tensor], students: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        with torch.no_grad():
-            distances = torch.stack(
-                [torch.stack([F.mse_loss(student, teacher) for student in students]) for teacher in teachers]
-            )
-        alignment = self.align(distances)
-        return [(teachers[i], students[j]) for i, j in enumerate(alignment) if j >= 0]
+
+@torch.no_grad()
+def sum_distances(teachers: list[Tensor], students: list[Tensor]) -> Tensor:
+    """Mean squared difference of each teacher and student, summed over positions: (teachers, students)."""
+    rows = [torch.stack([F.mse_loss(student, teacher) for student in students]) for teacher in teachers]
+    return torch.stack(rows).float() * len(teachers[0])
 
 
 @dataclass
@@ -209,51 +236,67 @@ class ExitLoss:
     distillation: LayerwiseDistillation | None = None
     alpha: float = 0.0
 
-    def __call__(self, view: DecoderView, outputs: Any, labels: Tensor) -> LossTerms:
-        tokens = TargetTokens.of(labels)
+    @property
+    def looks_around(self) -> bool:
+        """Whether a micro-batch needs to know the states of the others."""
+        return self.distillation is not None and self.distillation.alignment is None
+
+    def __call__(
+        self, view: DecoderView, outputs: Any, labels: Tensor, total: Total = own_total
+    ) -> LossTerms:
+        tokens, share = TargetTokens.of(labels), token_share(labels, total)
         terms = self.cross_entropy(view, outputs, tokens)
         if self.distillation is None:
-            return terms
-        distilled = self.distillation(view, outputs, tokens)
-        return LossTerms(terms.total + self.alpha * distilled.total, {**terms.parts, **distilled.parts})
+            return terms.times(share)
+        distilled = self.distillation(view, outputs, tokens, total)
+        both = terms.total + self.alpha * distilled.total
+        return LossTerms(both, {**terms.parts, **distilled.parts}).times(share)
 
 
 @dataclass
 class ConfidenceHeadLoss:
     """Teach the confidence head whether an exit's prediction agrees with the last layer's.
 
-    Classes are balanced within each layer: the mean of the two class means, over the classes present. The
-    layers are weighted by depth (CALM, eq. 6). The backbone receives no gradient.
+    Classes are balanced within each layer: the mean of the two class means, over the classes present in the
+    whole batch. The layers are weighted by depth (CALM, eq. 6). The backbone receives no gradient.
     """
 
     layers: list[int]
+    looks_around = True  # states decide how many of each class there are
 
-    def __call__(self, view: DecoderView, outputs: Any, labels: Tensor) -> LossTerms:
+    def __call__(
+        self, view: DecoderView, outputs: Any, labels: Tensor, total: Total = own_total
+    ) -> LossTerms:
+        states, agreements = self._read(view, outputs, labels)
+        counts = total("classes", count_classes(agreements))
+        losses = {}
+        for index, layer in enumerate(self.layers):
+            logits = full_precision(view.model.cm_head(states[index]))
+            losses[layer] = balanced_cross_entropy(logits, agreements[index], counts[index])
+        weighted = sum(layer * loss for layer, loss in losses.items()) / sum(losses)
+        return LossTerms(weighted, {f"cm_layer_{layer}": loss.detach() for layer, loss in losses.items()})
+
+    def _read(self, view: DecoderView, outputs: Any, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """For each layer its states (N, D), and whether it predicts what the last layer does (N,)."""
         states, tokens = view.training_states(outputs), TargetTokens.of(labels)
         deep_tokens = predict_tokens(view, tokens.select(normalized_state(view, states, view.num_layers)))
-        losses = {layer: self._at(layer, view, states, tokens, deep_tokens) for layer in self.layers}
-        total = sum(layer * loss for layer, loss in losses.items()) / sum(losses)
-        return LossTerms(total, {f"cm_layer_{layer}": loss.detach() for layer, loss in losses.items()})
-
-    def _at(
-        self,
-        layer: int,
-        view: DecoderView,
-        states: tuple[Tensor, ...],
-        tokens: TargetTokens,
-        deep_tokens: Tensor,
-    ) -> Tensor:
-        selected = tokens.select(normalized_state(view, states, layer)).detach()
-        agrees = (predict_tokens(view, selected) == deep_tokens).long()
-        logits = full_precision(view.model.cm_head(selected))
-        return balanced_cross_entropy(logits, agrees)
+        read = [tokens.select(normalized_state(view, states, layer)).detach() for layer in self.layers]
+        return read, [(predict_tokens(view, selected) == deep_tokens).long() for selected in read]
 
 
-def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes present of each class's mean cross-entropy: (N, 2), (N,) -> scalar."""
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    class_means = [losses[labels == label].mean() for label in labels.unique()]
-    return torch.stack(class_means).mean()
+def count_classes(agreements: list[Tensor]) -> Tensor:
+    """How often each layer disagrees and agrees: (layers, 2)."""
+    return torch.stack([torch.bincount(agrees, minlength=2) for agrees in agreements])
+
+
+def balanced_cross_entropy(logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Mean over the classes present of each class's mean cross-entropy: (N, 2), (N,) -> scalar.
+
+    `counts` (2,) are those of the batch that these N are a share of.
+    """
+    counts = torch.bincount(labels, minlength=2) if counts is None else counts
+    weights = torch.where(counts > 0, 1 / counts, 0) / (counts > 0).sum()
+    return F.cross_entropy(logits, labels, weight=weights.to(logits.dtype), reduction="sum")
 
 
 @torch.no_grad()
@@ -274,12 +317,13 @@ def build_exit_loss(
     """The loss object of an `--intermediate_loss_fn` (one of `INTERMEDIATE_LOSSES`)."""
     weights = exit_layer_weights(name, view.num_layers, shallow_layer, shallow_weight)
     cross_entropy = ExitCrossEntropy(weights, label_smoothing)
-    aligners = {"last": align_last, "unif": align_uniform, "dyna": align_closest}
-    align = aligners.get(name.removeprefix("shallowdeep_kd_"))
-    if align is None:
+    if not name.startswith("shallowdeep_kd_"):
         return ExitLoss(cross_entropy)
+    alignment = fixed_alignment(name.removeprefix("shallowdeep_kd_"), shallow_layer)
     transformation = getattr(view.model, "layer_transformation", None)
-    distillation = LayerwiseDistillation(view.num_layers, shallow_layer, align, transformation, mask_padding)
+    distillation = LayerwiseDistillation(
+        view.num_layers, shallow_layer, alignment, transformation, mask_padding
+    )
     return ExitLoss(cross_entropy, distillation, alpha)
 
 

@@ -20,7 +20,6 @@ from typing import Protocol
 import numpy as np
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
-from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from util.tasks import TASKS
 from util.text_tokens import UnicodeTokenizer, bleu_tokenizer, is_latin, split_sentences, warn_of_script
@@ -163,19 +162,3 @@ def compute_scores(
     if language is None and isinstance(metric, CorpusBleu):
         warn_of_script(references)
     return metric.scores(metric.statistics(predictions, references))
-
-
-def token_metrics(
-    task: str, tokenizer: PreTrainedTokenizerBase, language: str | None = None
-) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A Trainer's `compute_metrics`: decode padded token ids, then score them."""
-
-    def decode(token_ids: np.ndarray) -> list[str]:
-        return tokenizer.batch_decode(
-            np.where(token_ids < 0, tokenizer.pad_token_id, token_ids), skip_special_tokens=True
-        )
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return compute_scores(task, decode(prediction.predictions), decode(prediction.label_ids), language)
-
-    return compute

@@ -1,7 +1,7 @@
 """EarlyExitTrainer: a Seq2SeqTrainer that minimises an exit loss and logs each of its parts.
 
-`EarlyExitTrainer(..., exit_loss=build_exit_loss(...), exit_config=...)`; without an exit loss it trains as
-its parent does. Its evaluations generate with `exit_policy`, at full depth if there is none.
+`EarlyExitTrainer(..., exit_loss=build_exit_loss(...), exit_config=...)`; without an exit loss it minimises
+its parent's. Over however many micro-batches and processes a batch is split up, the gradient is the whole's.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import logging
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +19,142 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Seq2SeqTrainer
+from transformers.trainer_utils import EvalLoopOutput
 
-from models.decoding import early_exit_decode
 from models.exit_heads import ExitConfig, load_exit_heads
-from models.exit_policy import ExitPolicy
 from models.families import view_for
 from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
-from models.losses import ConfidenceHeadLoss, ExitLoss, without_logits
+from models.losses import (
+    ConfidenceHeadLoss,
+    ExitLoss,
+    Total,
+    token_share,
+    without_logits,
+)
 
 logger = logging.getLogger(__name__)
 
+Batch = dict[str, Tensor]
+
 
 class EarlyExitTrainer(Seq2SeqTrainer):
-    loss_is_scaled_for_ga = False  # exit losses are per-batch means
+    """`score` makes the figures of an evaluation besides its loss; without it, there are none."""
+
+    loss_is_scaled_for_ga = True  # every micro-batch returns its share of the whole batch's loss
 
     def __init__(
         self,
         *args: Any,
         exit_loss: ExitLoss | ConfidenceHeadLoss | None = None,
         exit_config: ExitConfig | None = None,
-        exit_policy: ExitPolicy | None = None,
+        score: Callable[[], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.exit_policy = exit_policy
+        self.model_accepts_loss_kwargs = False  # models of these families swallow the count of items
         self.exit_loss = exit_loss
         self.exit_config = exit_config
-        self.loss_parts: dict[str, list[Tensor]] = defaultdict(list)
-        if exit_loss is None:
-            self.loss_is_scaled_for_ga = None  # let the parent decide
-        else:
-            self.model_accepts_loss_kwargs = False
+        self.score = score
+        self.micro_batches: list[Batch] = []  # of the optimizer step to come
+        self.totals: dict[str, Tensor] = {}  # what losses must know of all of them, if they are several
+        self.loss_parts: dict[str, Tensor | float] = defaultdict(float)  # sums since the last log
+        self.steps_since_log = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        self.micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.totals = {}
+        self.steps_since_log += 1
+        return self.micro_batches, None
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        if self.exit_loss is None or not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs)
         if isinstance(self.exit_loss, ConfidenceHeadLoss):
             model.eval()  # the head has no dropout; the frozen model must predict as it will when deployed
+        if len(self.micro_batches) > 1 and not self.totals:
+            self.totals = self._survey_micro_batches(model)
+        if self.exit_loss is None:
+            share = token_share(inputs["labels"], self._total)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            total = share * loss
+        else:
+            outputs = self._forward(model, inputs, self._total)
+            total = outputs.pop("total")
+            for name, value in outputs.items():
+                self.loss_parts[name] += value.detach()
+        total = total * self.accelerator.num_processes  # over which gradients are averaged
+        return (total, outputs) if return_outputs else total
+
+    def _total(self, name: str, own: Tensor) -> Tensor:
+        """Sum of a count over the micro-batches and processes of this optimizer step."""
+        return self.totals[name] if self.totals else self.accelerator.reduce(own, "sum")
+
+    def _survey_micro_batches(self, model: nn.Module) -> dict[str, Tensor]:
+        """Sums over the whole batch; for a loss that must have seen its states, by a pass ahead of training's
+        with the same dropout."""
+        sums: dict[str, Tensor | int] = defaultdict(int)
+
+        def add(name: str, own: Tensor) -> Tensor:
+            sums[name] += own
+            return own
+
+        if self.exit_loss is not None and self.exit_loss.looks_around:
+            with torch.no_grad(), fork_rng(self.args.device):
+                for batch in self.micro_batches:
+                    self._forward(model, self._prepare_inputs(batch), add)
+        else:
+            for batch in self.micro_batches:
+                token_share(batch["labels"].to(self.args.device), add)
+        return {name: self.accelerator.reduce(own, "sum") for name, own in sums.items()}
+
+    def _forward(self, model: nn.Module, inputs: Batch, total: Total) -> dict[str, Tensor]:
+        """The exit loss as `total` and its parts, computed in the forward pass: sharded weights are whole
+        only there."""
         # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
         features = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
-        with without_logits(unwrapped), self._loss_in_forward(unwrapped, inputs["labels"]):
-            outputs = model(**features, output_hidden_states=True, use_cache=False)
-        parts = dict(outputs)
-        total = parts.pop("total")
-        for name, value in parts.items():
-            self.loss_parts[name].append(value)
-        return (total, outputs) if return_outputs else total
-
-    @contextmanager
-    def _loss_in_forward(self, unwrapped: nn.Module, labels: Tensor) -> Iterator[None]:
-        """Let forward passes return the loss and its parts: only inside them are sharded weights whole."""
         view = view_for(unwrapped)
 
-        def compute(module: nn.Module, inputs: tuple, outputs: Any) -> dict[str, Tensor]:
+        def compute(module: nn.Module, arguments: tuple, outputs: Any) -> dict[str, Tensor]:
             with self.accelerator.autocast():
-                terms = self.exit_loss(view, outputs, labels)
+                terms = self.exit_loss(view, outputs, inputs["labels"], total)
             return {"total": terms.total, **terms.parts}
 
         handle = unwrapped.register_forward_hook(compute, prepend=True)  # before the weights are freed
         try:
-            yield
+            with without_logits(unwrapped):
+                return dict(model(**features, output_hidden_states=True, use_cache=False))
         finally:
             handle.remove()
 
-    def evaluate(self, *args: Any, **gen_kwargs: Any) -> dict[str, float]:
-        """Evaluate with the engine's loop, also in the middle of training; see Seq2SeqTrainer."""
-        if gen_kwargs.get("num_beams", self.args.generation_num_beams) in (None, 1):
-            engine = {"custom_generate": early_exit_decode, "exit_policy": self.exit_policy}
-            gen_kwargs = engine | gen_kwargs
-        return super().evaluate(*args, **gen_kwargs)
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The parent's loop, for the loss; then `score`'s figures."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score is not None:
+            with whole_weights(self.model):
+                scores = self.score()
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each part of the loss since the last log to the training logs."""
-        if "loss" in logs:
-            means = {name: torch.stack(values).mean().item() for name, values in self.loss_parts.items()}
-            logs = {**logs, **means}
+        if "loss" in logs and self.loss_parts:
+            sums = self.accelerator.reduce(torch.stack(list(self.loss_parts.values())), "sum")
+            means = (sums / self.steps_since_log).tolist()
+            logs = logs | dict(zip(self.loss_parts, means, strict=True))
             self.loss_parts.clear()
+        if "loss" in logs:
+            self.steps_since_log = 0
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -115,14 +167,37 @@ class EarlyExitTrainer(Seq2SeqTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        heads = Path(resume_from_checkpoint, EXIT_HEADS_NAME)
-        if heads.is_file():
-            load_exit_heads((model or self.model).get_base_model(), load_file(heads))
+        load_adapted_heads(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_adapted_heads(self.model, self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of missing weights; a tied one is saved once, under one of its names."""
         missing = without_tied(load_result.missing_keys, self.model)
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+
+def load_adapted_heads(model: nn.Module, checkpoint: str) -> None:
+    """Load the exit heads that lie beside an adapter, if it has any."""
+    heads = Path(checkpoint, EXIT_HEADS_NAME)
+    if heads.is_file():
+        load_exit_heads(model.get_base_model(), load_file(heads))
+
+
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers drawn inside are drawn again afterwards."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+def whole_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the weights that FSDP shards are whole."""
+    if isinstance(model, FullyShardedDataParallel):
+        return FullyShardedDataParallel.summon_full_params(model)
+    return nullcontext()
 
 
 def without_tied(missing: list[str], model: nn.Module) -> list[str]:

@@ -9,32 +9,49 @@ import errno
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+)
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
 from models.families import view_for
-from models.loading import LoadedModel
+from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from util.arguments import Arguments, DataArguments, ExitArguments
 from util.data import dataset_record, load_examples, target_language, tokenize
+from util.evaluation import (
+    EvaluationSettings,
+    batch_indices,
+    best_windows,
+    decode_batch,
+    describe_batch,
+    own_share,
+    score,
+)
 from util.files import content_hash, file_hash
 from util.identity import hash_rows, hash_tokenizer
-from util.metrics import token_metrics
 from util.optimizer import build_muon
 from util.policies import build_policy
 from util.sources import RowFile, load_rows
 from util.streaming import stream_training_rows
 from util.tables import write_json
-from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+from util.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
 from util.training_progress import progress_callbacks
 
 logger = logging.getLogger(__name__)
@@ -52,23 +69,45 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
         flags = arguments.lora
         settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
         loaded.model = add_lora(loaded.model, *settings)
-    trainer = build_trainer(arguments, loaded, exit_loss=loss, exit_config=exit_config)
-    if exit_flags.methods:
-        trainer.exit_policy = build_policy(exit_flags, loaded, trainer.args.generation_max_length)
+    trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
-    resume = resume or last_complete_checkpoint(arguments.training.output_dir)
+    newest = resume or last_complete_checkpoint(arguments.training.output_dir)
     identity = identify_training(arguments.data, trainer)
-    if resume is not None:
-        refuse_other_exits(resume, exit_config)
-        refuse_other_rows(resume, identity)
-        logger.info("Continuing from %s.", resume)
+    if newest is not None:
+        refuse_other_exits(newest, exit_config)
+        refuse_other_rows(newest, identity)
+        if resume is None and is_finished(trainer):
+            load_finished(arguments, loaded)
+            return
+        logger.info("Continuing from %s.", newest)
     elif trainer.is_world_process_zero():
         write_json(Path(arguments.training.output_dir, IDENTITY_FILE), identity)
-    result = train_or_explain(trainer, resume)
+    result = train_or_explain(trainer, newest)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     loaded.model = merge_lora(loaded.model)
+
+
+def is_finished(trainer: EarlyExitTrainer) -> bool:
+    """Whether --output_dir holds the result of a training as long as asked for, even if it stopped early."""
+    folder = Path(trainer.args.output_dir)
+    if find_damage(folder) is not None or not (folder / "train_results.json").is_file():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return max_steps <= state.max_steps
+
+
+def load_finished(arguments: Arguments, loaded: LoadedModel) -> None:
+    """Take up a finished training's model for what follows; nothing is written."""
+    folder = arguments.training.output_dir
+    logger.info(
+        "Training in %s is finished: nothing is left to do. To train on, raise --max_steps or "
+        "--num_train_epochs; to start afresh, use another --output_dir.",
+        folder,
+    )
+    loaded.model = load_model(folder).model.to(arguments.training.device)
 
 
 def train_or_explain(trainer: EarlyExitTrainer, resume: str | None) -> TrainOutput:
@@ -170,20 +209,23 @@ def keep_all_layers(view: DecoderView) -> None:
         logger.warning("Training without decoder_layerdrop: exit losses need every layer.")
 
 
-def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any) -> EarlyExitTrainer:
+def build_trainer(
+    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, **exit_options: Any
+) -> EarlyExitTrainer:
     data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
+    use_one_gpu(training)
     record = dataset_record(data)
     if data.streaming:
         train_rows = stream_training_rows(record, data, tokenizer, training.seed)
     else:
         train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
         train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
-    eval_rows = None
+    eval_rows, score = None, None
     if training.eval_strategy != "no":
-        eval_rows = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
-        eval_rows = tokenize(eval_rows, tokenizer, data, data.val_max_target_length)
-    if training.generation_max_length is None:
-        training.generation_max_length = data.val_max_target_length
+        examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
+        eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length)
+        if training.predict_with_generate:
+            score = generation_score(arguments, exit_flags, loaded, examples)
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
@@ -193,10 +235,46 @@ def build_trainer(arguments: Arguments, loaded: LoadedModel, **exit_options: Any
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
-        compute_metrics=token_metrics(data.task, tokenizer, target_language(data))
-        if training.predict_with_generate
-        else None,
+        score=score,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
         **exit_options,
     )
+
+
+def use_one_gpu(training: Seq2SeqTrainingArguments) -> None:
+    """Keep each process to one GPU: torch's DataParallel would make copies of the model that no view sees."""
+    if training.n_gpu > 1:
+        logger.warning("Training on one of %d GPUs; for all: torchrun --nproc_per_node gpu.", training.n_gpu)
+        training._n_gpu = 1
+
+
+def generation_score(
+    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, examples: Dataset
+) -> Callable[[], dict[str, float]]:
+    """A function that decodes the examples and gives the figures that `--do_eval` would give."""
+    data, training = arguments.data, arguments.training
+    settings = EvaluationSettings(
+        task=data.task,
+        max_source_length=data.max_source_length,
+        max_length=training.generation_max_length or data.val_max_target_length,
+        batch_size=training.per_device_eval_batch_size,
+        num_beams=training.generation_num_beams or 1,
+        predictions_file=Path(training.output_dir, "predictions.jsonl"),  # stays as it is
+        language=target_language(data),
+    )
+    if settings.num_beams > 1 and exit_flags.methods:
+        raise UserError(
+            f"{' '.join(exit_flags.methods)} decodes greedily: leave --generation_num_beams at 1."
+        )
+    policy = build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
+    share = examples.select(own_share(len(examples), settings.batch_size, PartialState()))
+
+    def compute() -> dict[str, float]:
+        records = []
+        for indices in batch_indices(0, len(share), settings.batch_size):
+            batch = share.select(indices)
+            records += describe_batch(loaded, batch, decode_batch(loaded, policy, batch, settings))
+        return score(best_windows(gather_object(records)), data.task)
+
+    return compute
