@@ -25,12 +25,12 @@ from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, ExitArguments, locked_output_dir, non_default_settings, parse_arguments
 from util.console import prepare_console
-from util.data import dataset_record, load_examples, target_language
-from util.evaluation import EvaluationSettings, evaluate
+from util.data.examples import dataset_record, load_examples, target_language
+from util.data.preparation import prepare
+from util.evaluation.decode import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
-from util.preparation import prepare
 from util.tables import comparison_table, print_report, write_json
-from util.training import train
+from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
 

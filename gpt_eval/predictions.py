@@ -20,8 +20,8 @@ from typing import Any
 from models.errors import UserError
 from models.json_files import decode_json, read_text
 from util.arguments import DataArguments
-from util.data import dataset_record, load_examples, load_file
-from util.evaluation import best_windows
+from util.data.examples import dataset_record, load_examples, load_file
+from util.evaluation.decode import best_windows
 from util.tasks import DATASETS
 
 COLUMNS = ("id", "prediction")

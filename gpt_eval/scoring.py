@@ -16,7 +16,7 @@ from gpt_eval.agreement import summarize_agreement
 from gpt_eval.cost import sum_usage
 from gpt_eval.parsing import DIMENSIONS
 from gpt_eval.verdicts import Judged, count_states, read_verdicts
-from util.significance import CONFIDENCE, interval, resamples
+from util.evaluation.significance import CONFIDENCE, interval, resamples
 
 
 def score(

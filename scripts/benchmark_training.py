@@ -27,7 +27,7 @@ from models.errors import one_line_errors
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.arguments import DataArguments, whole_number
-from util.data import dataset_record, load_examples, tokenize
+from util.data.examples import dataset_record, load_examples, tokenize
 from util.tables import comparison_table, print_report
 
 SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}

@@ -44,19 +44,19 @@ from util.arguments import (
     require,
     require_split,
 )
-from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
-from util.calibration import certify, fastest, monotone, needed_samples
-from util.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
-from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
+from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
-from util.data import dataset_record, load_examples
-from util.evaluation import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
-from util.identity import fingerprint
+from util.data.examples import dataset_record, load_examples
+from util.data.preparation import prepare
+from util.evaluation.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
+from util.evaluation.decode import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
+from util.evaluation.identity import fingerprint
+from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.timing_doubts import untrusted_timing
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
-from util.prediction_log import PredictionLog
-from util.preparation import prepare
 from util.tables import comparison_table, environment, print_report
-from util.timing_doubts import untrusted_timing
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {

@@ -41,16 +41,16 @@ from util.arguments import (
     require,
     require_split,
 )
-from util.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
 from util.console import prepare_console
-from util.cost_model import CostModel, Prediction, Trace, predict_free, recommend
-from util.data import dataset_record, load_examples, target_language
-from util.evaluation import EvaluationSettings
-from util.preparation import prepare
+from util.data.examples import dataset_record, load_examples, target_language
+from util.data.preparation import prepare
+from util.evaluation.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
+from util.evaluation.cost_model import CostModel, Prediction, Trace, predict_free, recommend
+from util.evaluation.decode import EvaluationSettings
+from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.progress import track
 from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
-from util.timing_doubts import doubt_prediction, untrusted_timing
 
 COLUMNS = {
     "shallow_layer": "layer",

@@ -24,11 +24,12 @@ from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, locked_output_dir, whole_number
-from util.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
 from util.console import prepare_console
-from util.data import dataset_record, load_examples, target_language
-from util.evaluation import EvaluationSettings
-from util.preparation import prepare
+from util.data.examples import dataset_record, load_examples, target_language
+from util.data.preparation import prepare
+from util.evaluation.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
+from util.evaluation.decode import EvaluationSettings
+from util.evaluation.timing_doubts import untrusted_timing
 from util.tables import (
     color_by_depth,
     comparison_table,
@@ -40,7 +41,6 @@ from util.tables import (
     write_json,
 )
 from util.tasks import DATASETS, TASKS
-from util.timing_doubts import untrusted_timing
 
 SHOWN = ("FREE, fixed", "CALM")  # their outputs are printed in colour
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments, locked_output_file, whole_number
-from util.data import dataset_record, load_examples
+from util.data.examples import dataset_record, load_examples
+from util.data.preparation import prepare
 from util.files import json_line
-from util.preparation import prepare
 from util.progress import track
 from util.tasks import DATASETS
 

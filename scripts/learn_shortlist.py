@@ -33,8 +33,8 @@ from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.trace import trace_layers
 from util.console import prepare_console
-from util.data import dataset_record, load_examples
-from util.preparation import prepare
+from util.data.examples import dataset_record, load_examples
+from util.data.preparation import prepare
 from util.progress import track
 from util.tables import comparison_table, print_report, write_json
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
-from util.calibration import METHODS, P_VALUES, check_losses, simulate
-from util.consistency import CONSISTENCIES
+from util.calibration.consistency import CONSISTENCIES
+from util.calibration.risk_control import METHODS, P_VALUES, check_losses, simulate
 from util.progress import track
 from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
 

@@ -44,7 +44,10 @@ from util.arguments import (
     require,
     require_split,
 )
-from util.comparison import (
+from util.console import prepare_console
+from util.data.examples import dataset_record, load_examples, target_language
+from util.data.preparation import prepare
+from util.evaluation.comparison import (
     BASELINE,
     HF_GENERATE,
     Setting,
@@ -56,18 +59,15 @@ from util.comparison import (
     restore,
     trace_record,
 )
-from util.console import prepare_console
-from util.data import dataset_record, load_examples, target_language
-from util.evaluation import EvaluationSettings
+from util.evaluation.decode import EvaluationSettings
+from util.evaluation.identity import hash_named_files, hash_rows, identify_model
+from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.timing_doubts import untrusted_timing
 from util.files import write_json_lines
-from util.identity import hash_named_files, hash_rows, identify_model
 from util.policies import build_measure
-from util.prediction_log import PredictionLog
-from util.preparation import prepare
 from util.progress import track
 from util.tables import comparison_table, environment, print_report, write_csv, write_json
 from util.tasks import TASKS
-from util.timing_doubts import untrusted_timing
 
 COLUMNS = {
     "name": "setting",

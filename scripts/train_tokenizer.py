@@ -27,7 +27,7 @@ from transformers import T5Tokenizer
 
 from models.errors import UserError, one_line_errors
 from util.console import prepare_console
-from util.data import dataset_record, load_examples
+from util.data.examples import dataset_record, load_examples
 
 
 def main(argv: list[str] | None = None) -> None:

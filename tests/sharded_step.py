@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainingArguments
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.families import view_for
 from models.losses import build_confidence_head_loss, build_exit_loss
-from util.trainer import EarlyExitTrainer
+from util.training.trainer import EarlyExitTrainer
 
 CASES = [
     ("t5-tied", "shallowdeep_kd_dyna"),

@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainingArguments
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, build_confidence_head_loss, build_exit_loss
-from util.trainer import EarlyExitTrainer
+from util.training.trainer import EarlyExitTrainer
 
 TARGETS = ("labels", "decoder_input_ids")
 LENGTHS = (7, 1, 4, 2, 6)  # target tokens of each row

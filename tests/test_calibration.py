@@ -17,8 +17,9 @@ import run
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from scripts import calibrate, simulate_calibration
-from util.calibrated_threshold import CalibratedThreshold
-from util.calibration import (
+from util.calibration.certificate import CalibratedThreshold
+from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.risk_control import (
     METHODS,
     P_VALUES,
     Certification,
@@ -31,7 +32,6 @@ from util.calibration import (
     simulate,
     upper_bounds,
 )
-from util.consistency import CONSISTENCIES, consistency_losses, sample_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON = 0.1
@@ -370,7 +370,7 @@ class SlowingClock:
 
 
 def test_a_machine_that_slows_down_favours_no_candidate(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.evaluation.Stopwatch", SlowingClock)
+    monkeypatch.setattr("util.evaluation.decode.Stopwatch", SlowingClock)
     calibrate.main(as_argv(inputs | GRID | {"output_dir": tmp_path}))
     rows = read(tmp_path / "calibrated_threshold.json")["candidates"]
     # 5 settings of 12 samples, 0.1 s more each time: one after the other, the last would be at 0.4.

@@ -18,8 +18,14 @@ from models.loading import load_model
 from models.threshold import FixedThreshold
 from models.trace import trace_layers
 from scripts import choose_exit, learn_shortlist, sweep
-from util.comparison import area_under, areas_under_curves, compare_quality, fastest_good, name_front
-from util.cost_model import CostModel, Prediction, Trace, parallel_windows, predict_free, recommend
+from util.evaluation.comparison import (
+    area_under,
+    areas_under_curves,
+    compare_quality,
+    fastest_good,
+    name_front,
+)
+from util.evaluation.cost_model import CostModel, Prediction, Trace, parallel_windows, predict_free, recommend
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--dataset_name", "debian_de_en", "--drop_long_samples", "True", "--max_source_length", "28"]
@@ -277,7 +283,7 @@ class EvenClock:
 
 
 def test_chooser_does_not_trust_what_misses_its_prediction(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.evaluation.Stopwatch", EvenClock)
+    monkeypatch.setattr("util.evaluation.decode.Stopwatch", EvenClock)
     monkeypatch.setattr(CostModel, "measure", lambda *_: LAYERS_ONLY)
     flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--num_samples", "4", "--measured", "1"]
     flags += ["--shallow_layers", "2", "--thresholds", "0.4", "--min_agreement", "0"]

@@ -10,7 +10,7 @@ from real_rows import ROOT
 
 import run
 from models.loading import load_model
-from util.evaluation import best_windows
+from util.evaluation.decode import best_windows
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
 FLAGS = {

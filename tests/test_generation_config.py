@@ -10,8 +10,8 @@ from real_rows import ROOT
 from transformers import GenerationConfig
 
 from models import FixedThreshold, Free, SoftmaxGap, load_model
-from util.data import load_examples
-from util.evaluation import EvaluationSettings, decode_batch, describe_batch
+from util.data.examples import load_examples
+from util.evaluation.decode import EvaluationSettings, decode_batch, describe_batch
 from util.tasks import DATASETS
 
 CHECKPOINT = ROOT / "checkpoints/debian-t5-free"

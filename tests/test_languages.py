@@ -19,8 +19,8 @@ from models.languages import find_code, mark_target, set_languages, target_token
 from models.loading import LoadedModel, load_model, load_tokenizer
 from scripts import learn_shortlist, sweep
 from util.arguments import DataArguments
-from util.data import dataset_record, load_examples, tokenize
-from util.streaming import stream_training_rows
+from util.data.examples import dataset_record, load_examples, tokenize
+from util.data.streaming import stream_training_rows
 
 CODES = {"mbart": ("de_DE", "en_XX"), "mbart50": ("de_DE", "en_XX"), "nllb": ("deu_Latn", "eng_Latn")}
 SHORT_RUN = {

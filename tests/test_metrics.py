@@ -15,10 +15,15 @@ from rouge_score import rouge_scorer, scoring
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from util.consistency import sample_scores
-from util.metrics import METRICS, compute_scores, make_metric
-from util.significance import confidence_intervals, paired_bootstrap
-from util.text_tokens import UnicodeTokenizer, bleu_tokenizer, split_sentences, warn_of_unspaced_text
+from util.calibration.consistency import sample_scores
+from util.evaluation.metrics import METRICS, compute_scores, make_metric
+from util.evaluation.significance import confidence_intervals, paired_bootstrap
+from util.evaluation.text_tokens import (
+    UnicodeTokenizer,
+    bleu_tokenizer,
+    split_sentences,
+    warn_of_unspaced_text,
+)
 
 PREDICTIONS = ["The cat sat on the mat.", "A library for C. It is small.", "tools to build packages"]
 REFERENCES = ["The cat is on the mat.", "A small library for C. It is free.", "tools for building packages"]

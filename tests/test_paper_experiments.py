@@ -9,7 +9,7 @@ import pytest
 from real_rows import ROOT
 
 from util.arguments import parse_arguments
-from util.data import dataset_record, load_examples
+from util.data.examples import dataset_record, load_examples
 from util.tasks import DATASETS
 
 PAGE = (ROOT / "docs" / "paper_experiments.md").read_text(encoding="utf8")

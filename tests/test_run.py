@@ -19,7 +19,7 @@ import run
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from util.arguments import locked_output_dir
-from util.prediction_log import PredictionLog
+from util.evaluation.prediction_log import PredictionLog
 
 ROOT = Path(__file__).resolve().parent.parent
 GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]

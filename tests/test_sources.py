@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.data import dataset_record, load_examples, tokenize
-from util.sources import load_cells, load_file
-from util.streaming import stream_training_rows
+from util.data.examples import dataset_record, load_examples, tokenize
+from util.data.sources import load_cells, load_file
+from util.data.streaming import stream_training_rows
 
 # What spreadsheets, pandas and JSON readers change: id, source, target.
 VALUES = [

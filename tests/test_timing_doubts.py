@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from util.comparison import compare_speed
-from util.timing_doubts import doubt_prediction, doubt_speedup, possible_speedup, untrusted_timing
+from util.evaluation.comparison import compare_speed
+from util.evaluation.timing_doubts import doubt_prediction, doubt_speedup, possible_speedup, untrusted_timing
 
 
 def record(seconds, layer_calls, full_layer_calls):

@@ -24,8 +24,8 @@ import run
 from models.families import view_for
 from models.loading import load_model
 from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
-from util.evaluation import describe_batch
-from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+from util.evaluation.decode import describe_batch
+from util.training.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {
@@ -166,7 +166,7 @@ DYING_RUN = """
 import os, signal, sys
 from pathlib import Path
 import run
-from util.trainer import EarlyExitTrainer
+from util.training.trainer import EarlyExitTrainer
 
 save = EarlyExitTrainer._save
 
@@ -318,7 +318,7 @@ def test_generation_config_of_a_checkpoint_gives_way_to_the_flags(base, tmp_path
         lengths.extend(map(len, decoded.sequences))
         return describe_batch(loaded, batch, decoded)
 
-    monkeypatch.setattr("util.training.describe_batch", spy)
+    monkeypatch.setattr("util.training.train.describe_batch", spy)
     flags = EVALUATED | {"max_steps": 1, "val_max_target_length": 5}
     train(str(tmp_path / "base"), tmp_path / "run", **flags)
     assert len(lengths) == 3 and max(lengths) == 4  # and the start token

@@ -15,8 +15,8 @@ from models.exit_heads import ExitConfig
 from models.loading import check_config
 from models.threshold import AdaptiveThreshold
 from util.arguments import ExitArguments, expand_argument_file, parse_arguments, whole_number
-from util.calibrated_threshold import CalibratedThreshold
-from util.evaluation import read_baseline
+from util.calibration.certificate import CalibratedThreshold
+from util.evaluation.decode import read_baseline
 from util.policies import free_threshold, read_shortlist
 from util.report.folders import read_folders
 

@@ -20,8 +20,8 @@ from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.arguments import DataArguments, ExitArguments
-from util.calibrated_threshold import CalibratedThreshold, decoding_settings, describe_data
-from util.identity import fingerprint
+from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
+from util.evaluation.identity import fingerprint
 
 logger = logging.getLogger(__name__)
 

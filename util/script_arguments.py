@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.arguments import flag, list_flag, require, require_positive, require_unit_interval
-from util.method_names import BASELINE, SWEPT
+from util.evaluation.method_names import BASELINE, SWEPT
 
-CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration
+CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
 P_VALUES = ("hoeffding_bentkus", "betting")
 CONSISTENCIES = ("textual", "risk")
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))

@@ -18,7 +18,7 @@ import numpy as np
 
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
-from util.comparison import BASELINE, HF_GENERATE
+from util.evaluation.comparison import BASELINE, HF_GENERATE
 from util.report.results import JudgeScores, Results, ResultSet, Setting, Trace
 from util.tasks import TASKS
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from util.comparison import BASELINE, HF_GENERATE
+from util.evaluation.comparison import BASELINE, HF_GENERATE
 from util.report.results import ResultSet, Setting, Trace
 
 DEPTH_SHADES = 21  # colours between the first and the last layer

@@ -13,7 +13,8 @@ from typing import Any
 
 import jinja2
 
-from util.comparison import BASELINE, HF_GENERATE
+from util.evaluation.comparison import BASELINE, HF_GENERATE
+from util.evaluation.timing_doubts import untrusted_timing
 from util.report.figures import CSS_NAMES
 from util.report.heat_map import depth_shades, heat_section
 from util.report.judge import judge_section
@@ -36,7 +37,6 @@ from util.report.table import (
     settings_of,
 )
 from util.tables import format_figure, write_csv
-from util.timing_doubts import untrusted_timing
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 OPTIONAL_FILES = ("report.csv", "report.md", "trade_off.png", "trade_off.svg")

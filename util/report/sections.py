@@ -20,7 +20,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.comparison import BASELINE, GOOD_SHARE
+from util.evaluation.comparison import BASELINE, GOOD_SHARE
 from util.report.figures import (
     Line,
     Point,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from util.evaluation.timing_doubts import untrusted_timing
 from util.report.results import ResultSet, Setting
 from util.tables import format_figure
-from util.timing_doubts import untrusted_timing
 
 INTERVALS = {"quality_share": "quality_share_interval", "speedup": "speedup_interval"}
 COLUMNS = {  # after speed-up and quality; ms/token is left to the CSV, as it tells what tokens/s does

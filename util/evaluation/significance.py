@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.metrics import Reference, compute_scores, make_metric
+from util.evaluation.metrics import Reference, compute_scores, make_metric
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95

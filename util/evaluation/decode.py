@@ -25,14 +25,14 @@ from models.families import view_for
 from models.json_files import decode_json, fits, read_text
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
-from util.data import count_long_sources
+from util.data.examples import count_long_sources
+from util.data.rows import SEEN_COLUMN, as_text
+from util.evaluation.identity import hash_named_files, identify
+from util.evaluation.metrics import Reference, compute_scores, make_metric
+from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.significance import confidence_intervals, paired_bootstrap
 from util.files import read_json_lines, write_json_lines
-from util.identity import hash_named_files, identify
-from util.metrics import Reference, compute_scores, make_metric
-from util.prediction_log import PredictionLog
 from util.progress import track
-from util.rows import SEEN_COLUMN, as_text
-from util.significance import confidence_intervals, paired_bootstrap
 from util.tables import environment
 from util.timing import Stopwatch
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.metrics import Reference, make_metric
+from util.evaluation.metrics import Reference, make_metric
 
 CONSISTENCIES = ("textual", "risk")
 SAMPLE_SCORES = {  # what says most about a single sample: BLEU needs a corpus

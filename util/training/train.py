@@ -34,8 +34,10 @@ from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from util.arguments import Arguments, DataArguments, ExitArguments
-from util.data import dataset_record, load_examples, target_language, tokenize
-from util.evaluation import (
+from util.data.examples import dataset_record, load_examples, target_language, tokenize
+from util.data.sources import RowFile, load_rows
+from util.data.streaming import stream_training_rows
+from util.evaluation.decode import (
     EvaluationSettings,
     batch_indices,
     best_windows,
@@ -44,15 +46,13 @@ from util.evaluation import (
     own_share,
     score,
 )
+from util.evaluation.identity import hash_rows, hash_tokenizer
 from util.files import content_hash, file_hash
-from util.identity import hash_rows, hash_tokenizer
-from util.optimizer import build_muon
 from util.policies import build_policy
-from util.sources import RowFile, load_rows
-from util.streaming import stream_training_rows
 from util.tables import write_json
-from util.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
-from util.training_progress import progress_callbacks
+from util.training.optimizer import build_muon
+from util.training.progress import progress_callbacks
+from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
 from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
-from util.data import dataset_record
+from util.data.examples import dataset_record
 from util.files import content_hash, file_hash
 from util.tables import write_json
 
@@ -44,7 +44,7 @@ class CalibratedThreshold:
     needed_samples: (
         int | None
     )  # of the first candidate that failed; None if no number suffices, or all passed
-    model: str  # util.evaluation.fingerprint
+    model: str  # util.evaluation.identity.fingerprint
     data: dict[str, Any]
     settings: dict[str, Any]
     candidates: list[dict[str, Any]]

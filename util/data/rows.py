@@ -13,8 +13,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 
 from models.errors import UserError
+from util.data.sources import Row, RowFile, columns_of
 from util.files import file_hash
-from util.sources import Row, RowFile, columns_of
 from util.tasks import DatasetRecord
 
 SEEN_COLUMN = "seen_in_train"

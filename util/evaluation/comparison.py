@@ -21,7 +21,7 @@ from models.languages import target_token_ids
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.analysis import pareto_front
-from util.evaluation import (
+from util.evaluation.decode import (
     EvaluationSettings,
     batch_indices,
     best_windows,
@@ -31,13 +31,13 @@ from util.evaluation import (
     summarize,
     texts_of,
 )
-from util.method_names import BASELINE as BASELINE
-from util.method_names import HF_GENERATE as HF_GENERATE
-from util.prediction_log import PredictionLog
+from util.evaluation.method_names import BASELINE as BASELINE
+from util.evaluation.method_names import HF_GENERATE as HF_GENERATE
+from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
+from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
 from util.progress import track
-from util.significance import draw_scores, interval, sum_ratio_interval
 from util.tasks import TASKS
-from util.timing_doubts import doubt_speedup, possible_speedup
 
 WARM_UP_SAMPLES = 3
 GOOD_SHARE = 99.0  # per cent of full depth's quality

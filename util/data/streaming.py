@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from util.arguments import DataArguments
-from util.data import Encoder, skipped_entry, skipped_rows_file, split_contexts, with_target_mark
+from util.data.examples import Encoder, skipped_entry, skipped_rows_file, split_contexts, with_target_mark
+from util.data.rows import RowReader, check_columns
+from util.data.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
 from util.files import json_line
-from util.rows import RowReader, check_columns
-from util.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
 from util.tasks import DatasetRecord
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from models.errors import UserError
 from models.languages import set_languages
 from models.loading import LoadedModel
 from util.arguments import DataArguments
-from util.data import dataset_record
+from util.data.examples import dataset_record
 
 LABEL_MULTIPLE = 8  # training pads to it
 

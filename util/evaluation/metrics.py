@@ -21,8 +21,14 @@ import numpy as np
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
 
+from util.evaluation.text_tokens import (
+    UnicodeTokenizer,
+    bleu_tokenizer,
+    is_latin,
+    split_sentences,
+    warn_of_script,
+)
 from util.tasks import TASKS
-from util.text_tokens import UnicodeTokenizer, bleu_tokenizer, is_latin, split_sentences, warn_of_script
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")

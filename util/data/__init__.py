@@ -1,0 +1,1 @@
+"""Rows: where they come from, how they become texts, token ids and batches."""

@@ -1,0 +1,1 @@
+"""Decoding a split, what was decoded, and what it is worth."""

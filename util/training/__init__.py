@@ -1,0 +1,1 @@
+"""Training: from flags to a saved model."""
