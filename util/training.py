@@ -59,7 +59,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
         refuse_other_exits(resume, exit_config)
         refuse_other_rows(resume, identity)
         logger.info("Continuing from %s.", resume)
-    elif trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
         write_json(Path(arguments.training.output_dir, IDENTITY_FILE), identity)
     result = train_or_explain(trainer, resume)
     trainer.save_model()
