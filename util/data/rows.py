@@ -106,11 +106,13 @@ class RowReader:
             example, problem = dict.fromkeys(self._columns()), f"unexpected form: {error!r}"
         if problem:
             example = {column: [] if column == "references" else "" for column in self._columns()}
-        example = {column: as_text(value) for column, value in example.items()}
-        seen = (
-            {SEEN_COLUMN: as_text(row.get(SEEN_COLUMN)).lower() in ("true", "1")} if self.knows_seen else {}
-        )
-        return {"id": escape(name), **example, "problem": problem} | seen
+        example = {
+            column: [as_text(item) for item in value] if isinstance(value, list) else as_text(value)
+            for column, value in example.items()
+        }
+        if self.knows_seen:
+            example[SEEN_COLUMN] = as_text(row.get(SEEN_COLUMN)).lower() in ("true", "1")
+        return {"id": escape(name), **example, "problem": problem}
 
     def _columns(self) -> tuple[str, ...]:
         return QUESTION_PARTS if self.record.task == "question_answering" else ("source", "target")
@@ -167,9 +169,8 @@ def is_empty(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def as_text(value: Any) -> str | list[str]:
-    if isinstance(value, list):
-        return [as_text(item) for item in value]
+def as_text(value: Any) -> str:
+    """The text of a value; truth values as JSON writes them."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

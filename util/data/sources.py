@@ -141,11 +141,8 @@ def load_named(record: DatasetRecord, split: str, hub: dict[str, Any], streaming
         rows = splits[split]
         return rows.to_iterable_dataset() if streaming else rows
     # The branch of converted files has a folder for each configuration, and no card that names them.
-    source = {
-        "data_dir" if record.revision == PARQUET else "name": record.config,
-        "revision": record.revision,
-    }
-    source |= hub
+    config = {"data_dir" if record.revision == PARQUET else "name": record.config}
+    source = config | {"revision": record.revision} | hub
     builder = load_dataset_builder(record.hub_id, **source)
     files = (builder.config.data_files or {}).get(split, [])
     if folder.is_dir() and files and all(file_format(Path(name)) in FORMATS for name in files):

@@ -80,7 +80,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
             load_finished(arguments, loaded)
             return
         logger.info("Continuing from %s.", newest)
-    elif trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
         write_json(Path(arguments.training.output_dir, IDENTITY_FILE), identity)
     result = train_or_explain(trainer, newest)
     trainer.save_model()
