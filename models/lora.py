@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 EXIT_HEADS_NAME = "exit_heads.safetensors"
-EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
 QUERIES_AND_VALUES = r".*\.(q|v|q_proj|v_proj)$"  # of the T5 and BART families
 
 

@@ -37,7 +37,7 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", params=["t5-tied", "t5-untied", "bart-tied", "marian"])
+@pytest.fixture(scope="module", params=["t5-tied", "t5-untied", "marian"])
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

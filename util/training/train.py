@@ -220,12 +220,12 @@ def build_trainer(
     else:
         train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
         train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
-    eval_rows, score = None, None
+    eval_rows, scorer = None, None
     if training.eval_strategy != "no":
         examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
         eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length)
         if training.predict_with_generate:
-            score = generation_score(arguments, exit_flags, loaded, examples)
+            scorer = generation_score(arguments, exit_flags, loaded, examples)
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
@@ -235,7 +235,7 @@ def build_trainer(
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
-        score=score,
+        score=scorer,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
         **exit_options,
