@@ -15,7 +15,7 @@ DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 
 @dataclass(frozen=True)
 class Task:
-    """`metric` is the name of a function in `util.evaluation.metrics`; `main_score` the figure that compares methods."""
+    """`metric` names one of `util.evaluation.metrics`; `main_score` the figure that compares methods."""
 
     metric: str
     main_score: str
