@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 SHORTEST_SECRET = 8  # servers without keys are given words such as "none" or "EMPTY", which answers may hold
@@ -21,7 +22,13 @@ UNSEEN = (
     "\\s\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
 )
 UNSEEN += "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffc\U000e0000-\U000e0fff"
-ESCAPED_UNSEEN = "\t\n\r \xad\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u2060\ufeff"
+AGAIN = "%(?:25)*"  # a percent sign, however often it was quoted
+ESCAPED_UNSEEN = (  # the commoner ones: as URLs, JSON and HTML write them
+    rf"{AGAIN}(?:0[9ad]|20|c2{AGAIN}a[0d]|e2{AGAIN}8[01]{AGAIN}[89a][0-9a-f]|ef{AGAIN}bb{AGAIN}bf)"
+    r"|\\+(?:[nrt]|u00(?:09|0a|0d|20|a0|ad)|u20[0-6][0-9a-f]|ufeff)"
+    r"|&(?:amp;)*(?:#0*(?:9|10|13|32|160|173|82\d\d|65279)|#x0*(?:9|a|d|20|a0|ad|20[0-6][0-9a-f]|feff)"
+    r"|tab|newline|nbsp|shy|zwn?j|lrm|rlm|zerowidthspace);?"
+)
 
 
 class Redactor:
@@ -46,14 +53,15 @@ class Redactor:
 
 
 def key_pattern(key: str) -> str:
-    gap = f"(?:[{UNSEEN}]|{'|'.join(map(escapes, ESCAPED_UNSEEN))}|\\\\[nrt])*"
+    gap = f"(?:[{UNSEEN}]|(?i:{ESCAPED_UNSEEN}))*"
     plain = gap.join(f"(?:{re.escape(char)}|{escapes(char)})" for char in key)
     return "|".join([plain, *map(in_base64, base64_cores(key.encode()))])
 
 
+@cache
 def escapes(char: str) -> str:
     """Pattern of a character as %2D (or %252D, quoted twice), as \\u002d, and as &#45;, &#x2d; or by name."""
-    quoted = "".join(f"%(?:25)*{byte:02x}" for byte in char.encode())
+    quoted = "".join(f"{AGAIN}{byte:02x}" for byte in char.encode())
     names = sorted({name.rstrip(";") for name, value in html.entities.html5.items() if value == char})
     entities = [f"#0*{ord(char)}", f"#x0*{ord(char):x}", *map(re.escape, names)]
     escaped = rf"\\+(?:u{ord(char):04x}|u\{{0*{ord(char):x}\}}|x{ord(char):02x})"

@@ -663,14 +663,16 @@ def expand_argument_file(argv: list[str]) -> list[str]:
     path = Path(argv[0])
     require(path.is_file(), f"There is no argument file {path}.")
     text = read_text(path)
-    try:
-        settings = decode_json(text, str(path)) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = decode_json(text, str(path)) if path.suffix == ".json" else decode_yaml(text, str(path))
     require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
     return [text for name, value in settings.items() for text in as_flags(name, value)] + argv[1:]
+
+
+def decode_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{place}: not YAML ({' '.join(str(error).split())}).") from error
 
 
 def expand_paper_settings(argv: list[str]) -> list[str]:
