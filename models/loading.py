@@ -10,7 +10,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import (
     EXIT_CONFIG_NAME,
@@ -40,12 +41,14 @@ from models.exit_heads import (
     is_head_weight,
     load_exit_heads,
 )
+from models.families import view_for
 from models.json_files import LARGEST, fits, read_mapping
 from models.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     EXIT_HEADS_NAME,
     adapted_vocabulary,
+    is_adapted,
     load_lora,
     read_base_model,
 )
@@ -74,6 +77,15 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     exit_config: ExitConfig
+    _view: DecoderView | None = field(default=None, init=False, repr=False)
+
+    @property
+    def view(self) -> DecoderView:
+        """The model's view: one for all calls, until `model` is another."""
+        base = self.model.get_base_model() if is_adapted(self.model) else self.model
+        if self._view is None or self._view.model is not base:
+            self._view = view_for(base)
+        return self._view
 
 
 def load_model(

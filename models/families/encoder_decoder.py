@@ -58,8 +58,6 @@ class EncoderDecoderView:
         self.layers = list(layers)  # slicing a ModuleList would build a new module
         self.num_layers = len(self.layers)
         self.final_norm = final_norm
-        heads = getattr(model, "per_exit_heads", {})
-        self.per_exit_heads = {int(layer): heads[layer] for layer in heads}
 
     def begin(
         self,
@@ -124,8 +122,9 @@ class EncoderDecoderView:
         return cache
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        if layer in self.per_exit_heads:
-            hidden = self.per_exit_heads[layer](hidden)
+        heads = getattr(self.model, "per_exit_heads", None)  # may be attached later than the view is made
+        if heads is not None and str(layer) in heads:
+            hidden = heads[str(layer)](hidden)
         return self.final_norm(hidden)
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
