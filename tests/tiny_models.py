@@ -72,6 +72,8 @@ def tiny_model(shape: str = "t5-tied", num_layers: int = 6, seed: int = 0, **ove
     torch.manual_seed(seed)
     config = getattr(transformers, f"{prefix}Config")(**settings)
     model = getattr(transformers, prefix + suffix)(config).eval()
+    if is_t5 and differences.get("tie_word_embeddings") is False:  # the config ties them all the same
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     if not is_t5:  # zero after initialisation, but not in released checkpoints
         torch.nn.init.normal_(model.final_logits_bias)
     return model
