@@ -37,7 +37,14 @@ from models.exit_heads import (
     is_head_weight,
     load_exit_heads,
 )
-from models.lora import ADAPTER_CONFIG_NAME, EXIT_HEADS_NAME, load_lora
+from models.lora import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    EXIT_HEADS_NAME,
+    adapted_vocabulary,
+    load_lora,
+    read_base_model,
+)
 
 LOADING_ERRORS = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -67,15 +74,28 @@ def load_model(
 ) -> LoadedModel:
     """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
 
-    A folder with a LoRA adapter loads the base model that it names; the adapter is merged into it, or kept
-    apart and trainable with `merge_adapter=False`. `hub` takes cache_dir, revision and token.
+    A folder with an adapter (LoRA, or another that merges into weights) loads the base model that it names;
+    the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. `hub` takes
+    cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
     """
     refuse_misspelt_folder(name_or_path)
+    model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
+    home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
+    if home != name_or_path:
+        hub = {**hub, "revision": "main"}  # the revision is the model's
+    tokenizer = load_tokenizer(home, model.config.vocab_size, **hub)
+    return LoadedModel(model.eval(), tokenizer, exit_config)
+
+
+def load_weights(
+    name_or_path: str, dtype: torch.dtype, merge_adapter: bool, **hub: Any
+) -> tuple[PreTrainedModel, ExitConfig]:
+    """The model, exit heads included, and its exit configuration."""
     if find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub) is not None:
-        return load_adapted_model(name_or_path, tokenizer_name, dtype, merge_adapter, **hub)
+        return load_adapted_weights(name_or_path, dtype, merge_adapter, **hub)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
@@ -94,10 +114,7 @@ def load_model(
         unexpected.discard(DECODER_LM_HEAD)  # the original saves the LM head a second time
     refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
     load_exit_heads(model, heads)
-    if tokenizer_name not in (None, name_or_path):
-        hub = {**hub, "revision": "main"}  # the revision is the model's
-    tokenizer = load_tokenizer(tokenizer_name or name_or_path, model.config.vocab_size, **hub)
-    return LoadedModel(model.eval(), tokenizer, exit_config)
+    return model, exit_config
 
 
 def refuse_misspelt_folder(name_or_path: str) -> None:
@@ -111,23 +128,32 @@ def refuse_misspelt_folder(name_or_path: str) -> None:
         raise UserError(f"There is no checkpoint {name_or_path}; {parent} has {', '.join(siblings)}.")
 
 
-def load_adapted_model(
-    name_or_path: str, tokenizer_name: str | None, dtype: torch.dtype, merge: bool, **hub: Any
-) -> LoadedModel:
-    """The base model that a LoRA adapter names, with the adapter and the exit heads saved beside it."""
-    from peft import PeftConfig
-
+def load_adapted_weights(
+    name_or_path: str, dtype: torch.dtype, merge: bool, **hub: Any
+) -> tuple[PreTrainedModel, ExitConfig]:
+    """The base model that an adapter names, with the adapter and the exit heads saved beside it."""
     folder = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub).parent
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    loaded = load_model(base, tokenizer_name, dtype, **{**hub, "revision": "main"})
+    find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **hub)  # downloads them
+    base = read_base_model(name_or_path, folder)
+    model, _ = load_weights(base, dtype, True, **{**hub, "revision": "main"})
+    vocabulary = adapted_vocabulary(folder)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     exit_config = load_exit_config(name_or_path, **hub)
-    attach_exit_heads(loaded.model, exit_config)
+    attach_exit_heads(model, exit_config)
     heads_file = find_file(name_or_path, EXIT_HEADS_NAME, **hub)
     heads = load_file(heads_file) if heads_file is not None else {}
-    refuse_misfits(name_or_path, {}, head_misfits(loaded.model, heads))
-    load_exit_heads(loaded.model, heads)
-    model = load_lora(loaded.model, folder, merge)
-    return LoadedModel(model.eval(), loaded.tokenizer, exit_config)
+    refuse_misfits(name_or_path, {}, head_misfits(model, heads))
+    load_exit_heads(model, heads)
+    return load_lora(model, folder, merge), exit_config
+
+
+def find_tokenizer_home(name_or_path: str, **hub: Any) -> str:
+    """Where a checkpoint's tokenizer lies: with it, or with the base model of an adapter that has none."""
+    config = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub)
+    if config is None or any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
+        return name_or_path
+    return find_tokenizer_home(read_base_model(name_or_path, config.parent), **{**hub, "revision": "main"})
 
 
 def freeze_unsaved_weights(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -392,7 +393,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         training, exits = self.training, self.exit
-        self.data.report_dir = training.output_dir
+        self.data.report_dir = training.output_dir if training.process_index == 0 else None
         self._check_training()
         self.data.hub = {"token": self.model.token, "cache_dir": self.model.cache_dir}
         stages = (training.do_train, training.do_eval, training.do_predict)
@@ -444,9 +445,15 @@ class Arguments:
         if by_task and training.metric_for_best_model in (None, "loss"):
             training.metric_for_best_model = TASKS[data.task].main_score
             training.greater_is_better = True
+        launched = launched_processes()
         require(
-            not (self.exit.deploy_scenario and int(os.environ.get("WORLD_SIZE", 1)) > 1),
+            not (self.exit.deploy_scenario and launched > 1),
             "--deploy_scenario measures latency in one process: start run.py without torchrun.",
+        )
+        require(
+            training.world_size == launched,
+            f"{launched} processes were started, but do not work together on {training.device}: leave "
+            "--use_cpu and --ddp_backend out, or start run.py without torchrun.",
         )
 
     def _make_output_dir(self) -> None:
@@ -513,13 +520,27 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         )
     )
     argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
-    argv = expand_paper_settings(argv)
+    argv = cpu_launch_flags() + expand_paper_settings(argv)
     try:
         return Arguments(*parse_exactly(parser, argv))
     except UserError:
         raise
     except (ValueError, ImportError) as error:  # from TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cpu_launch_flags() -> list[str]:
+    """What processes of torchrun need without GPUs in order to work together; given flags override it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    has_gpus = accelerator is not None and accelerator.type != "mps"  # Apple's has no collectives
+    if has_gpus or launched_processes() == 1 or "LOCAL_RANK" not in os.environ:
+        return []
+    return ["--use_cpu", "True", "--ddp_backend", "gloo"]
 
 
 def expand_argument_file(argv: list[str]) -> list[str]:

@@ -18,13 +18,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, PreTrainedModel
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Seq2SeqTrainingArguments,
+)
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from models.decoder_view import DecoderView, view_for
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
-from models.loading import LoadedModel
+from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from util.arguments import Arguments, ExitArguments
@@ -41,7 +47,7 @@ from util.evaluation import (
 from util.optimizer import build_muon
 from util.policies import build_policy
 from util.streaming import stream_training_rows
-from util.trainer import EarlyExitTrainer, last_complete_checkpoint
+from util.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,15 +68,39 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
         loaded.model = add_lora(loaded.model, *settings)
     trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
-    resume = resume or last_complete_checkpoint(arguments.training.output_dir)
-    if resume is not None:
-        refuse_other_exits(resume, exit_config)
-        logger.info("Continuing from %s.", resume)
-    result = train_or_explain(trainer, resume)
+    newest = resume or last_complete_checkpoint(arguments.training.output_dir)
+    if newest is not None:
+        refuse_other_exits(newest, exit_config)
+        if resume is None and is_finished(trainer):
+            load_finished(arguments, loaded)
+            return
+        logger.info("Continuing from %s.", newest)
+    result = train_or_explain(trainer, newest)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     loaded.model = merge_lora(loaded.model)
+
+
+def is_finished(trainer: EarlyExitTrainer) -> bool:
+    """Whether --output_dir holds the result of a training as long as asked for, even if it stopped early."""
+    folder = Path(trainer.args.output_dir)
+    if find_damage(folder) is not None or not (folder / "train_results.json").is_file():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return max_steps <= state.max_steps
+
+
+def load_finished(arguments: Arguments, loaded: LoadedModel) -> None:
+    """Take up a finished training's model for what follows; nothing is written."""
+    folder = arguments.training.output_dir
+    logger.info(
+        "Training in %s is finished: nothing is left to do. To train on, raise --max_steps or "
+        "--num_train_epochs; to start afresh, use another --output_dir.",
+        folder,
+    )
+    loaded.model = load_model(folder).model.to(arguments.training.device)
 
 
 def train_or_explain(trainer: EarlyExitTrainer, resume: str | None) -> TrainOutput:
@@ -150,18 +180,19 @@ def build_trainer(
     arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, **exit_options: Any
 ) -> EarlyExitTrainer:
     data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
+    use_one_gpu(training)
     record = dataset_record(data)
     if data.streaming:
         train_rows = stream_training_rows(record, data, tokenizer, training.seed)
     else:
         train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
         train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
-    eval_rows, score = None, None
+    eval_rows, scorer = None, None
     if training.eval_strategy != "no":
         examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
         eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length)
         if training.predict_with_generate:
-            score = generation_score(arguments, exit_flags, loaded, examples)
+            scorer = generation_score(arguments, exit_flags, loaded, examples)
     patience = arguments.loss.early_stopping_patience
     return EarlyExitTrainer(
         model=loaded.model,
@@ -170,11 +201,18 @@ def build_trainer(
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
-        score=score,
+        score=scorer,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
         **exit_options,
     )
+
+
+def use_one_gpu(training: Seq2SeqTrainingArguments) -> None:
+    """Keep each process to one GPU: torch's DataParallel would make copies of the model that no view sees."""
+    if training.n_gpu > 1:
+        logger.warning("Training on one of %d GPUs; for all: torchrun --nproc_per_node gpu.", training.n_gpu)
+        training._n_gpu = 1
 
 
 def generation_score(
