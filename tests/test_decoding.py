@@ -234,7 +234,7 @@ def test_calm_tests_at_chosen_layers_only():
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_rows_of_a_batch_decode_as_they_do_alone(shape, name):
-    model, inputs = tiny_model(shape, seed=4).double(), padded_inputs(batch=5)
+    model, inputs = tiny_model(shape, seed=5).double(), padded_inputs(batch=5)
     policy, stats = POLICIES[name](sometimes(model, inputs)), DecodeStats()
     together = decode(model, inputs, policy, stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1

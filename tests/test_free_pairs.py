@@ -145,7 +145,8 @@ def build_threshold(kind, quantiles):
     if kind == "decaying":
         return DecayingThreshold(middle, 4.0, MAX_LENGTH)
     if kind in ("adaptive", "released"):
-        return AdaptiveThreshold(middle, low=low, high=min(middle * 2, 0.99), as_released=kind == "released")
+        low, high = min(low, 0.9), min(middle * 2, 0.99)
+        return AdaptiveThreshold(middle, low=low, high=high, as_released=kind == "released")
     return FixedThreshold(low if kind == "low" else middle)
 
 
