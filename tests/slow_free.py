@@ -38,7 +38,7 @@ class SlowFree:
 
     @torch.no_grad()
     def decode(self, max_length, end_tokens) -> Decoded:
-        self.inputs_of = {}
+        self.inputs_of, self.memory = {}, self.model.get_encoder()(**self.inputs)
         result, chosen, waiting = Decoded([self.model.config.decoder_start_token_id]), [], []
         if isinstance(self.threshold, AdaptiveThreshold):
             self.threshold.start_sequence()
@@ -133,8 +133,9 @@ class SlowFree:
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[None, None]
 
     def forward(self, tokens):
-        return self.model(**self.inputs, decoder_input_ids=torch.tensor([tokens]), use_cache=False,
-                          output_hidden_states=True)  # fmt: skip
+        source = {"encoder_outputs": self.memory, "attention_mask": self.inputs["attention_mask"]}
+        options = {"use_cache": False, "output_hidden_states": True}
+        return self.model(**source, decoder_input_ids=torch.tensor([tokens]), **options)
 
 
 @contextmanager
