@@ -122,9 +122,8 @@ def early_exit_decode(
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
         streamer: gets each token once it can no longer be taken back; the prompt it has from `generate`.
-        model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, then filled.
-            It comes back with the tokens that every layer has keys/values for, so that after early exits it
-            may be shorter than the sequence.
+        model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
+            back with those that every layer has keys/values for: after early exits, not all.
 
     Returns:
         (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
@@ -144,12 +143,10 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, model_kwargs.get("decoder_attention_mask"))
-        decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids)
-        input_ids = decoding.run()
-    returned = None
-    if generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache)):
-        returned = view.deliver_cache(state, cache)
-    return chooser.output(input_ids, returned)
+        input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
+    returns_cache = generation_config.return_dict_in_generate or is_given(cache)
+    returns_cache = returns_cache and generation_config.use_cache
+    return chooser.output(input_ids, view.deliver_cache(state, cache) if returns_cache else None)
 
 
 def generate(

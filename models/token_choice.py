@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -199,8 +200,12 @@ def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
 
 
 def is_stateless(items: list[Any]) -> bool:
-    known, kinds = STATELESS.split(), map(type, items)
-    return all(kind.__module__.startswith("transformers.") and kind.__name__ in known for kind in kinds)
+    return not any(may_keep_state(type(item)) for item in items)
+
+
+@cache
+def may_keep_state(kind: type) -> bool:
+    return not kind.__module__.startswith("transformers.") or kind.__name__ not in STATELESS.split()
 
 
 def snapshot(items: LogitsProcessorList | StoppingCriteriaList) -> LogitsProcessorList | StoppingCriteriaList:

@@ -111,11 +111,9 @@ class EncoderDecoderView:
 
     def deliver_cache(self, state: EncoderDecoderState, cache: Cache | None) -> EncoderDecoderCache:
         held = min(state.lengths)
-        source = state.encoder_hidden.shape[1] if held > 0 else 0
-        delivered = EncoderDecoderCache(
-            as_dynamic_cache(state.cache.self_attention_cache, held),
-            as_dynamic_cache(state.cache.cross_attention_cache, source),
-        )
+        cross_attention = state.cache.cross_attention_cache if held > 0 else DynamicCache()
+        own = as_dynamic_cache(state.cache.self_attention_cache, held)
+        delivered = EncoderDecoderCache(own, cross_attention)
         if cache is None:
             return delivered
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
