@@ -35,8 +35,9 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
+from util.files import write_json
 from util.progress import track
-from util.tables import comparison_table, print_report, write_json
+from util.tables import comparison_table, print_report
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {

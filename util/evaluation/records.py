@@ -30,6 +30,8 @@ FREE_SHORTLIST = "FREE shortlist"
 CALM = "CALM"
 SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)
 
+SETTING_COLUMNS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
+
 AnyOutput = TypeVar("AnyOutput", bound="Output")
 AnySetting = TypeVar("AnySetting", bound="Setting")
 Row = TypeVar("Row")
@@ -106,13 +108,19 @@ class Setting:
     shallow_layer: int | None = None
     batch_size: int = 1
     num_layers: int | None = None
+    records: list[Record] = field(default_factory=list, kw_only=True)  # in files of their own
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Of all tokens."""
+        return [layer for record in self.records for layer in record.exit_layers or ()]
 
     @classmethod
     def from_row(cls: type[AnySetting], row: dict[str, Any], place: str) -> AnySetting:
-        return parse_row(cls, row, place)
+        return parse_row(cls, {name: row[name] for name in SETTING_COLUMNS if name in row}, place)
 
     def as_row(self) -> dict[str, Any]:
-        return {entry.name: getattr(self, entry.name) for entry in fields(Setting)}
+        return {name: getattr(self, name) for name in SETTING_COLUMNS}
 
 
 @dataclass
@@ -131,17 +139,17 @@ class Trace:
     @classmethod
     def from_row(cls, row: dict[str, Any], num_layers: int | None, place: str) -> Trace:
         trace = parse_row(cls, row, place, TRACE_FILE)
-        shape = (len(trace.pieces), num_layers)
-        for name, dtype in (("confidences", np.float32), ("agrees", bool)):
-            table = getattr(trace, name)
-            if len(table) != shape[0] or any(len(token) != num_layers for token in table):
-                raise UserError(f"{place}: {name} must have {shape[0]} rows of {num_layers} layers.")
-            setattr(trace, name, np.array(table, dtype).reshape(shape))
-        trace.confidences = trace.confidences.astype(float)
+        count = len(trace.pieces)
         for name in ("exit_layers", "deep"):
             entries = getattr(trace, name)
-            if entries is not None and len(entries) != shape[0]:
-                raise UserError(f"{place}: {len(entries)} {name} for {shape[0]} pieces.")
+            if entries is not None and len(entries) != count:
+                raise UserError(f"{place}: {len(entries)} {name} for {count} pieces.")
+        for name, dtype in (("confidences", np.float32), ("agrees", bool)):
+            table = getattr(trace, name)
+            if len(table) != count or any(len(token) != num_layers for token in table):
+                raise UserError(f"{place}: {name} must have {count} rows of {num_layers} layers.")
+            setattr(trace, name, np.array(table, dtype).reshape(count, num_layers))
+        trace.confidences = trace.confidences.astype(float)
         if not trace.agrees[:, -1].all():
             raise UserError(f"{place}: the last layer must agree with itself.")
         return trace
@@ -163,6 +171,24 @@ TRACE_FILE = {"confidences": list[list[float]], "agrees": list[list[int]]}
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     """Place ("file, line N") and record of each line."""
     return ((place, Record.from_row(row, place)) for place, row in read_json_lines(path))
+
+
+def collect_outputs(rows: Iterable[tuple[str, dict[str, Any]]], origin: str) -> list[Output]:
+    """A system's output for each sample from places and rows of its file, `origin`.
+
+    Raises:
+        UserError: a row is not an output, a sample has several that are no windows, or there are none.
+    """
+    outputs: dict[tuple[str, int | None], Output] = {}
+    for place, row in rows:
+        output = Output.from_row(row, place)
+        if outputs.setdefault((output.id, output.window), output) is not output:
+            raise UserError(f"{place}: the id {output.id!r} is there twice.")
+    if not outputs:
+        raise UserError(f"{origin}: there are no predictions.")
+    if len({output.window is None for output in outputs.values()}) > 1:
+        raise UserError(f"{origin}: some predictions are of windows, others of whole samples.")
+    return best_windows(list(outputs.values()))
 
 
 def write_records(path: Path, records: Iterable[Record | Trace]) -> None:
