@@ -25,8 +25,8 @@ from util.arguments import Parser, flag, list_flag, locked_output_dir, require, 
 from util.calibration.consistency import CONSISTENCIES
 from util.calibration.risk_control import METHODS, P_VALUES, check_losses, simulate
 from util.files import write_json
-from util.plots import MARKERS
 from util.progress import track
+from util.report.figures import MARKERS
 from util.tables import comparison_table, print_report, write_csv
 
 DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)

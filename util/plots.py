@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-MARKERS = "os^DvP*X<>"
+from util.report.figures import MARKERS
 
 
 def plot_trade_off(path: Path, rows: list[dict[str, Any]], quality: str, baseline: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.analysis import Oracle, Reliability
-from util.plots import MARKERS
 
 INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
 # Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#7a52a8", "#6b7075", "#3a9bd6")
+MARKERS = "os^DvP*X<>"
 CSS_NAMES = {INK: "ink", GRID: "grid", PAPER: "paper"} | {
     color: f"series-{index}" for index, color in enumerate(SERIES)
 }
