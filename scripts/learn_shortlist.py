@@ -102,8 +102,8 @@ def measure_decisions(
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])
         agrees.append(trace.agrees[0, :, layer - 1])
-    full, short = (torch.cat(found) for found in confidences)
-    return [compare_decisions(full, short, torch.cat(agrees), threshold) for threshold in THRESHOLDS]
+    full, short = (torch.cat(found).cpu().double() for found in confidences)  # as decoding compares them
+    return [compare_decisions(full, short, torch.cat(agrees).cpu(), threshold) for threshold in THRESHOLDS]
 
 
 def compare_decisions(full: Tensor, short: Tensor, agrees: Tensor, threshold: float) -> dict[str, float]:

@@ -149,7 +149,7 @@ def trace_output(setting: LiveSetting, record: Record, source: str, evaluation: 
         record.id,
         record.pieces,
         record.exit_layers,
-        confidences=trace.confidences[0].double().cpu().numpy(),
+        confidences=trace.confidences[0].cpu().double().numpy(),
         agrees=trace.agrees[0].cpu().numpy(),
         deep=tokenizer.convert_ids_to_tokens(trace.tokens[0, :, -1].tolist()),
     )

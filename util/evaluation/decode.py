@@ -260,4 +260,5 @@ def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None
     for record in records:
         if record.calibration is not None:
             threshold.start_sequence()
-            threshold.observe(*([pair[which] for pair in record.calibration] for which in (0, 1)))
+            confidences, right = ([pair[which] for pair in record.calibration] for which in (0, 1))
+            threshold.observe(confidences, right)

@@ -190,7 +190,7 @@ def add_figures(result: ResultSet, settings: dict[str, SettingResults], path: Pa
 
 
 def known_setting(settings: dict[str, SettingResults], name: Any, place: str) -> SettingResults:
-    if name not in settings:
+    if not isinstance(name, str) or name not in settings:
         raise UserError(f"{place}: setting {name!r} is not in settings.json.")
     return settings[name]
 
