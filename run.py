@@ -27,9 +27,11 @@ from util.arguments import Arguments, ExitArguments, locked_output_dir, non_defa
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
-from util.evaluation.decode import EvaluationSettings, evaluate
+from util.evaluation.decode import evaluate
+from util.evaluation.records import EvaluationSettings
+from util.files import write_json
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
-from util.tables import comparison_table, print_report, write_json
+from util.tables import comparison_table, print_report
 from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}

@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars
-
 from gpt_eval.answer_log import AnswerLog, read_answers
 from gpt_eval.client import Endpoint, Outcome, ask_all
 from gpt_eval.cost import estimate, spent
@@ -150,7 +148,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make(flags: argparse.Namespace) -> int:
     """make the request file from predictions and source texts"""
-    disable_progress_bars()
     flags.predictions = name_files(flags.predictions)
     flags.judgements = flags.judgements or ["likert", "pairwise"][: len(flags.predictions)]
     if "pairwise" in flags.judgements and len(flags.predictions) != 2:

@@ -20,6 +20,7 @@ from gpt_eval.parsing import schema
 from gpt_eval.predictions import Sample, read_rows
 from models.errors import UserError
 from models.json_files import read_text
+from util.files import write_json_lines
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 FIELDS = {"likert": {"source", "summary"}, "pairwise": {"source", "summary_0", "summary_1"}}
@@ -105,10 +106,7 @@ def hash_body(body: dict[str, Any]) -> str:
 def write_requests(path: Path, requests: list[dict[str, Any]]) -> None:
     """Replace the file as a whole, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    lines = (json.dumps(request, ensure_ascii=False) + "\n" for request in requests)
-    temporary.write_text("".join(lines), encoding="utf8", newline="\n")
-    temporary.replace(path)
+    write_json_lines(path, requests)
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
@@ -118,9 +116,9 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
         UserError: a line is not a request, or its body is no longer the one that its key was made of.
     """
     requests = []
-    for line, request in read_rows(path):
+    for place, request in read_rows(path):
         if set(request) != REQUEST_FIELDS or request["key"] != hash_body(request["body"]):
-            raise UserError(f"{path}, line {line}: not a request as `make` writes it; make it again.")
+            raise UserError(f"{place}: not a request as `make` writes it; make it again.")
         requests.append(request)
     if not requests:
         raise UserError(f"{path}: there are no requests.")

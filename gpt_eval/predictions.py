@@ -15,16 +15,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from models.errors import UserError
-from models.json_files import decode_json, read_text
-from util.arguments import DataArguments
-from util.data.examples import dataset_record, load_examples, load_file
-from util.evaluation.decode import best_windows
+from models.json_files import read_text
+from util.evaluation.records import collect_outputs
+from util.files import read_user_lines
 from util.tasks import DATASETS
 
-COLUMNS = ("id", "prediction")
 LONGEST_CELL = 2**31 - 1  # characters; the csv module's own limit is 131,072
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write half a character, HTTP cannot send it
 
@@ -75,43 +74,27 @@ def leave_out_empty(systems: dict[str, dict[str, str]], sources: dict[str, str])
 
 def read_predictions(path: Path) -> dict[str, str]:
     """Prediction of each id in a `predictions.jsonl` of run.py, or a CSV file with columns id, prediction."""
-    predictions: dict[str, str] = {}
-    rows = list(read_rows(path))
-    if rows and all("window" in row for _, row in rows):
-        rows = list(enumerate(best_windows([row for _, row in rows]), 1))
-    for line, row in rows:
-        missing = [column for column in COLUMNS if row.get(column) is None]
-        if missing:
-            raise UserError(f"{path}, line {line}: no {' and no '.join(missing)}.")
-        name, prediction = str(row["id"]), row["prediction"]
-        if name in predictions:
-            raise UserError(f"{path}, line {line}: the id {name!r} is there twice.")
-        if not isinstance(prediction, str) or SURROGATE.search(prediction + name):
-            raise UserError(f"{path}, line {line}: the prediction of {name!r} is not text.")
-        predictions[name] = prediction.strip()
-    if not predictions:
-        raise UserError(f"{path}: there are no predictions.")
-    return predictions
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for place, row in read_rows(path):
+            if any(SURROGATE.search(str(row.get(name))) for name in ("id", "prediction")):
+                raise UserError(f"{place}: the prediction of {row.get('id')!r} is not text.")
+            yield place, row
+
+    return {output.id: output.prediction.strip() for output in collect_outputs(rows(), str(path))}
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows of a .jsonl or .csv file; texts stay as they are, whatever they look like."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places ("file, line N") and rows of a .jsonl or .csv file; texts stay as they are, whatever they look
+    like."""
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{path}: give a .jsonl or a .csv file.")
+    return read_user_lines(path) if path.suffix == ".jsonl" else read_csv(path)
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows by the names in the first line; what a reader might misunderstand is refused."""
     text = read_text(path, newline="")
-    if path.suffix == ".csv":
-        yield from read_csv(path, text)
-        return
-    for line, part in enumerate(text.split("\n"), 1):
-        if part.strip():
-            row = decode_json(part, f"{path}, line {line}")
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {line}: not a JSON object.")
-            yield line, row
-
-
-def read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a CSV text by the names in its first line; what a reader might misunderstand is refused."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -122,7 +105,7 @@ def read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if len(cells) > len(header):
                 raise UserError(f"{path}, line {reader.line_num}: more cells than columns; quote texts.")
             if cells:
-                yield reader.line_num, dict(zip(header, cells, strict=False))
+                yield f"{path}, line {reader.line_num}", dict(zip(header, cells, strict=False))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
 
@@ -145,15 +128,29 @@ def read_sources(flags: argparse.Namespace) -> tuple[dict[str, str], str]:
         )
     if flags.dataset_name not in DATASETS:
         raise UserError(f"--dataset_name {flags.dataset_name}: choose one of {', '.join(DATASETS)}.")
-    data_args = DataArguments(task=DATASETS[flags.dataset_name].task, dataset_name=flags.dataset_name)
-    record = replace(dataset_record(data_args), prefix="")
-    examples = load_examples(record, data_args, flags.split)
+    data = data_module()
+    data_args = data.DataArguments(task=DATASETS[flags.dataset_name].task, dataset_name=flags.dataset_name)
+    record = replace(data.dataset_record(data_args), prefix="")
+    examples = data.load_examples(record, data_args, flags.split)
     return dict(zip(examples["id"], examples["source"], strict=True)), f"{flags.dataset_name} [{flags.split}]"
+
+
+def data_module() -> ModuleType:
+    """`util.data.examples`; only what reads data sets needs datasets and transformers."""
+    from datasets import disable_progress_bars
+
+    from util.data import examples
+
+    disable_progress_bars()
+    return examples
 
 
 def read_source_file(path: Path, source_column: str, id_column: str | None) -> dict[str, str]:
     """Texts of a .jsonl/.json/.csv/.parquet file; ids are row numbers where run.py takes those, too."""
-    rows = [row for _, row in read_rows(path)] if path.suffix in (".jsonl", ".csv") else list(load_file(path))
+    if path.suffix in (".jsonl", ".csv"):
+        rows = [row for _, row in read_rows(path)]
+    else:
+        rows = list(data_module().load_file(path))
     columns = list(rows[0]) if rows else []
     for flag, column in (("--source_column", source_column), ("--id_column", id_column)):
         if column is not None and column not in columns:

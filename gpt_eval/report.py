@@ -41,10 +41,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.markup import escape
 
 from gpt_eval.parsing import DIMENSIONS
-from util.tables import WholeTable, comparison_table, plt, print_report, write_json
+from util.files import write_json
+from util.tables import WholeTable, comparison_table, print_report
 
 FIGURES = (*DIMENSIONS, "average")
 LIKERT_COLUMNS = {"samples": "samples", **{name: name for name in FIGURES}}
@@ -133,20 +135,13 @@ def as_probability(value: float | None) -> str | None:
 def plot_scores(path: Path, scores: dict[str, Any]) -> None:
     """One row a judge: mean ratings with intervals, and the outcome of the comparison."""
     judges = scores["judges"]
-    figure, grid = plt.subplots(
-        len(judges),
-        2,
-        figsize=(10, 3.2 * len(judges)),
-        layout="constrained",
-        squeeze=False,
-        width_ratios=(3, 2),
-    )
+    figure = Figure(figsize=(10, 3.2 * len(judges)), layout="constrained")
+    grid = figure.subplots(len(judges), 2, squeeze=False, width_ratios=(3, 2))
     for (judge, results), (left, right) in zip(judges.items(), grid, strict=True):
         plot_likert(left, results.get("likert"))
         plot_pairwise(right, results.get("pairwise"))
         left.set_title(judge, loc="left", parse_math=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plot_likert(axes: Axes, likert: dict[str, Any] | None) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import TYPE_CHECKING
 
 from nltk.langnames import iso639short
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -50,13 +50,16 @@ from util.calibration.risk_control import certify, fastest, monotone, needed_sam
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
-from util.evaluation.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
-from util.evaluation.decode import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
+from util.environment import environment
+from util.evaluation.comparison import LiveSetting, compare_speed, decode_rest, restore
+from util.evaluation.decode import share_out
 from util.evaluation.identity import fingerprint
 from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.records import BASELINE, EvaluationSettings, Record, best_windows
+from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
-from util.tables import comparison_table, environment, print_report
+from util.tables import comparison_table, print_report
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
@@ -136,13 +139,13 @@ def decode_candidates(
     exit_flags: ExitArguments,
     loaded: LoadedModel,
     examples: Dataset,
-) -> list[Setting] | None:
+) -> list[LiveSetting] | None:
     """Full depth and every candidate with their records; None in all processes but the first."""
     evaluation = evaluation_settings(arguments, exit_flags, "records.jsonl")
     evaluation.arguments |= {"split": flags.split, "thresholds": flags.thresholds}
     settings = build_settings(flags, exit_flags, loaded, evaluation)
 
-    def decode(rows: range, log: PredictionLog) -> list[dict[str, Any]]:
+    def decode(rows: range, log: PredictionLog) -> list[Record]:
         rest = restore(settings, log, rows)
         decode_rest(settings, settings, examples, evaluation, rest, log)  # no policy here learns
         return [record for setting in settings for record in setting.records]
@@ -151,7 +154,7 @@ def decode_candidates(
     if records is None:
         return None
     for setting in settings:
-        setting.records = [record for record in records if record["setting"] == setting.name]
+        setting.records = [record for record in records if record.setting == setting.name]
     return settings
 
 
@@ -160,22 +163,23 @@ def build_settings(
     exit_flags: ExitArguments,
     loaded: LoadedModel,
     evaluation: EvaluationSettings,
-) -> list[Setting]:
+) -> list[LiveSetting]:
     """Full depth, then every candidate."""
 
-    def setting(name: str, method: str, policy_flags: ExitArguments, value: float | None = None) -> Setting:
+    def live(name: str, method: str, policy_flags: ExitArguments, value: float | None = None) -> LiveSetting:
         policy = build_policy(policy_flags, loaded, evaluation.max_length)
-        return Setting(name, method, "", loaded, policy, value, batch_size=evaluation.batch_size)
+        size = evaluation.batch_size
+        return LiveSetting(name, method, "", value, batch_size=size, loaded=loaded, policy=policy)
 
-    full = setting(BASELINE, BASELINE, ExitArguments(use_synchronize=exit_flags.use_synchronize))
+    full = live(BASELINE, BASELINE, ExitArguments(use_synchronize=exit_flags.use_synchronize))
     method = " ".join(exit_flags.methods)
     return [full] + [
-        setting(f"threshold {value}", method, with_threshold(exit_flags, value), value)
+        live(f"threshold {value}", method, with_threshold(exit_flags, value), value)
         for value in flags.thresholds
     ]
 
 
-def loss_matrices(task: str, full: Setting, early: list[Setting]) -> dict[str, np.ndarray]:
+def loss_matrices(task: str, full: LiveSetting, early: list[LiveSetting]) -> dict[str, np.ndarray]:
     """Losses (n samples, K candidates) by kind of consistency."""
     full_texts, references = texts_of(best_windows(full.records))
     scores = sample_scores(task, full_texts, references)
@@ -186,9 +190,9 @@ def loss_matrices(task: str, full: Setting, early: list[Setting]) -> dict[str, n
     return {kind: np.stack([column[kind] for column in columns], axis=1) for kind in CONSISTENCIES}
 
 
-def describe(candidate: Setting, full: Setting) -> dict[str, Any]:
+def describe(candidate: LiveSetting, full: LiveSetting) -> dict[str, Any]:
     """A candidate's row of the table, but for what the losses say."""
-    exits = [layer for record in candidate.records for layer in record["exit_layers"]]
+    exits = candidate.exit_layers
     depth = summarize_depth(candidate.records, exits, len(exits), candidate.num_layers)
     return {
         "name": candidate.name,

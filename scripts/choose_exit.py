@@ -44,12 +44,14 @@ from util.arguments import (
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
-from util.evaluation.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
-from util.evaluation.cost_model import CostModel, Prediction, Trace, predict_free, recommend
-from util.evaluation.decode import EvaluationSettings
+from util.environment import environment
+from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
+from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
+from util.evaluation.records import BASELINE, FREE, EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
+from util.files import write_json
 from util.progress import track
-from util.tables import comparison_table, environment, print_report, write_json
+from util.tables import comparison_table, print_report
 from util.tasks import TASKS
 
 COLUMNS = {
@@ -88,13 +90,14 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
         Path(flags.output_dir, "records.jsonl"),
         language=target_language(data),
     )
-    full = Setting(BASELINE, BASELINE, "", loaded, FullDepth())
+    full = LiveSetting(BASELINE, BASELINE, "", loaded=loaded, policy=FullDepth())
     candidates = list_candidates(flags, full.num_layers)
     warm_up([full], examples, evaluation)
     decode_interleaved([full], examples, evaluation)
     cost = measure_cost(full)
     traces = [
-        read_trace(full, record, examples, evaluation) for record in track(full.records, "Tracing", "sample")
+        trace_output(full, record, examples[record.row]["source"], evaluation)
+        for record in track(full.records, "Tracing", "sample")
     ]
     predictions = [predict_free(cost, traces, layer, threshold) for layer, threshold in candidates]
     chosen = recommend(predictions, flags.min_agreement)
@@ -114,17 +117,10 @@ def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int,
     return list(product(layers, flags.thresholds))
 
 
-def measure_cost(full: Setting) -> CostModel:
-    tokens = [record["tokens"] for record in full.records]
+def measure_cost(full: LiveSetting) -> CostModel:
+    tokens = [record.tokens for record in full.records]
     require(len(set(tokens)) > 1, "--num_samples: outputs of different lengths are needed; take more.")
-    return CostModel.measure(full.loaded, tokens, [record["seconds"] for record in full.records])
-
-
-def read_trace(
-    full: Setting, record: dict[str, Any], examples: Dataset, evaluation: EvaluationSettings
-) -> Trace:
-    trace = trace_record(full, record, examples[record["row"]]["source"], evaluation)
-    return Trace(np.array(trace["confidences"]), np.array(trace["agrees"], dtype=bool))
+    return CostModel.measure(full.loaded, tokens, [record.seconds for record in full.records])
 
 
 def choose_tested(predictions: list[Prediction], chosen: Prediction | None, count: int) -> list[Prediction]:
@@ -139,11 +135,11 @@ def measure(
 ) -> tuple[list[dict[str, Any]], float]:
     """Decode with the candidates, interleaved with full depth: predicted beside measured figures, and full
     depth's seconds."""
-    settings = [Setting(BASELINE, BASELINE, "", loaded, FullDepth())]
+    settings = [LiveSetting(BASELINE, BASELINE, "", loaded=loaded, policy=FullDepth())]
     for one in tested:
         policy = Free(one.shallow_layer, SoftmaxGap(), FixedThreshold(one.threshold))
         name = f"layer {one.shallow_layer}, threshold {one.threshold}"
-        settings.append(Setting(name, "FREE", "", loaded, policy))
+        settings.append(LiveSetting(name, FREE, "", loaded=loaded, policy=policy))
     warm_up(settings, examples, evaluation)
     decode_interleaved(settings, examples, evaluation)
     full, *rows = compare(settings, evaluation)

@@ -27,19 +27,13 @@ from util.arguments import DataArguments, locked_output_dir, whole_number
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
-from util.evaluation.comparison import BASELINE, HF_GENERATE, Setting, compare, decode_interleaved, warm_up
-from util.evaluation.decode import EvaluationSettings
+from util.environment import environment
+from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, warm_up
+from util.evaluation.records import BASELINE, HF_GENERATE, EvaluationSettings
 from util.evaluation.timing_doubts import untrusted_timing
-from util.tables import (
-    color_by_depth,
-    comparison_table,
-    depth_legend,
-    environment,
-    plot_trade_off,
-    print_report,
-    write_csv,
-    write_json,
-)
+from util.files import write_json
+from util.plots import plot_trade_off
+from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import DATASETS, TASKS
 
 SHOWN = ("FREE, fixed", "CALM")  # their outputs are printed in colour
@@ -114,7 +108,7 @@ def data_arguments(flags: argparse.Namespace) -> DataArguments:
     )
 
 
-def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[Setting]:
+def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel]) -> list[LiveSetting]:
     """Every method on the checkpoint that was trained for it, baselines first."""
     shallow = checkpoints["free"].exit_config.shallow_exit_layer
     if shallow is None:
@@ -135,13 +129,13 @@ def build_settings(flags: argparse.Namespace, checkpoints: dict[str, LoadedModel
         ("CALM", "calm", Calm(SoftmaxGap(), FixedThreshold(flags.calm_threshold))),
     ]
     return [
-        Setting(f"{name} ({key})", name, key, checkpoints[key], policy)
+        LiveSetting(f"{name} ({key})", name, key, loaded=checkpoints[key], policy=policy)
         for name, key, policy in chosen
         if key in checkpoints
     ]
 
 
-def report(flags: argparse.Namespace, settings: list[Setting], evaluation: EvaluationSettings) -> None:
+def report(flags: argparse.Namespace, settings: list[LiveSetting], evaluation: EvaluationSettings) -> None:
     quality = TASKS[evaluation.task].main_score
     rows = compare(settings, evaluation)
     arguments = {name: str(value) for name, value in vars(flags).items()}
@@ -172,21 +166,21 @@ def report(flags: argparse.Namespace, settings: list[Setting], evaluation: Evalu
     )
 
 
-def show_samples(settings: list[Setting], count: int = 3) -> list[Any]:
+def show_samples(settings: list[LiveSetting], count: int = 3) -> list[Any]:
     """A few sentences of mixed depth as FREE and CALM decoded them, each token coloured by its exit."""
     lines: list[Any] = []
     shown = [setting for setting in settings if setting.method in SHOWN]
     mixed = [
         i
         for i, record in enumerate(shown[0].records)
-        if len(set(record["pieces"])) > 4 and len(set(record["exit_layers"])) == 2 and record["tokens"] <= 20
+        if len(set(record.pieces)) > 4 and len(set(record.exit_layers)) == 2 and record.tokens <= 20
     ]
     for index in mixed[:count]:
-        lines.append(f"\nreference  {shown[0].records[index]['reference']}")
+        lines.append(f"\nreference  {shown[0].records[index].reference}")
         for setting in shown:
             record = setting.records[index]
-            pieces = [piece.replace("▁", " ") for piece in record["pieces"]]
-            text = color_by_depth(pieces, record["exit_layers"], setting.num_layers)
+            pieces = [piece.replace("▁", " ") for piece in record.pieces]
+            text = color_by_depth(pieces, record.exit_layers, setting.num_layers)
             lines.append(Text(f"{setting.method:<11}").append_text(text))
     return lines
 

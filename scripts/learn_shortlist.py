@@ -35,8 +35,9 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
+from util.files import write_json
 from util.progress import track
-from util.tables import comparison_table, print_report, write_json
+from util.tables import comparison_table, print_report
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {
@@ -101,8 +102,8 @@ def measure_decisions(
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])
         agrees.append(trace.agrees[0, :, layer - 1])
-    full, short = (torch.cat(found) for found in confidences)
-    return [compare_decisions(full, short, torch.cat(agrees), threshold) for threshold in THRESHOLDS]
+    full, short = (torch.cat(found).cpu().double() for found in confidences)  # as decoding compares them
+    return [compare_decisions(full, short, torch.cat(agrees).cpu(), threshold) for threshold in THRESHOLDS]
 
 
 def compare_decisions(full: Tensor, short: Tensor, agrees: Tensor, threshold: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
-from util.arguments import locked_output_dir
+from util.files import locked_output_dir
 from util.report.folders import read_folders
 from util.report.page import write_report
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,8 +24,10 @@ from models.errors import UserError, one_line_errors
 from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
 from util.calibration.consistency import CONSISTENCIES
 from util.calibration.risk_control import METHODS, P_VALUES, check_losses, simulate
+from util.files import write_json
 from util.progress import track
-from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
+from util.report.figures import MARKERS
+from util.tables import comparison_table, print_report, write_csv
 
 DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
 COLUMNS = {
@@ -138,7 +140,8 @@ def write_results(flags: SimulationArguments, rows: list[dict[str, Any]], folder
 
 def plot_speedups(path: Path, rows: list[dict[str, Any]], consistency: str) -> None:
     """Mean speed-up of the certified threshold against the tolerance, one line a method."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = [row for row in rows if row["method"] == method]
         x, y = ([row[name] for row in points] for name in ("delta", "mean_speedup"))
@@ -149,7 +152,6 @@ def plot_speedups(path: Path, rows: list[dict[str, Any]], consistency: str) -> N
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -47,26 +47,37 @@ from util.arguments import (
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
+from util.environment import environment
 from util.evaluation.comparison import (
-    BASELINE,
-    HF_GENERATE,
-    Setting,
+    LiveSetting,
     areas_under_curves,
     compare,
     decode_rest,
     fastest_good,
     name_front,
     restore,
-    trace_record,
+    trace_output,
 )
-from util.evaluation.decode import EvaluationSettings
 from util.evaluation.identity import hash_named_files, hash_rows, identify_model
 from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.records import (
+    BASELINE,
+    CALM,
+    FREE,
+    FREE_ADAPTIVE,
+    FREE_LOSSLESS,
+    FREE_SHORTLIST,
+    HF_GENERATE,
+    STATIC,
+    EvaluationSettings,
+    Trace,
+    write_records,
+)
 from util.evaluation.timing_doubts import untrusted_timing
-from util.files import write_json_lines
+from util.files import write_json
 from util.policies import build_measure
 from util.progress import track
-from util.tables import comparison_table, environment, print_report, write_csv, write_json
+from util.tables import comparison_table, print_report, write_csv
 from util.tasks import TASKS
 
 COLUMNS = {
@@ -151,7 +162,7 @@ def check_layers(name: str, layers: Any, checkpoints: dict[str, LoadedModel]) ->
         require(1 <= layer < depth, f"--{name} must lie in 1..{depth - 1} here, got {layer}.")
 
 
-def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[Setting]:
+def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[LiveSetting]:
     """Fresh settings of all methods asked for, each at every batch size, full depth first."""
     settings = []
     for checkpoint, loaded in checkpoints.items():
@@ -159,9 +170,8 @@ def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -
             for name, method, policy, parameters in describe_methods(flags, checkpoint, loaded, checkpoints):
                 label = name if len(checkpoints) == 1 else f"{name} ({checkpoint})"
                 label += "" if size == 1 else f" x{size}"
-                settings.append(
-                    Setting(label, method, checkpoint, loaded, policy, batch_size=size, **parameters)
-                )
+                live = {"loaded": loaded, "policy": policy}
+                settings.append(LiveSetting(label, method, checkpoint, batch_size=size, **live, **parameters))
     return settings
 
 
@@ -176,16 +186,16 @@ def describe_methods(
     yield BASELINE, BASELINE, FullDepth(), {}
     if HF_GENERATE in flags.methods:
         yield HF_GENERATE, HF_GENERATE, None, {}
-    if "Static" in flags.methods:
+    if STATIC in flags.methods:
         for layer in flags.static_layers or range(1, view_for(loaded.model).num_layers):
-            yield f"Static {layer}", "Static", StaticExit(layer), {"shallow_layer": layer}
+            yield f"{STATIC} {layer}", STATIC, StaticExit(layer), {"shallow_layer": layer}
     if checkpoint == "free":
         yield from describe_free(flags, loaded)
-    if "CALM" in flags.methods and (checkpoint == "calm" or "calm" not in checkpoints):
-        yield from describe_calm(flags, "CALM", None)
+    if CALM in flags.methods and (checkpoint == "calm" or "calm" not in checkpoints):
+        yield from describe_calm(flags, CALM, None)
         if flags.exit_layers:
             yield from describe_calm(
-                flags, f"CALM at {','.join(map(str, flags.exit_layers))}", flags.exit_layers
+                flags, f"{CALM} at {','.join(map(str, flags.exit_layers))}", flags.exit_layers
             )
 
 
@@ -200,13 +210,13 @@ def describe_free(flags: SweepArguments, loaded: LoadedModel) -> Iterator[Method
     own = loaded.exit_config.shallow_exit_layer
     layers = flags.shallow_layers or ([] if own is None else [own])
     require(
-        bool(layers) or not any(name.startswith("FREE") for name in flags.methods),
+        bool(layers) or not any(name.startswith(FREE) for name in flags.methods),
         f"--free {flags.free} was not trained with a --shallow_exit_layer: name --shallow_layers.",
     )
     for layer in layers:
         where = "" if layers == [own] else f" S{layer}"
         for method, value, policy in free_policies(flags, loaded, layer):
-            fixed = None if method == "FREE adaptive" else value
+            fixed = None if method == FREE_ADAPTIVE else value
             parameters = {"threshold": fixed, "shallow_layer": layer}
             yield f"{method}{where} {value}", method, policy, parameters
 
@@ -216,23 +226,23 @@ def free_policies(
 ) -> Iterator[tuple[str, float, Free]]:
     """Method, threshold (or zeta) and policy of each variant."""
     gap = SoftmaxGap()
-    if "FREE" in flags.methods:
+    if FREE in flags.methods:
         for value in flags.free_thresholds:
-            yield "FREE", value, Free(layer, gap, FixedThreshold(value))
-    if "FREE shortlist" in flags.methods and flags.conf_shortlist is not None:
+            yield FREE, value, Free(layer, gap, FixedThreshold(value))
+    if FREE_SHORTLIST in flags.methods and flags.conf_shortlist is not None:
         shortlist = build_measure("", "softmax", flags.conf_shortlist, loaded)
         for value in flags.free_thresholds:
-            yield "FREE shortlist", value, Free(layer, shortlist, FixedThreshold(value))
-    if "FREE adaptive" in flags.methods:
+            yield FREE_SHORTLIST, value, Free(layer, shortlist, FixedThreshold(value))
+    if FREE_ADAPTIVE in flags.methods:
         for zeta in flags.adapt_zetas:
-            yield "FREE adaptive", zeta, Free(layer, gap, AdaptiveThreshold(0.5, zeta))
-    if "FREE lossless" in flags.methods:
+            yield FREE_ADAPTIVE, zeta, Free(layer, gap, AdaptiveThreshold(0.5, zeta))
+    if FREE_LOSSLESS in flags.methods:
         for value in flags.lossless_thresholds:
-            yield "FREE lossless", value, Free(layer, gap, FixedThreshold(value), lossless=True)
+            yield FREE_LOSSLESS, value, Free(layer, gap, FixedThreshold(value), lossless=True)
 
 
 def write_settings(
-    folder: Path, flags: SweepArguments, data: DataArguments, settings: list[Setting], samples: int
+    folder: Path, flags: SweepArguments, data: DataArguments, settings: list[LiveSetting], samples: int
 ) -> None:
     """What was run, for reports."""
     named = data.dataset_name or data.test_file or data.validation_file
@@ -245,28 +255,28 @@ def write_settings(
         "main_score": TASKS[data.task].main_score,
         "samples": samples,
         "interleaved": True,  # so that the times of settings compare
-        "settings": [setting.describe() for setting in settings],
+        "settings": [setting.as_row() for setting in settings],
     }
     write_json(folder / "settings.json", content)
 
 
 def write_traces(
-    path: Path, settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings, count: int
+    path: Path, settings: list[LiveSetting], examples: Dataset, evaluation: EvaluationSettings, count: int
 ) -> None:
     """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
 
-    def traces() -> Iterator[dict[str, Any]]:
+    def traces() -> Iterator[Trace]:
         for setting in track(settings, "Tracing", "setting"):
             if setting.batch_size > 1:
                 continue
             chosen = setting.records if setting.method == BASELINE else setting.records[:count]
             for record in chosen:
-                yield trace_record(setting, record, examples[record["row"]]["source"], evaluation)
+                yield trace_output(setting, record, examples[record.row]["source"], evaluation)
 
-    write_json_lines(path, traces())
+    write_records(path, traces())
 
 
-def report(folder: Path, settings: list[Setting], evaluation: EvaluationSettings) -> None:
+def report(folder: Path, settings: list[LiveSetting], evaluation: EvaluationSettings) -> None:
     """Write and print the figures."""
     quality = TASKS[evaluation.task].main_score
     rows = compare(settings, evaluation)

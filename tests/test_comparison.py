@@ -25,7 +25,8 @@ from util.evaluation.comparison import (
     fastest_good,
     name_front,
 )
-from util.evaluation.cost_model import CostModel, Prediction, Trace, parallel_windows, predict_free, recommend
+from util.evaluation.cost_model import CostModel, Prediction, parallel_windows, predict_free, recommend
+from util.evaluation.records import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--dataset_name", "debian_de_en", "--drop_long_samples", "True", "--max_source_length", "28"]
@@ -212,6 +213,12 @@ def test_windows_end_at_unsure_tokens():
     assert parallel_windows(np.array([True, True])) == []
 
 
+def make_trace(confidences, agrees):
+    """The trace of an output, its pieces apart."""
+    pieces = [""] * len(confidences)
+    return Trace("FREE", 0, "s0", pieces, None, confidences, agrees, deep=pieces)
+
+
 LAYERS_ONLY = CostModel(layer=1.0, parallel_token=0.0, head=0.0, confidence=0.0, step=0.0, sample=0.0)
 
 
@@ -224,7 +231,7 @@ def test_prediction_is_what_free_does_where_its_output_stays_full_depths():
     assert torch.equal(loaded.model.generate(**inputs, max_length=40, **engine), full)
     assert 0 < stats.exit_share < 1
     traced = trace_layers(loaded.model, **inputs, sequences=full)
-    trace = Trace(traced.confidences[0].numpy(), traced.agrees[0].numpy())
+    trace = make_trace(traced.confidences[0].double().numpy(), traced.agrees[0].numpy())
     prediction = predict_free(LAYERS_ONLY, [trace], 2, 0.9)
     assert prediction.exit_share == pytest.approx(stats.exit_share)
     assert prediction.speedup == pytest.approx(stats.ideal_speedup)
@@ -235,7 +242,7 @@ def test_prediction_counts_every_part_and_wrong_exits():
     cost = CostModel(layer=1.0, parallel_token=0.5, head=2.0, confidence=3.0, step=5.0, sample=10.0)
     confidences = np.array([[0.9, 1.0], [0.1, 1.0], [0.8, 1.0]])
     agrees = np.array([[True, True], [False, True], [False, True]])
-    prediction = predict_free(cost, [Trace(confidences, agrees)], 1, 0.5)
+    prediction = predict_free(cost, [make_trace(confidences, agrees)], 1, 0.5)
     full = 10 + 3 * (5 + 2 * 1 + 2)
     free = 10 + 3 * (5 + 1 + 2 + 3) + (1 + 0.5) + 2
     assert prediction.speedup == pytest.approx(full / free)

@@ -10,7 +10,7 @@ from real_rows import ROOT
 
 import run
 from models.loading import load_model
-from util.evaluation.decode import best_windows
+from util.evaluation.records import Record, best_windows
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
 FLAGS = {
@@ -40,7 +40,7 @@ def read_lines(path):
 def test_the_most_probable_window_answers(tmp_path):
     results = evaluate(tmp_path / "full")
     records = read_lines(tmp_path / "full/predictions.jsonl")
-    best = best_windows(records)
+    best = [record.as_row() for record in best_windows([Record.from_row(row, "") for row in records])]
     scored = read_lines(tmp_path / "full/predictions.scores.jsonl")
     assert (
         results["samples"] == len(best) == len(scored) == len({row["id"] for row in records}) < len(records)

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from models import FixedThreshold, Free, SoftmaxGap, load_model
 from util.data.examples import load_examples
-from util.evaluation.decode import EvaluationSettings, decode_batch, describe_batch
+from util.evaluation.decode import decode_batch, describe_batch
+from util.evaluation.records import EvaluationSettings
 from util.tasks import DATASETS
 
 CHECKPOINT = ROOT / "checkpoints/debian-t5-free"
@@ -58,16 +59,14 @@ def generation_config(loaded):
 def test_padding_after_any_end_token_is_no_token(loaded, examples, generation_config, early):
     policy = Free(2, SoftmaxGap(), FixedThreshold(0.4)) if early else None
     plain = decode(loaded, examples, policy, 1)
-    frequent = max((piece for record in plain for piece in record["pieces"][1:-1]), key=len)
+    frequent = max((piece for record in plain for piece in record.pieces[1:-1]), key=len)
     generation_config.eos_token_id = [1, loaded.tokenizer.convert_tokens_to_ids(frequent)]
     alone, together = (decode(loaded, examples, policy, size) for size in (1, 8))
-    assert sum(record["tokens"] for record in alone) < sum(record["tokens"] for record in plain)
-    assert [record["tokens"] for record in together] == [record["tokens"] for record in alone]
-    assert [record["prediction"] for record in together] == [record["prediction"] for record in alone]
+    assert sum(record.tokens for record in alone) < sum(record.tokens for record in plain)
+    assert [record.tokens for record in together] == [record.tokens for record in alone]
+    assert [record.prediction for record in together] == [record.prediction for record in alone]
     if early:
-        assert [len(record["exit_layers"]) for record in together] == [
-            record["tokens"] for record in together
-        ]
+        assert [len(record.exit_layers) for record in together] == [record.tokens for record in together]
 
 
 def test_lengths_and_beams_are_the_evaluations(loaded, examples, generation_config):
@@ -76,5 +75,5 @@ def test_lengths_and_beams_are_the_evaluations(loaded, examples, generation_conf
     generation_config.update(prompt_lookup_num_tokens=3, penalty_alpha=0.6, top_k=4)
     for policy in (None, Free(2, SoftmaxGap(), FixedThreshold(1.0))):
         records = decode(loaded, examples, policy, 4, max_length=6)
-        assert max(record["tokens"] for record in records) <= 5
-        assert [record["prediction"] for record in records] == [record["prediction"] for record in expected]
+        assert max(record.tokens for record in records) <= 5
+        assert [record.prediction for record in records] == [record.prediction for record in expected]

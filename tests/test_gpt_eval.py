@@ -127,7 +127,7 @@ ROW = {"id": "s0", "prediction": "x"}
     ("rows", "message"),
     [
         ([ROW, ROW], r"free.jsonl, line 2: the id 's0' is there twice"),
-        ([{"id": "s0"}], r"free.jsonl, line 1: no prediction"),
+        ([{"id": "s0"}], r"free.jsonl, line 1: lacks prediction"),
         ([ROW], r"free.jsonl lacks the id 's1', prediction 2 of \S*full.jsonl"),
         ([ROW, ROW | {"id": "s1"}, ROW | {"id": "s9"}], r"full.jsonl lacks the id 's9', prediction 3 of"),
         (

@@ -45,7 +45,7 @@ def change_line(path, number, change):
     ("name", "line", "change", "message"),
     [
         ("records.jsonl", 2, lambda text: text[:40], "not JSON"),
-        ("records.jsonl", 3, lambda text: "[]", "expected a JSON object"),
+        ("records.jsonl", 3, lambda text: "[]", "not a JSON object"),
         ("records.jsonl", 4, lambda text: text.replace('"pieces"', '"bits"'), "lacks pieces"),
         (
             "records.jsonl",
@@ -54,7 +54,12 @@ def change_line(path, number, change):
             "not in settings.json",
         ),
         ("records.jsonl", 6, lambda text: text.replace("[2, 4, 2, 2]", "[2, 9, 2, 2]"), "1..4"),
-        ("records.jsonl", 6, lambda text: text.replace('"tokens": 4', '"tokens": "4"'), "must be numbers"),
+        (
+            "records.jsonl",
+            6,
+            lambda text: text.replace('"tokens": 4', '"tokens": "4"'),
+            "must be a whole number",
+        ),
         ("traces.jsonl", 2, lambda text: text.replace("0.35, ", "", 1), "confidences"),
         ("traces.jsonl", 3, lambda text: text.replace("[0, 0, 0, 1]", "[0, 0, 0, 0]"), "agree with itself"),
     ],

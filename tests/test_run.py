@@ -20,6 +20,7 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from util.arguments import locked_output_dir
 from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.records import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]
@@ -391,12 +392,13 @@ def test_resuming_with_other_flags_is_refused(base, capsys):
 def test_log_drops_only_the_line_that_was_cut(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with PredictionLog(path, {"a": 1}) as log:
-        log.append([{"id": "1", "prediction": "a\u2028b"}, {"id": "2"}])
+        rest = {"reference": "", "tokens": 1, "pieces": ["a"], "exit_layers": None, "seconds": 1.0}
+        log.append([Record("1", "a\u2028b", **rest), Record("2", "", **rest)])
     with path.open("a") as file:
         file.write('{"id": "3 \u2028 ü')
     path.write_bytes(path.read_bytes()[:-1])  # within a character
     with PredictionLog(path, {"a": 1}, resume=True) as log:
-        assert [record["id"] for record in log.records] == ["1", "2"]
+        assert log.records == [Record("1", "a\u2028b", **rest), Record("2", "", **rest)]
 
 
 def refused(flags, capsys):

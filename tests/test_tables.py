@@ -9,7 +9,9 @@ import json
 import pytest
 from rich.console import Console
 
-from util.tables import color_by_depth, comparison_table, format_figure, plot_trade_off, write_csv, write_json
+from util.files import write_json
+from util.plots import plot_trade_off
+from util.tables import color_by_depth, comparison_table, format_figure, write_csv
 
 ROWS = [
     {"method": "Full depth", "bleu": 30.0, "speedup": 1.0},

@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 
 from util.evaluation.comparison import compare_speed
+from util.evaluation.records import Record
 from util.evaluation.timing_doubts import doubt_prediction, doubt_speedup, possible_speedup, untrusted_timing
 
 
 def record(seconds, layer_calls, full_layer_calls):
-    return {"seconds": seconds, "layer_calls": layer_calls, "full_layer_calls": full_layer_calls}
+    work = {"layer_calls": layer_calls, "full_layer_calls": full_layer_calls}
+    return Record("s0", "", reference="", tokens=10, pieces=[], exit_layers=None, seconds=seconds, **work)
 
 
 FULL = [record(seconds, 80, 80) for seconds in (1.0, 1.2, 0.9, 1.1)]  # 10 tokens through 8 layers
 
 
 def test_more_than_the_work_saved_is_not_believed():
-    quarter = [record(full["seconds"] / 8.13, 20, 80) for full in FULL]
+    quarter = [record(full.seconds / 8.13, 20, 80) for full in FULL]
     figures = compare_speed(quarter, FULL)
     assert figures["timing_doubt"] == "measured 8.13x, the work saved allows 4.00x"
-    believed = [record(full["seconds"] / 3.9, 20, 80) for full in FULL]
+    believed = [record(full.seconds / 3.9, 20, 80) for full in FULL]
     assert compare_speed(believed, FULL)["timing_doubt"] is None
 
 
@@ -33,7 +35,7 @@ def test_noise_is_no_doubt():
 
 def test_shorter_outputs_take_less_time():
     # All layers, but 5 tokens instead of 10: twice as fast is possible.
-    half = [record(full["seconds"] / 2, 40, 40) for full in FULL]
+    half = [record(full.seconds / 2, 40, 40) for full in FULL]
     assert possible_speedup(half, FULL) == 2
     assert compare_speed(half, FULL)["timing_doubt"] is None
     assert compare_speed(half, half)["timing_doubt"] is None

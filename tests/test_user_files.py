@@ -16,7 +16,7 @@ from models.loading import check_config
 from models.threshold import AdaptiveThreshold
 from util.arguments import ExitArguments, expand_argument_file, parse_arguments, whole_number
 from util.calibration.certificate import CalibratedThreshold
-from util.evaluation.decode import read_baseline
+from util.evaluation.summary import read_baseline
 from util.policies import free_threshold, read_shortlist
 from util.report.folders import read_folders
 
@@ -169,7 +169,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name):
         ("calibrated.json", {"threshold": 0.5}, "it lacks delta"),
         ("shortlist.json", {"token_ids": [1, 2.5]}, "is not what scripts/learn_shortlist.py writes"),
         ("shortlist.json", {"token_ids": [1, 2**64]}, "is not what scripts/learn_shortlist.py writes"),
-        ("baseline.jsonl", {"id": "1", "prediction": 5}, "line 1: not a prediction of run.py"),
+        ("baseline.jsonl", {"id": "1", "prediction": 5}, "line 1: prediction must be a text, not 5"),
         ("scores.json", {"judges": {"m": 3}}, "judge 'm': expected a JSON object"),
         ("scores.json", {"judges": {"m": {"likert": []}}}, "likert must be an object, not []"),
         ("settings.json", SWEEP | {"settings": [{"name": 1}]}, "settings.json: lacks method"),
@@ -188,7 +188,8 @@ def test_wrong_fields_are_named(tmp_path, capsys, name, content, message):
 def test_baselines_windows_need_their_scores(tmp_path, capsys):
     path = tmp_path / "baseline.jsonl"
     path.write_text('{"id": 1, "prediction": "x", "window": 0}\n' * 2)
-    assert "baseline.jsonl does not hold windows" in complaint(capsys, read_baseline, path)
+    message = "baseline.jsonl, line 1: a window lacks its sequence_score"
+    assert message in complaint(capsys, read_baseline, path)
 
 
 @pytest.mark.parametrize(

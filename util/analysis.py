@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CALIBRATION_BINS = 10
+GOOD_SHARE = 99.0  # per cent of full depth's quality
 
 
 @dataclass(frozen=True)

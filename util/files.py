@@ -1,6 +1,6 @@
-"""Files that runs write: logs of one JSON object a line, whole files replaced at once, and locks.
+"""Files that runs write: logs of one JSON object a line, whole files replaced at once, locks, output folders.
 
-Every .jsonl of this project is written and read here. The module knows nothing of models.
+Every .json and .jsonl of this project is written and read here. The module knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from models.errors import UserError
+from models.json_files import decode_json, read_text
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+    temporary.replace(path)
 
 
 def json_line(row: Any) -> str:
@@ -51,14 +59,29 @@ def scan_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any], bytes]]:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:  # broken JSON or UTF-8
+                row = decode_json(line.rstrip(b"\r\n"), place)
+            except UserError as error:
                 if not line.endswith(b"\n"):  # the start of an object is never a whole one
                     return
-                raise UserError(f"{place}: not JSON; take that line out.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: not a JSON object; take that line out.")
-            yield place, row, line
+                raise UserError(f"{error} Take that line out.") from error
+            yield place, as_object(row, place), line
+
+
+def read_user_lines(path: Path, flag: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and object of each line of a file that a user hands over with `flag`.
+
+    A byte order mark and blank lines are skipped; every other line counts, the last one, too.
+    """
+    for number, line in enumerate(read_text(path, flag, newline="").split("\n"), 1):
+        if line.strip():
+            place = f"{flag} {path}, line {number}".strip()
+            yield place, as_object(decode_json(line, place), place)
+
+
+def as_object(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object.")
+    return row
 
 
 class JsonLog:
@@ -203,3 +226,47 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def make_output_dir(folder: Path) -> Path:
+    """Make --output_dir, or raise UserError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable.")
+    return folder
+
+
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[Path]:
+    """Make --output_dir and keep other runs out of it.
+
+    Under torchrun each process holds a lock for its part: the first is refused where another run writes, the
+    others wait, to be ended by torchrun together with it.
+
+    Raises:
+        UserError: it cannot be made or written to, or another run writes there.
+    """
+    make_output_dir(folder)
+    complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
+    rank = int(os.environ.get("RANK", 0))
+    with locked(folder / (f".lock.{rank}" if rank else ".lock"), complaint, wait=rank > 0):
+        yield folder
+
+
+@contextmanager
+def locked_output_file(path: Path) -> Iterator[Path]:
+    """Make the folder of --output_file and keep other runs from writing the same file.
+
+    Raises:
+        UserError: the folder cannot be made, or another run writes the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: its folder cannot be made: {error.strerror}.") from error
+    complaint = f"--output_file {path}: another run is writing it; wait for it, or name another file."
+    with locked(path.with_name(f".{path.name}.lock"), complaint):
+        yield path

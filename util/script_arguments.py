@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.arguments import flag, list_flag, require, require_positive, require_unit_interval
-from util.evaluation.method_names import BASELINE, SWEPT
+from util.evaluation.records import BASELINE, SWEPT
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
 P_VALUES = ("hoeffding_bentkus", "betting")

@@ -17,8 +17,7 @@ from models.errors import UserError
 from models.json_files import check_fields, read_mapping
 from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
 from util.data.examples import dataset_record
-from util.files import content_hash, file_hash
-from util.tables import write_json
+from util.files import content_hash, file_hash, write_json
 
 logger = logging.getLogger(__name__)
 

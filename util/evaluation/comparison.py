@@ -1,4 +1,4 @@
-"""Several settings on the same samples, interleaved: records, and figures relative to full depth.
+"""Several settings on the same samples, interleaved: records, traces, and figures relative to full depth.
 
 `decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_rest` what an interrupted
 comparison left over; `compare(settings, evaluation)` gives one row of figures a setting.
@@ -20,59 +20,44 @@ from models.families import view_for
 from models.languages import target_token_ids
 from models.loading import LoadedModel
 from models.trace import trace_layers
-from util.analysis import pareto_front
-from util.evaluation.decode import (
-    EvaluationSettings,
-    batch_indices,
-    best_windows,
-    decode_batch,
-    describe_batch,
-    replay_calibration,
-    summarize,
-    texts_of,
-)
-from util.evaluation.method_names import BASELINE as BASELINE
-from util.evaluation.method_names import HF_GENERATE as HF_GENERATE
+from util.analysis import GOOD_SHARE, pareto_front
+from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
 from util.evaluation.prediction_log import PredictionLog
+from util.evaluation.records import (
+    BASELINE,
+    HF_GENERATE,
+    EvaluationSettings,
+    Record,
+    Setting,
+    Trace,
+    best_windows,
+)
 from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
+from util.evaluation.summary import summarize, texts_of
 from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
 from util.progress import track
 from util.tasks import TASKS
 
 WARM_UP_SAMPLES = 3
-GOOD_SHARE = 99.0  # per cent of full depth's quality
 
 
 @dataclass
-class Setting:
-    """A method with its parameters on one checkpoint. Without a policy Hugging Face's `generate` decodes."""
+class LiveSetting(Setting):
+    """A setting with what decodes it. Without a policy that is Hugging Face's `generate`."""
 
-    name: str
-    method: str
-    checkpoint: str
-    loaded: LoadedModel
-    policy: ExitPolicy | None
-    threshold: float | None = None
-    shallow_layer: int | None = None
-    batch_size: int = 1
-    records: list[dict[str, Any]] = field(default_factory=list)
+    loaded: LoadedModel = field(kw_only=True)
+    policy: ExitPolicy | None = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.num_layers = view_for(self.loaded.model).num_layers
 
     @property
     def group(self) -> tuple[str, int]:
         """Settings that share a baseline."""
         return self.checkpoint, self.batch_size
 
-    @property
-    def num_layers(self) -> int:
-        return view_for(self.loaded.model).num_layers
 
-    def describe(self) -> dict[str, Any]:
-        """What identifies the setting in result files."""
-        names = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
-        return {name: getattr(self, name) for name in names}
-
-
-def warm_up(settings: list[Setting], examples: Dataset, evaluation: EvaluationSettings) -> None:
+def warm_up(settings: list[LiveSetting], examples: Dataset, evaluation: EvaluationSettings) -> None:
     """Let every setting decode something before it is timed; policies that learn must be made anew after."""
     pairs = [*product(range(min(WARM_UP_SAMPLES, len(examples))), settings)]
     for index, setting in track(pairs, "Warming up", "output"):
@@ -80,11 +65,11 @@ def warm_up(settings: list[Setting], examples: Dataset, evaluation: EvaluationSe
 
 
 def decode_interleaved(
-    settings: list[Setting],
+    settings: list[LiveSetting],
     examples: Dataset,
     evaluation: EvaluationSettings,
     samples: range | None = None,
-    keep: Callable[[list[dict[str, Any]]], Any] = lambda records: None,
+    keep: Callable[[list[Record]], Any] = lambda records: None,
 ) -> None:
     """All settings on one block of samples before the next, each block starting with another setting.
 
@@ -108,28 +93,28 @@ def decode_interleaved(
         keep([record for setting in settings for record in setting.records[-len(block) :]])
 
 
-def mark_record(setting: Setting, row: int, record: dict[str, Any]) -> dict[str, Any]:
+def mark_record(setting: LiveSetting, row: int, record: Record) -> Record:
     """A record with its setting and row; the source, alike for all settings, stays with full depth alone."""
-    source = {"source": record.pop("source")}
-    return {"setting": setting.name, "row": row, **(source if setting.method == BASELINE else {}), **record}
+    source = record.source if setting.method == BASELINE else None
+    return replace(record, setting=setting.name, row=row, source=source)
 
 
-def largest_batch(settings: list[Setting]) -> int:
+def largest_batch(settings: list[LiveSetting]) -> int:
     return max(setting.batch_size for setting in settings)
 
 
-def restore(settings: list[Setting], log: PredictionLog, samples: range) -> range:
+def restore(settings: list[LiveSetting], log: PredictionLog, samples: range) -> range:
     """Give the settings their records of an interrupted comparison of `samples`; those left to decode."""
     records = log.records
     block = largest_batch(settings)
-    by_name: dict[str, list[dict[str, Any]]] = {setting.name: [] for setting in settings}
+    by_name: dict[str, list[Record]] = {setting.name: [] for setting in settings}
     for record in records:
-        by_name[record["setting"]].append(record)
+        by_name[record.setting].append(record)
     done = min(map(len, by_name.values()))
     if done % block:  # only a finished comparison ends within a block
         done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
     rest = range(samples.start + done, samples.stop)
-    log.keep([record for record in records if record["row"] < rest.start])
+    log.keep([record for record in records if record.row < rest.start])
     for setting in settings:
         setting.records = by_name[setting.name][:done]
         replay_calibration(setting.policy, setting.records)
@@ -137,8 +122,8 @@ def restore(settings: list[Setting], log: PredictionLog, samples: range) -> rang
 
 
 def decode_rest(
-    settings: list[Setting],
-    fresh: list[Setting],
+    settings: list[LiveSetting],
+    fresh: list[LiveSetting],
     examples: Dataset,
     evaluation: EvaluationSettings,
     rest: range,
@@ -150,25 +135,27 @@ def decode_rest(
         decode_interleaved(settings, examples, evaluation, rest, log.append)
 
 
-def trace_record(
-    setting: Setting, record: dict[str, Any], source: str, evaluation: EvaluationSettings
-) -> dict[str, Any]:
-    """One output with the confidence and the agreement of every layer at each of its T tokens."""
+def trace_output(setting: LiveSetting, record: Record, source: str, evaluation: EvaluationSettings) -> Trace:
+    """What every layer predicts at each of an output's tokens."""
     model, tokenizer = setting.loaded.model, setting.loaded.tokenizer
     inputs = tokenizer(source, max_length=evaluation.max_source_length, truncation=True, return_tensors="pt")
     start = model.generation_config.decoder_start_token_id
-    sequence = torch.tensor([[start, *target_token_ids(tokenizer, record["pieces"])]])  # (1, 1 + T)
+    sequence = torch.tensor([[start, *target_token_ids(tokenizer, record.pieces)]])  # (1, 1 + T)
     tensors = (inputs["input_ids"], inputs["attention_mask"], sequence)
     trace = trace_layers(model, *(tensor.to(model.device) for tensor in tensors))
-    return {
-        **{name: record[name] for name in ("setting", "row", "id", "pieces", "exit_layers")},
-        "confidences": [[round(value, 4) for value in token] for token in trace.confidences[0].tolist()],
-        "agrees": trace.agrees[0].int().tolist(),
-        "deep": tokenizer.convert_ids_to_tokens(trace.tokens[0, :, -1].tolist()),
-    }
+    return Trace(
+        setting.name,
+        record.row,
+        record.id,
+        record.pieces,
+        record.exit_layers,
+        confidences=trace.confidences[0].cpu().double().numpy(),
+        agrees=trace.agrees[0].cpu().numpy(),
+        deep=tokenizer.convert_ids_to_tokens(trace.tokens[0, :, -1].tolist()),
+    )
 
 
-def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dict[str, Any]]:
+def compare(settings: list[LiveSetting], evaluation: EvaluationSettings) -> list[dict[str, Any]]:
     """One row a setting: its own figures, and those relative to full depth, with 95% intervals."""
     quality = TASKS[evaluation.task].main_score
     baselines = {setting.group: setting for setting in settings if setting.method == BASELINE}
@@ -191,13 +178,13 @@ def compare(settings: list[Setting], evaluation: EvaluationSettings) -> list[dic
     return list(own.values())
 
 
-def summarize_setting(setting: Setting, evaluation: EvaluationSettings) -> dict[str, Any]:
+def summarize_setting(setting: LiveSetting, evaluation: EvaluationSettings) -> dict[str, Any]:
     """A setting's own figures."""
     summary = summarize(
         setting.records, replace(evaluation, batch_size=setting.batch_size), setting.num_layers
     )
     del summary["arguments"]
-    return setting.describe() | summary
+    return setting.as_row() | summary
 
 
 def compare_quality(
@@ -215,16 +202,14 @@ def compare_quality(
     }
 
 
-def share_equal(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> float:
+def share_equal(records: list[Record], baseline: list[Record]) -> float:
     """Share of samples whose tokens are full depth's, all of them."""
-    return float(
-        np.mean([ours["pieces"] == full["pieces"] for ours, full in zip(records, baseline, strict=True)])
-    )
+    return float(np.mean([ours.pieces == full.pieces for ours, full in zip(records, baseline, strict=True)]))
 
 
-def compare_speed(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_speed(records: list[Record], baseline: list[Record]) -> dict[str, Any]:
     """Speed-up over the baseline: in total time, with its interval, and of the median sample; its doubt."""
-    ours, theirs = ([record["seconds"] for record in rows] for rows in (records, baseline))
+    ours, theirs = ([record.seconds for record in rows] for rows in (records, baseline))
     speedup, bounds = sum(theirs) / sum(ours), sum_ratio_interval(theirs, ours)
     return {
         "speedup": speedup,

@@ -18,19 +18,12 @@ from torch import Tensor
 from models.confidence import SoftmaxGap
 from models.families import view_for
 from models.loading import LoadedModel
+from util.evaluation.records import Trace
 from util.timing import Stopwatch
 
 REPEATS = 40
 PREFIX = 8  # cached tokens of a typical step
 WINDOW = 4  # tokens of a typical parallel pass
-
-
-@dataclass
-class Trace:
-    """T tokens of one sequence that full depth decoded, and what L layers made of them."""
-
-    confidences: np.ndarray  # (T, L)
-    agrees: np.ndarray  # (T, L) whether the layer's prediction is the last one's
 
 
 @dataclass

@@ -6,31 +6,36 @@ An interrupted evaluation continues from it, unless anything is not what it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from models.errors import UserError
-from util.files import JsonLog
-from util.tables import write_json
+from models.json_files import read_mapping
+from util.evaluation.records import Record
+from util.files import JsonLog, write_json
 
 
 class PredictionLog:
-    """The open file of one evaluation. `records` are those of an interrupted one that it continues.
+    """The open file of one evaluation. `records` are those of an interrupted one that it continues, and new
+    ones.
 
     Raises:
-        UserError: another run is writing to it; asked to continue what was begun with another `identity`.
+        UserError: another run is writing to it; asked to continue what was begun with another `identity`, or
+            a line is no record.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool = False) -> None:
         self.path = path
         self.settings_path = path.with_name(path.stem + ".settings.json")
         self.identity = json.loads(json.dumps(identity))
+        self.records: list[Record] = []
         self._log = JsonLog(path, fresh=not resume)
         try:
             if self._log.rows:
                 self._refuse_other_identity()
+                rows = enumerate(self._log.rows, 1)
+                self.records = [Record.from_row(row, f"{path}, line {number}") for number, row in rows]
             else:  # the old predictions went first, so that no kill leaves them under new settings
                 write_json(self.settings_path, self.identity)
         except BaseException:
@@ -45,21 +50,19 @@ class PredictionLog:
     ) -> None:
         self._log.close()
 
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return self._log.rows
-
-    def keep(self, records: list[dict[str, Any]]) -> None:
+    def keep(self, records: list[Record]) -> None:
         """Leave exactly these records in the file."""
-        self._log.keep(records)
+        self._log.keep([record.as_row() for record in records])
+        self.records = list(records)
 
-    def append(self, records: Iterable[dict[str, Any]]) -> None:
-        self._log.append(records)
+    def append(self, records: list[Record]) -> None:
+        self._log.append([record.as_row() for record in records])
+        self.records += records
 
     def _refuse_other_identity(self) -> None:
         if not self.settings_path.is_file():
             raise UserError(f"--resume_eval: {self.settings_path} is missing; set --resume_eval False.")
-        before = json.loads(self.settings_path.read_text(encoding="utf8"))
+        before = read_mapping(self.settings_path)
         names = {*before, *self.identity}
         changed = sorted(name for name in names if before.get(name) != self.identity.get(name))
         if changed:

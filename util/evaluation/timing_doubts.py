@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from util.evaluation.records import Record
+
 WORK = ("layer_calls", "full_layer_calls")  # the second grows with the steps
 SLACK = 1.05  # fewer layers may stay in the processor's caches and so run a little faster each
 MISS = 0.25  # between prediction and measurement
 
 
-def possible_speedup(records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> float | None:
+def possible_speedup(records: Sequence[Record], baseline: Sequence[Record]) -> float | None:
     """What the work saved allows; None where the work is not known.
 
     Time goes into layers, steps (embedding, head, criteria) and samples (encoder), and a ratio of sums is at
@@ -22,7 +24,7 @@ def possible_speedup(records: Sequence[dict[str, Any]], baseline: Sequence[dict[
     shorter than full depth's takes less time.
     """
     totals = [
-        [sum(record.get(name) or 0 for record in rows) for name in WORK] for rows in (baseline, records)
+        [sum(getattr(record, name) for record in rows) for name in WORK] for rows in (baseline, records)
     ]
     if not all(total for side in totals for total in side):
         return None

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from markupsafe import Markup, escape
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.analysis import Oracle, Reliability
-from util.tables import MARKERS, plt
 
 INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
 # Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#7a52a8", "#6b7075", "#3a9bd6")
+MARKERS = "os^DvP*X<>"
 CSS_NAMES = {INK: "ink", GRID: "grid", PAPER: "paper"} | {
     color: f"series-{index}" for index, color in enumerate(SERIES)
 }
@@ -90,9 +91,10 @@ def trade_off_figure(
 
     Rings mark the Pareto front, settings of a series are joined, what is slower than full depth is shaded.
     """
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         size = (WIDTH, HEIGHT * (0.05 + 0.95 * len(panels)) + 0.7 * legend)
-        figure, grid = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(panels), squeeze=False)
         for number, (axes, panel) in enumerate(zip(grid[:, 0], panels, strict=True)):
             draw_trade_off(axes, points, panel, "near-point" if number else "point", line)
             axes.set_ylabel(y_label)
@@ -182,8 +184,9 @@ def error_bar(value: float, bounds: list[float] | None) -> list[list[float]] | N
 
 def line_figure(lines: Sequence[Line], x_label: str, y_label: str) -> Figure:
     """Lines from zero upwards, such as throughput over batch sizes or a threshold over samples."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.subplots()
         for number, line in enumerate(lines):
             xs, ys = zip(*line.points, strict=True)
             look = series_look(number) | ({} if len(xs) <= MARKED_POINTS else {"marker": None})
@@ -208,10 +211,9 @@ def throughput_figure(lines: Sequence[Line]) -> Figure:
 
 def reliability_figure(curves: dict[str, Reliability]) -> Figure:
     """Agreement over confidence, bin by bin, above the number of tokens in each bin."""
-    with plt.rc_context(STYLE):
-        figure, (top, bottom) = plt.subplots(
-            2, figsize=(WIDTH, HEIGHT + 1.6), layout="constrained", sharex=True, height_ratios=(3, 1)
-        )
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT + 1.6), layout="constrained")
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         top.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="perfectly calibrated")
         for number, (name, curve) in enumerate(curves.items()):
             look = series_look(number)
@@ -231,8 +233,9 @@ def reliability_figure(curves: dict[str, Reliability]) -> Figure:
 
 def oracle_figure(bars: dict[str, Oracle]) -> Figure:
     """Share of tokens for every oracle layer, one group of bars a layer."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.subplots()
         width = 0.85 / len(bars)
         deepest = 1
         for number, (name, found) in enumerate(bars.items()):
@@ -252,11 +255,10 @@ def oracle_figure(bars: dict[str, Oracle]) -> Figure:
 
 def save_figure(figure: Figure, *paths: Path) -> None:
     """Write files for papers and slides: white background, letters as outlines in SVG."""
-    with plt.rc_context(STYLE):
+    with rc_context(STYLE):
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             figure.savefig(path, dpi=200, facecolor="white", metadata=metadata)
-    plt.close(figure)
 
 
 def inline_svg(figure: Figure, name: str, description: str, details: Sequence[str] = ()) -> Markup:
@@ -268,10 +270,9 @@ def inline_svg(figure: Figure, name: str, description: str, details: Sequence[st
         details: hover texts of the artists with gid `point-<index>` or `near-point-<index>`.
     """
     buffer = io.StringIO()
-    with plt.rc_context(STYLE | {"svg.fonttype": "none"}):
+    with rc_context(STYLE | {"svg.fonttype": "none"}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    plt.close(figure)
     text = buffer.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', text).group()
     body = text[text.index(">", text.index("<svg")) + 1 :]

@@ -8,28 +8,36 @@ raises a UserError that names the file and the line.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from models.errors import UserError
-from models.json_files import check_fields, read_mapping
-from util.evaluation.comparison import BASELINE, HF_GENERATE
-from util.report.results import JudgeScores, Results, ResultSet, Setting, Trace
+from models.json_files import check_fields, fits, read_mapping
+from util.evaluation.records import (
+    BASELINE,
+    CALM,
+    FREE,
+    FREE_ADAPTIVE,
+    FREE_LOSSLESS,
+    HF_GENERATE,
+    SETTING_COLUMNS,
+    STATIC,
+    Record,
+    Trace,
+    read_records,
+)
+from util.files import read_json_lines
+from util.report.results import JudgeScores, Results, ResultSet, SettingResults
 from util.tasks import TASKS
 
+Line = TypeVar("Line")
 STAGES = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
 EXPECTED = (
     "eval_results.json or predict_results.json (of run.py), settings.json with records.jsonl or sweep.json "
     "(of scripts/sweep.py), or scores.json (of gpt_eval)"
 )
-RECORD_KEYS = ("id", "prediction", "reference", "tokens", "pieces", "exit_layers", "seconds")
-TRACE_KEYS = ("setting", "row", "id", "pieces", "exit_layers", "confidences", "agrees", "deep")
-SETTING_KEYS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
 FIGURE_KEYS = (
     "quality_share",
     "speedup",
@@ -57,16 +65,14 @@ SHAPES = {  # of what is read from any of the files
     "fastest_99": dict[str, str | None] | None,
     "pareto": list[str] | None,
     "name": str,
-    "setting": str,
     "method": str,
     "checkpoint": str,
     "main_score": str,
     "dataset": str | None,
     "split": str | None,
-    "row": int,
     "samples": int,
     "batch_size": int,
-    "num_layers": int | None,
+    "num_layers": int,
     "shallow_layer": int | None,
     "threshold": float | None,
 }
@@ -140,16 +146,17 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
     content = read_object(path, ("settings", "dataset", "split", "main_score", "samples"))
     settings = {}
     for entry in content["settings"]:
-        check_keys(entry, SETTING_KEYS, str(path))
-        settings[entry["name"]] = Setting(**{key: entry[key] for key in SETTING_KEYS})
-    for line, row in read_lines(folder / "records.jsonl", (*RECORD_KEYS, "setting", "row")):
-        setting = known_setting(settings, row["setting"], line)
-        check_depth(row, setting.num_layers, line)
-        setting.records[row["row"]] = row
-    for line, row in read_lines(folder / "traces.jsonl", TRACE_KEYS):
-        setting = known_setting(settings, row["setting"], line)
-        check_depth(row, setting.num_layers, line)
-        setting.traces[row["row"]] = as_trace(row, setting.num_layers, line)
+        check_keys(entry, SETTING_COLUMNS, str(path))
+        settings[entry["name"]] = SettingResults.from_row(entry, str(path))
+    for place, record in lines_of(folder / "records.jsonl", read_records):
+        setting = known_setting(settings, record.setting, place)
+        check_place(record, setting, place)
+        setting.records.append(record)
+    for place, row in lines_of(folder / "traces.jsonl", read_json_lines):
+        setting = known_setting(settings, row.get("setting"), place)
+        trace = Trace.from_row(row, setting.num_layers, place)
+        check_place(trace, setting, place)
+        setting.traces[trace.row] = trace
     result = ResultSet(
         label=label,
         kind="sweep",
@@ -167,7 +174,7 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
     return result
 
 
-def add_figures(result: ResultSet, settings: dict[str, Setting], path: Path) -> None:
+def add_figures(result: ResultSet, settings: dict[str, SettingResults], path: Path) -> None:
     """Read sweep.json; what compares times is left out where settings did not take turns."""
     content = read_object(path, ("rows",))
     for row in content["rows"]:
@@ -182,33 +189,18 @@ def add_figures(result: ResultSet, settings: dict[str, Setting], path: Path) -> 
         result.auc, result.fastest_99, result.pareto = content.get("auc") or {}, fastest, pareto
 
 
-def known_setting(settings: dict[str, Setting], name: str, place: str) -> Setting:
-    if name not in settings:
+def known_setting(settings: dict[str, SettingResults], name: Any, place: str) -> SettingResults:
+    if not isinstance(name, str) or name not in settings:
         raise UserError(f"{place}: setting {name!r} is not in settings.json.")
     return settings[name]
 
 
-def check_depth(row: dict[str, Any], num_layers: int, place: str) -> None:
-    exits = row["exit_layers"] or ()
-    if not all(layer in range(1, num_layers + 1) for layer in exits):
-        raise UserError(f"{place}: exit_layers must lie in 1..{num_layers}.")
-
-
-def as_trace(row: dict[str, Any], num_layers: int, place: str) -> Trace:
-    """A trace whose arrays have the shapes they should have."""
-    shape = (len(row["pieces"]), num_layers)
-    try:
-        confidences, agrees = (np.array(row[key], dtype=float) for key in ("confidences", "agrees"))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: confidences and agrees must be tables of numbers.") from error
-    exits = row["exit_layers"]
-    if confidences.shape != shape or agrees.shape != shape or len(row["deep"]) != shape[0]:
-        raise UserError(f"{place}: confidences and agrees must have {shape[0]} rows of {shape[1]} layers.")
-    if exits is not None and len(exits) != shape[0]:
-        raise UserError(f"{place}: {len(exits)} exit_layers for {shape[0]} pieces.")
-    if not agrees[:, -1].all():
-        raise UserError(f"{place}: the last layer must agree with itself.")
-    return Trace(row["row"], str(row["id"]), row["pieces"], exits, confidences, agrees, row["deep"])
+def check_place(found: Record | Trace, setting: SettingResults, place: str) -> None:
+    """Raise UserError unless a record or trace has a row, and exits among the setting's layers."""
+    if found.row is None:
+        raise UserError(f"{place}: lacks row.")
+    if not all(layer in range(1, setting.num_layers + 1) for layer in found.exit_layers or ()):
+        raise UserError(f"{place}: exit_layers must lie in 1..{setting.num_layers}.")
 
 
 # A run
@@ -222,15 +214,17 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
     split = {"eval": "validation", "predict": "test"}[stage]
     main_score = find_main_score(figures, arguments, str(path))
     check_figures(figures, main_score, str(path))
-    records = {row: record for row, (_, record) in enumerate(read_lines(folder / STAGES[stage], RECORD_KEYS))}
-    setting = Setting(
+    records = [record for _, record in lines_of(folder / STAGES[stage], read_records)]
+    for row, record in enumerate(records):
+        record.row = row
+    setting = SettingResults(
         name=label,
         method=name_method(arguments, figures),
         checkpoint=Path(arguments.get("model_name_or_path") or "").name,
         threshold=arguments.get("shallow2deep_conf_threshold", arguments.get("exit_conf_threshold")),
         shallow_layer=arguments.get("shallow_exit_layer") or arguments.get("static_exit_layer"),
         batch_size=figures["batch_size"],
-        num_layers=count_layers(list(records.values()), figures["batch_size"]),
+        num_layers=count_layers(records, figures["batch_size"]),
         figures={key: value for key, value in figures.items() if not isinstance(value, dict)},
         records=records,
     )
@@ -265,20 +259,18 @@ def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
         return HF_GENERATE
     if arguments.get("use_shallow_deep"):
         if arguments.get("lossless"):
-            return "FREE lossless"
-        return "FREE adaptive" if arguments.get("use_adapt_threshold") else "FREE"
+            return FREE_LOSSLESS
+        return FREE_ADAPTIVE if arguments.get("use_adapt_threshold") else FREE
     if arguments.get("use_early_exit"):
-        return "CALM"
-    return "Static" if arguments.get("static_exit_layer") else BASELINE
+        return CALM
+    return STATIC if arguments.get("static_exit_layer") else BASELINE
 
 
-def count_layers(records: list[dict[str, Any]], batch_size: int) -> int | None:
+def count_layers(records: list[Record], batch_size: int) -> int | None:
     """The decoder's layers: `full_layer_calls` is their number times the steps, shared by the first batch."""
     batch = records[:batch_size]
-    steps = max((len(record["exit_layers"] or ()) for record in batch), default=0)
-    if not steps or "full_layer_calls" not in batch[0]:
-        return None
-    return round(batch[0]["full_layer_calls"] * len(batch) / steps)
+    steps = max((len(record.exit_layers or ()) for record in batch), default=0)
+    return round(batch[0].full_layer_calls * len(batch) / steps) or None if steps else None
 
 
 def compare_runs(runs: list[ResultSet]) -> None:
@@ -303,8 +295,7 @@ def is_comparable(run: ResultSet, other: ResultSet) -> bool:
     """Whether only the method differs: same weights, precision and samples."""
 
     def identity(result: ResultSet) -> list[Any]:
-        records = result.settings[0].records.values()
-        samples = [(record["id"], record["reference"]) for record in records]
+        samples = [(record.id, record.reference) for record in result.settings[0].records]
         return [result.arguments.get("model_name_or_path"), result.environment.get("dtype"), samples]
 
     return bool(run.settings[0].records) and identity(run) == identity(other)
@@ -320,24 +311,9 @@ def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def read_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place ("file, line N") and object of each line; nothing if there is no such file."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
-                raise UserError(f"{place}: not JSON. If it was cut off, remove it.") from error
-            check_keys(row, keys, place)
-            pieces, exits = row["pieces"], row["exit_layers"]
-            if not isinstance(pieces, list) or not isinstance(exits, list | None):
-                raise UserError(f"{place}: pieces and exit_layers must be lists.")
-            if not all(is_number(row[key]) for key in ("tokens", "seconds") if key in keys):
-                raise UserError(f"{place}: tokens and seconds must be numbers.")
-            yield place, row
+def lines_of(path: Path, read: Callable[[Path], Iterator[Line]]) -> Iterator[Line]:
+    """What `read` finds in a file; nothing if there is no such file."""
+    return read(path) if path.is_file() else iter(())
 
 
 def drop_time_ratios(row: dict[str, Any]) -> dict[str, Any]:
@@ -357,15 +333,9 @@ def check_keys(content: Any, keys: Sequence[str], place: str) -> None:
 def check_figures(row: dict[str, Any], main_score: str, place: str) -> None:
     """Figures are numbers or null, intervals pairs of numbers or null."""
     for key in (main_score, *FIGURE_KEYS):
-        if not is_number(row.get(key)):
+        if not fits(row.get(key), float | None):
             raise UserError(f"{place}: {key} must be a number, got {row[key]!r}.")
     for key in INTERVAL_KEYS:
         bounds = row.get(key)
-        if bounds is not None and not (
-            isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds))
-        ):
+        if bounds is not None and not (fits(bounds, list[float | None]) and len(bounds) == 2):
             raise UserError(f"{place}: {key} must be [low, high], got {bounds!r}.")
-
-
-def is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from util.evaluation.comparison import BASELINE, HF_GENERATE
-from util.report.results import ResultSet, Setting, Trace
+from util.evaluation.records import BASELINE, HF_GENERATE, Record, Trace
+from util.report.results import ResultSet, SettingResults
 
 DEPTH_SHADES = 21  # colours between the first and the last layer
 HEAT_SAMPLES, MAX_HEAT_SAMPLES = 4, 12  # of a data set, on the page
@@ -50,10 +50,10 @@ class HeatSample:
 
 @dataclass
 class Shown:
-    """A setting and where it has its samples."""
+    """A setting and its samples."""
 
-    setting: Setting
-    rows: dict[str, int]  # sample's id -> row; the first of several windows
+    setting: SettingResults
+    records: dict[str, Record]  # by the sample's id; the first of several windows
 
 
 def heat_section(sets: list[ResultSet]) -> dict[str, Any] | None:
@@ -85,35 +85,34 @@ def legend_layers(depth: int) -> list[int]:
 
 def heat_samples(group: list[ResultSet]) -> list[HeatSample]:
     """Samples of one data set, whichever folders decoded them."""
-    shown = [Shown(setting, first_rows(setting)) for result in group for setting in heat_settings(result)]
+    shown = [Shown(setting, first_records(setting)) for result in group for setting in heat_settings(result)]
     scores: dict[str, tuple[int, int]] = {}
     for one in shown:
-        for name, row in one.rows.items():
-            record = one.setting.records[row]
-            if is_mixed(record) and record["tokens"] <= HEAT_TOKENS:
+        for name, record in one.records.items():
+            if is_mixed(record) and record.tokens <= HEAT_TOKENS:
                 mixed, traced = scores.get(name, (0, 0))
-                scores[name] = (mixed + 1, traced + (row in one.setting.traces))
+                scores[name] = (mixed + 1, traced + (record.row in one.setting.traces))
     # Traced samples first, then those that most settings decoded at several depths; ties in order.
     places = {name: place for place, name in enumerate(scores)}
     best = sorted(scores, key=lambda name: (-scores[name][1], -scores[name][0], places[name]))[:HEAT_SAMPLES]
     return [heat_sample(group[0].data, shown, name) for name in sorted(best, key=places.get)]
 
 
-def first_rows(setting: Setting) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    for row, record in setting.records.items():
-        rows.setdefault(str(record["id"]), row)
-    return rows
+def first_records(setting: SettingResults) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for record in setting.records:
+        records.setdefault(record.id, record)
+    return records
 
 
-def heat_settings(result: ResultSet) -> list[Setting]:
+def heat_settings(result: ResultSet) -> list[SettingResults]:
     """One setting of each method on each checkpoint: its fastest good one, else the one of best quality."""
 
-    def preference(setting: Setting) -> tuple[bool, float]:
+    def preference(setting: SettingResults) -> tuple[bool, float]:
         return setting.name in good, setting.figures.get("quality_share") or 0.0
 
     good = set(result.fastest_99.values())
-    chosen: dict[tuple[str, str], Setting] = {}
+    chosen: dict[tuple[str, str], SettingResults] = {}
     for setting in result.main_settings:
         best = chosen.setdefault((setting.method, setting.checkpoint), setting)
         if preference(setting) > preference(best):
@@ -121,15 +120,15 @@ def heat_settings(result: ResultSet) -> list[Setting]:
     return list(chosen.values())
 
 
-def is_mixed(record: dict[str, Any]) -> bool:
-    return len(set(record["exit_layers"] or ())) > 1
+def is_mixed(record: Record) -> bool:
+    return len(set(record.exit_layers or ())) > 1
 
 
 def heat_sample(data: str, shown: list[Shown], name: str) -> HeatSample:
-    having = [(one.setting, one.rows[name]) for one in shown if name in one.rows]
-    reference = having[0][0].records[having[0][1]]["reference"]
-    same = [pair for pair in having if pair[0].records[pair[1]]["reference"] == reference]
-    sources = [source for setting, row in same if (source := setting.records[row].get("source"))]
+    having = [(one.setting, one.records[name]) for one in shown if name in one.records]
+    reference = having[0][1].reference
+    same = [(setting, record) for setting, record in having if record.reference == reference]
+    sources = [record.source for _, record in same if record.source]
     return HeatSample(
         id=name,
         data=data,
@@ -139,34 +138,34 @@ def heat_sample(data: str, shown: list[Shown], name: str) -> HeatSample:
     )
 
 
-def is_plain(setting: Setting) -> bool:
+def is_plain(setting: SettingResults) -> bool:
     """Whether all tokens leave at the last layer anyway."""
     return setting.method in (BASELINE, HF_GENERATE)
 
 
-def plain_rows(pairs: list[tuple[Setting, int]]) -> list[HeatRow]:
+def plain_rows(pairs: list[tuple[SettingResults, Record]]) -> list[HeatRow]:
     """What full depth makes of the sample: a row for each text, named after all who say so."""
     names: dict[str, list[str]] = {}
-    for setting, row in pairs:
+    for setting, record in pairs:
         if is_plain(setting):
-            names.setdefault(setting.records[row]["prediction"], []).append(setting.name)
+            names.setdefault(record.prediction, []).append(setting.name)
     return [HeatRow(", ".join(who), [], text=text) for text, who in names.items()]
 
 
-def heat_row(setting: Setting, row: int) -> HeatRow:
+def heat_row(setting: SettingResults, record: Record) -> HeatRow:
     """Tokens of a record, with what its trace knows of them; the trace must be of the same tokens."""
-    record, trace = setting.records[row], setting.traces.get(row)
-    if not record["exit_layers"] or not setting.num_layers:
-        return HeatRow(setting.name, [], text=record["prediction"])
-    if trace is not None and trace.pieces != record["pieces"]:
+    trace = setting.traces.get(record.row)
+    if not record.exit_layers or not setting.num_layers:
+        return HeatRow(setting.name, [], text=record.prediction)
+    if trace is not None and trace.pieces != record.pieces:
         trace = None
-    count = min(len(record["pieces"]), len(record["exit_layers"]), HEAT_TOKENS)
+    count = min(len(record.pieces), len(record.exit_layers), HEAT_TOKENS)
     tokens = [heat_token(setting, record, trace, index) for index in range(count)]
-    return HeatRow(setting.name, tokens, len(record["pieces"]) > count)
+    return HeatRow(setting.name, tokens, len(record.pieces) > count)
 
 
-def heat_token(setting: Setting, record: dict[str, Any], trace: Trace | None, index: int) -> Token:
-    layer, piece = record["exit_layers"][index], record["pieces"][index]
+def heat_token(setting: SettingResults, record: Record, trace: Trace | None, index: int) -> Token:
+    layer, piece = record.exit_layers[index], record.pieces[index]
     parts = [f"“{readable(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
     if trace is not None:
         layers = sorted({layer, setting.shallow_layer or layer})

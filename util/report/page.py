@@ -13,12 +13,12 @@ from typing import Any
 
 import jinja2
 
-from util.evaluation.comparison import BASELINE, HF_GENERATE
+from util.evaluation.records import BASELINE, HF_GENERATE
 from util.evaluation.timing_doubts import untrusted_timing
 from util.report.figures import CSS_NAMES
 from util.report.heat_map import depth_shades, heat_section
 from util.report.judge import judge_section
-from util.report.results import Results, ResultSet, Setting
+from util.report.results import Results, ResultSet, SettingResults
 from util.report.sections import (
     calibration_section,
     depth_section,
@@ -117,7 +117,7 @@ def cards_of(result: ResultSet, several: bool) -> list[dict[str, str]]:
     return cards
 
 
-def speed_card(result: ResultSet, label: str, setting: Setting) -> dict[str, str]:
+def speed_card(result: ResultSet, label: str, setting: SettingResults) -> dict[str, str]:
     text, kind, hint = describe_speedup(setting.figures)
     detail = f"{setting.name}: {setting.figures['quality_share']:.1f}% of full depth's {score_name(result)}"
     return {

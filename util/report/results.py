@@ -5,40 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from util.evaluation.records import Setting, Trace
 
 
 @dataclass
-class Trace:
-    """What every layer predicted for one sample's T tokens."""
+class SettingResults(Setting):
+    """A setting with its figures, and its traces by row."""
 
-    row: int
-    id: str
-    pieces: list[str]
-    exit_layers: list[int] | None
-    confidences: np.ndarray  # (T, L)
-    agrees: np.ndarray  # (T, L) 0/1
-    deep: list[str]  # (T) the last layer's predictions
-
-
-@dataclass
-class Setting:
-    """One way of decoding: a method at a threshold on a checkpoint. `records` holds its samples by row."""
-
-    name: str
-    method: str
-    checkpoint: str
-    threshold: float | None
-    shallow_layer: int | None
-    batch_size: int
-    num_layers: int | None
-    figures: dict[str, Any] = field(default_factory=dict)
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
-    traces: dict[int, Trace] = field(default_factory=dict)
-
-    @property
-    def exit_layers(self) -> list[int]:
-        return [layer for record in self.records.values() for layer in record["exit_layers"] or ()]
+    figures: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    traces: dict[int, Trace] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass
@@ -51,13 +26,13 @@ class ResultSet:
     split: str | None
     main_score: str
     samples: int
-    settings: list[Setting]
+    settings: list[SettingResults]
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     auc: dict[str, float] = field(default_factory=dict)
     fastest_99: dict[str, str | None] = field(default_factory=dict)
     pareto: list[str] = field(default_factory=list)
-    baseline: Setting | None = None  # of a run: the one at full depth that it is compared with
+    baseline: SettingResults | None = None  # of a run: the one at full depth that it is compared with
     interleaved: bool = False  # the settings decoded in turn: only then their times compare
 
     @property
@@ -66,7 +41,7 @@ class ResultSet:
         return f"{self.dataset or 'local data'}, {self.samples} {self.split} samples"
 
     @property
-    def main_settings(self) -> list[Setting]:
+    def main_settings(self) -> list[SettingResults]:
         """Those at the smallest batch size; the others only tell of throughput."""
         smallest = min((setting.batch_size for setting in self.settings), default=0)
         return [setting for setting in self.settings if setting.batch_size == smallest]

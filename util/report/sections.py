@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from util.analysis import (
+    GOOD_SHARE,
     Reliability,
     exit_shares,
     first_agreeing_layers,
@@ -20,7 +21,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.evaluation.comparison import BASELINE, GOOD_SHARE
+from util.evaluation.records import BASELINE, FREE
 from util.report.figures import (
     Line,
     Point,
@@ -34,7 +35,7 @@ from util.report.figures import (
     trade_off_figure,
 )
 from util.report.heat_map import shade_class
-from util.report.results import ResultSet, Setting
+from util.report.results import ResultSet, SettingResults
 from util.report.table import TableData, format_interval, number_cell, score_name, text_cell
 
 MAX_CURVES = 6  # in one calibration plot
@@ -86,13 +87,13 @@ def trade_off_section(sets: list[ResultSet], output_dir: Path) -> dict[str, Any]
     }
 
 
-def plotted_settings(sets: list[ResultSet]) -> list[tuple[ResultSet, Setting]]:
+def plotted_settings(sets: list[ResultSet]) -> list[tuple[ResultSet, SettingResults]]:
     return [(result, setting) for result in sets for setting in result.main_settings if setting.figures]
 
 
 def choose_measures(
-    pairs: list[tuple[ResultSet, Setting]],
-) -> tuple[list[tuple[ResultSet, Setting]], Measure, Measure] | None:
+    pairs: list[tuple[ResultSet, SettingResults]],
+) -> tuple[list[tuple[ResultSet, SettingResults]], Measure, Measure] | None:
     """The first pair of axes that tells at least two settings apart, and the settings that have it."""
     scores = dict(sorted((score_name(result), result.main_score) for result, _ in pairs))
     of_full = f"{' or '.join(scores)}, % of full depth"
@@ -112,7 +113,7 @@ def choose_measures(
     return None
 
 
-def as_point(result: ResultSet, setting: Setting, x: Measure, y: Measure, several: bool) -> Point:
+def as_point(result: ResultSet, setting: SettingResults, x: Measure, y: Measure, several: bool) -> Point:
     """A setting as a point; where the page holds several data sets, it names its own."""
     figures, method = setting.figures, setting.method
     series = method if method == BASELINE or not setting.checkpoint else f"{method} ({setting.checkpoint})"
@@ -152,7 +153,7 @@ def throughput_lines(sets: list[ResultSet]) -> list[Line]:
     batch sizes."""
     lines: dict[tuple[str, str, str], Line] = {}
     for result in sets:
-        series: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
+        series: dict[tuple[Any, ...], list[SettingResults]] = defaultdict(list)
         for setting in result.settings:
             if setting.figures.get("tokens_per_second") is not None:
                 kind = setting.method, setting.checkpoint
@@ -178,7 +179,7 @@ def depth_section(sets: list[ResultSet]) -> list[dict[str, Any]]:
     return [depth_bar(setting, layers) for setting, layers in counted if len(set(layers)) > 1]
 
 
-def depth_bar(setting: Setting, layers: list[int]) -> dict[str, Any]:
+def depth_bar(setting: SettingResults, layers: list[int]) -> dict[str, Any]:
     parts = [
         {
             "layer": layer,
@@ -231,31 +232,31 @@ def calibration_pairs(result: ResultSet) -> dict[str, tuple[list[float], list[fl
             name = f"layer {layer} ({setting.checkpoint})" if setting.checkpoint else f"layer {layer}"
             pairs[name] = (confidences[:, layer - 1].tolist(), agrees[:, layer - 1].tolist())
     for setting in result.main_settings:
-        own = [pair for record in setting.records.values() for pair in record.get("calibration") or ()]
+        own = [pair for record in setting.records for pair in record.calibration or ()]
         if own:
             confidences, agrees = zip(*own, strict=True)
             pairs[f"{setting.name}, its own pairs"] = (list(confidences), list(agrees))
     return pairs
 
 
-def traced_baselines(result: ResultSet) -> list[Setting]:
+def traced_baselines(result: ResultSet) -> list[SettingResults]:
     """Full depth at its smallest batch size for each checkpoint, where it was traced."""
-    found: dict[str, Setting] = {}
+    found: dict[str, SettingResults] = {}
     for setting in sorted(result.settings, key=lambda setting: setting.batch_size):
         if setting.method == BASELINE and setting.traces:
             found.setdefault(setting.checkpoint, setting)
     return list(found.values())
 
 
-def possible_exits(result: ResultSet, baseline: Setting) -> list[int]:
+def possible_exits(result: ResultSet, baseline: SettingResults) -> list[int]:
     """FREE's shallow layers on this checkpoint; without FREE a quarter, half and three quarters deep."""
     mine = [setting for setting in result.settings if setting.checkpoint == baseline.checkpoint]
-    shallow = {setting.shallow_layer for setting in mine if setting.method.startswith("FREE")} - {None}
+    shallow = {setting.shallow_layer for setting in mine if setting.method.startswith(FREE)} - {None}
     depth = baseline.num_layers
     return sorted(shallow or {max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
 
 
-def stack_traces(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def stack_traces(setting: SettingResults) -> tuple[np.ndarray, np.ndarray]:
     """Confidences and agreements of all traced tokens: (T, L), (T, L)."""
     traces = list(setting.traces.values())
     return np.concatenate([trace.confidences for trace in traces]), np.concatenate(
@@ -269,9 +270,9 @@ def threshold_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     for result in sets:
         for setting in result.main_settings:
             points = [
-                (row + 1, record["threshold"])
-                for row, record in sorted(setting.records.items())
-                if record.get("threshold") is not None
+                (record.row + 1, record.threshold)
+                for record in sorted(setting.records, key=lambda record: record.row)
+                if record.threshold is not None
             ]
             if len({value for _, value in points}) > 1:
                 lines.append(Line(setting.name, points))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from util.evaluation.timing_doubts import untrusted_timing
-from util.report.results import ResultSet, Setting
+from util.report.results import ResultSet, SettingResults
 from util.tables import format_figure
 
 INTERVALS = {"quality_share": "quality_share_interval", "speedup": "speedup_interval"}
@@ -51,20 +51,20 @@ class TableData:
     notes: list[str] = field(default_factory=list)
 
 
-def settings_of(sets: list[ResultSet]) -> list[tuple[ResultSet, Setting]]:
+def settings_of(sets: list[ResultSet]) -> list[tuple[ResultSet, SettingResults]]:
     """Every setting whose figures are known, with the set it belongs to."""
     return [(result, setting) for result in sets for setting in result.settings if setting.figures]
 
 
 def results_tables(sets: list[ResultSet]) -> list[TableData]:
     """A table of all settings with figures for each data set."""
-    groups: dict[tuple[str, str], list[tuple[ResultSet, Setting]]] = {}
+    groups: dict[tuple[str, str], list[tuple[ResultSet, SettingResults]]] = {}
     for result, setting in settings_of(sets):
         groups.setdefault((result.data, result.main_score), []).append((result, setting))
     return [results_table(data, pairs) for (data, _), pairs in groups.items()]
 
 
-def results_table(data: str, pairs: list[tuple[ResultSet, Setting]]) -> TableData:
+def results_table(data: str, pairs: list[tuple[ResultSet, SettingResults]]) -> TableData:
     """Settings on the same samples; columns that tell nothing are left out."""
     result, _ = pairs[0]
     headings = {"speedup": "speed-up", "quality_share": "% of full depth"}
@@ -92,14 +92,14 @@ def is_informative(key: str, cells: list[Cell]) -> bool:
     return len(values) > 1 if key in ("batch_size", "checkpoint") else values != {None}
 
 
-def notes_on(pairs: list[tuple[ResultSet, Setting]]) -> list[str]:
+def notes_on(pairs: list[tuple[ResultSet, SettingResults]]) -> list[str]:
     """What must be said of the figures' times."""
     doubts = untrusted_timing({**setting.figures, "name": setting.name} for _, setting in pairs)
     apart = len(pairs) > 1 and any(not result.interleaved for result, _ in pairs)
     return ([] if doubts is None else [doubts]) + ([TIMED_APART] if apart else [])
 
 
-def figure_cell(result: ResultSet, setting: Setting, key: str) -> Cell:
+def figure_cell(result: ResultSet, setting: SettingResults, key: str) -> Cell:
     """A figure; the threshold, exit layer, batch size and checkpoint are the setting's own."""
     value = getattr(setting, key) if hasattr(setting, key) else setting.figures.get(key)
     bounds = setting.figures.get("interval" if key == result.main_score else INTERVALS.get(key))
@@ -135,7 +135,7 @@ def score_name(result: ResultSet) -> str:
     return {"bleu": "BLEU", "f1": "F1", "rougeLsum": "ROUGE-Lsum"}.get(result.main_score, result.main_score)
 
 
-def flat_figures(result: ResultSet, setting: Setting) -> dict[str, Any]:
+def flat_figures(result: ResultSet, setting: SettingResults) -> dict[str, Any]:
     """A CSV row: all figures as they are, intervals as two columns."""
     names = ("label", "dataset", "split", "samples", "interleaved")
     row: dict[str, Any] = {"results" if name == "label" else name: getattr(result, name) for name in names}

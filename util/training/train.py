@@ -37,19 +37,12 @@ from util.arguments import Arguments, DataArguments, ExitArguments
 from util.data.examples import dataset_record, load_examples, target_language, tokenize
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
-from util.evaluation.decode import (
-    EvaluationSettings,
-    batch_indices,
-    best_windows,
-    decode_batch,
-    describe_batch,
-    own_share,
-    score,
-)
+from util.evaluation.decode import batch_indices, decode_batch, describe_batch, own_share
 from util.evaluation.identity import hash_rows, hash_tokenizer
-from util.files import content_hash, file_hash
+from util.evaluation.records import EvaluationSettings, best_windows
+from util.evaluation.summary import score
+from util.files import content_hash, file_hash, write_json
 from util.policies import build_policy
-from util.tables import write_json
 from util.training.optimizer import build_muon
 from util.training.progress import progress_callbacks
 from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
@@ -275,6 +268,6 @@ def generation_score(
         for indices in batch_indices(0, len(share), settings.batch_size):
             batch = share.select(indices)
             records += describe_batch(loaded, batch, decode_batch(loaded, policy, batch, settings))
-        return score(best_windows(gather_object(records)), data.task)
+        return score(best_windows(gather_object(records)), settings.task, settings.language)
 
     return compute
