@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -163,7 +163,7 @@ class Sender:
         call = completions.with_raw_response.create(**arguments, extra_body=body)
         try:  # the client's own timeout begins anew with each byte
             response = await asyncio.wait_for(call, self.endpoint.timeout)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise ResponseError(f"no complete response in {self.endpoint.timeout} s") from error
         try:
             return read_completion(response.text)
@@ -214,7 +214,7 @@ def retry_after(error: BaseException | None) -> float | None:
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return float(value)
     try:
-        seconds = (email.utils.parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+        seconds = (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):  # no date, or one without a time zone
         return None
     return max(0.0, seconds)

@@ -245,6 +245,7 @@ class Decoding:
     def settle(self, result: StepResult, *, closing: bool) -> None:
         """Take back what the step says should go, and append the token it predicts."""
         scores = None
+        # Step 1. Drafts are accepted up to the first that any row rejects.
         if result.drafts is not None:
             drafts = result.drafts
             verdict = self.chooser.verify(self.input_ids, drafts, self.active)
@@ -252,9 +253,11 @@ class Decoding:
             result.retract = len(drafts.running) - verdict.accepted
             if result.retract:
                 result.logits = drafts.logits[:, verdict.accepted]
+        # Step 2. Rejected tokens go; what replaces them comes from all layers.
         if result.retract:
             self.take_back(result.retract)
             result.exit_layers = [self.view.num_layers] * len(self.active)
+        # Step 3. The next token, unless the sequence has ended.
         if any(self.active) and (result.retract or not closing):
             self.append(result, scores)
 

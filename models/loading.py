@@ -213,7 +213,7 @@ def check_config(name_or_path: str) -> None:
 
 def freeze_unsaved_weights(model: PreTrainedModel) -> None:
     """Keep out of training what `save_pretrained` leaves out: Marian's sinusoidal positions, which
-    transformers loads as trainable and from 5.24 on would train."""
+    transformers loads as trainable."""
     for name in model._keys_to_ignore_on_save or ():
         model.get_parameter(name).requires_grad_(False)
 

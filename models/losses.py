@@ -155,20 +155,25 @@ def uniform_teachers(num_layers: int, shallow_layer: int) -> list[int]:
 
 
 def fixed_alignment(name: str, shallow_layer: int) -> list[int] | None:
-    """Student index of each teacher, -1 for none; None where states decide, batch by batch."""
-    if name == "last":  # only the last teacher teaches, the last student
+    """Student index of each of the S teachers, -1 for none (FREE, section 4.2).
+
+    `last`: only the last teacher teaches, the last student; `unif`: each teacher the student of its rank;
+    `dyna`: None, as states decide, batch by batch.
+    """
+    if name == "last":
         return [-1] * (shallow_layer - 1) + [shallow_layer - 1]
     return list(range(shallow_layer)) if name == "unif" else None
 
 
 def align_closest(distances: Tensor) -> list[int]:
-    """Each teacher, from the top, teaches its closest student below the one aligned before (FREE, eq. 3).
-
-    Where no student is left below, the lowest aligned one is taught again.
-    """
+    """Each teacher, from the top, teaches its closest student below the one aligned before (FREE, eq. 3):
+    distances (teachers, students) -> student index of each teacher. Of equally close ones, the lower."""
     alignment, ceiling = [], distances.shape[1]
     for row in reversed(distances.tolist()):
+        # Step 1. Candidates lie below the student of the teacher above; where none does, the lowest is taught
+        # again.
         candidates = row[:ceiling] or [row[0]]
+        # Step 2. The closest of them is taught, and bounds the teachers to come.
         ceiling = min(range(len(candidates)), key=candidates.__getitem__)
         alignment.append(ceiling)
     return alignment[::-1]
@@ -191,10 +196,13 @@ class LayerwiseDistillation:
     def __call__(
         self, view: DecoderView, outputs: Any, tokens: TargetTokens, total: Total = own_total
     ) -> LossTerms:
+        # Step 1. Read S teachers, spread evenly over all layers and ending at the last, and S students.
         teachers, students = self._read_all(view, outputs, tokens)
+        # Step 2. Say who teaches whom: fixed (`last`, `unif`), or by distances over the whole batch (`dyna`).
         alignment = self.alignment
         if alignment is None:
             alignment = align_closest(total("distances", sum_distances(teachers, students)))
+        # Step 3. Mean over the pairs of their mean squared differences.
         pairs = [(teachers[i], students[j]) for i, j in enumerate(alignment) if j >= 0]
         loss = torch.stack([F.mse_loss(student, teacher) for teacher, student in pairs]).mean()
         return LossTerms(loss, {"distillation": loss.detach()})

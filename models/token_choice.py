@@ -113,25 +113,31 @@ class TokenChooser:
         return input_ids[:, :-count]
 
     def verify(self, input_ids: Tensor, drafts: Drafts, active: list[bool]) -> Verdict:
-        """Judge the newest n tokens of (B, T) ids, all of them provisional, by the deep model's logits."""
+        """Judge the newest n tokens of (B, T) ids, all of them provisional, by the deep model's logits.
+
+        Accepted are the leading drafts that every unfinished row accepts: those that full depth would have
+        chosen, or, when sampling, those that speculative sampling lets pass.
+        """
         count = len(drafts.running)
         start = input_ids.shape[1] - count
         proposed, self.provisional = self.provisional[-count:], []
-        # Step 1. Go back to where the first draft was chosen.
+        # Step 1. Go back to where the first draft was chosen: processors and criteria have seen none of them.
         self.processor, self.criteria = proposed[0].processor, proposed[0].criteria
+        # Step 2. Where nothing but the deep model has a say, accept all drafts up to its first other choice.
         if self._judges_by_argmax():
             accepted = count_agreeing(input_ids[:, start:], drafts)
             return Verdict(accepted, [*drafts.running, active][accepted])
         recheck = not is_stateless(self.criteria)
         for index, running in enumerate(drafts.running):
-            # Step 2. Score as full depth would have; the first draft that differs is rejected.
+            # Step 3. Else, draft by draft, score as full depth would have; the first that is rejected is
+            # replaced by a token from these scores.
             prefix, tokens = input_ids[:, : start + index], input_ids[:, start + index]
             logits = drafts.logits[:, index]
             scores = self._process(prefix, logits)
             if not self._accepts(tokens, proposed[index].scores, scores, running):
                 return Verdict(index, running, scores)
             self._keep(logits, scores, at=index - count)
-            # Step 3. Criteria that keep state or read scores may see another end than the drafts did.
+            # Step 4. Criteria that keep state or read scores may see another end than the drafts did.
             after = [*drafts.running, active][index + 1]
             if recheck:
                 rows = self._unfinished(input_ids[:, : start + index + 1], running)
@@ -168,14 +174,16 @@ class TokenChooser:
         return bool(((scores.argmax(-1) == tokens) | finished).all())
 
     def _accepts_sampled(self, tokens: Tensor, draft: Tensor, target: Tensor, finished: Tensor) -> bool:
-        """Accept each row's token with probability min(1, target / draft); if any is rejected, leave behind
-        what to sample from instead: the residual, or the token where it was accepted (Leviathan et al.,
-        2023, algorithm 1)."""
+        """Speculative sampling (Leviathan et al., 2023, algorithm 1): whether all rows accept their tokens
+        (B,) of `draft` (B, V) under `target` (B, V); if not, `residual` holds what to sample from instead."""
+        # Step 1. Accept each row's token with probability min(1, target / draft).
         chosen = tokens[:, None]  # (B, 1)
         luck = torch.rand_like(chosen, dtype=target.dtype)
         accepted = (luck * draft.gather(1, chosen) <= target.gather(1, chosen)) | finished[:, None]
         if accepted.all():
             return True
+        # Step 2. A rejected one is replaced by a sample from max(0, target - draft), normalized; an accepted
+        # one by itself, as rows go on together.
         residual = (target - draft).clamp(min=0)
         self.residual = torch.where(accepted, torch.zeros_like(target).scatter_(1, chosen, 1.0), residual)
         self.residual /= self.residual.sum(-1, keepdim=True)

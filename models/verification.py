@@ -57,9 +57,11 @@ class Rollback:
     ) -> None:
         if not exited or closing:  # a finished sequence stands
             return
+        # Step 1. Cross-entropy of each shallow token under the deep model.
         shallow = torch.cat([token.logits.argmax(-1) for token in exited])  # (n,)
         surprise = F.cross_entropy(deep_logits[0, : len(exited)].float(), shallow, reduction="none")
         wrong = (surprise > self.threshold).tolist()
+        # Step 2. From the first that exceeds the threshold on, tokens go; the deep logits there choose anew.
         if any(wrong):
             first = wrong.index(True)
             result.retract = len(exited) - first

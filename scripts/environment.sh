@@ -1,13 +1,29 @@
-# Sourced by the scripts: takes the active virtual environment if it has what requirements.txt asks for, else
-# .venv, which it makes from that file when it is missing or older; and defines `launch`, which starts a Python
-# script on every GPU, or on every CPU core where there is none.
+# Sourced by the scripts: takes the active environment if it has what requirements.txt asks for, else .venv, which
+# it makes, and brings up to date whenever requirements.txt or constraints.txt has changed; and defines `launch`,
+# which starts a Python script on every GPU, or on every CPU core where there is none.
 
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! python scripts/check_requirements.py; then
-  if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
-    python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-    touch .venv/.installed
+is_other_environment() { # whether one is active that is not .venv
+  [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ ! "${VIRTUAL_ENV:-}" -ef .venv ]
+}
+
+make_venv() {
+  if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: $(command -v python3) is older than Python 3.11, which the libraries need: activate a newer one." >&2
+    exit 2
   fi
+  python3 -m venv .venv
+}
+
+update_venv() { # .venv/.installed holds the two files as they were installed
+  if ! cat requirements.txt constraints.txt | cmp -s - .venv/.installed; then
+    [ -x .venv/bin/python ] || make_venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+    cat requirements.txt constraints.txt >.venv/.installed
+  fi
+}
+
+if ! is_other_environment || ! python scripts/check_requirements.py; then
+  update_venv
   source .venv/bin/activate
 fi
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1

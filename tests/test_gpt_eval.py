@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
@@ -434,7 +434,7 @@ def test_retry_after_holds_everything_back(tmp_path, form):
     with StandInServer(fault_rate=1.0, faults=("rate_limit",), retry_after=0.5) as server:
         if form == "date":
             server.retry_after = format_datetime(
-                datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True
+                datetime.now(UTC) + timedelta(seconds=2), usegmt=True
             )
         assert main(run_flags(tmp_path, server, "--concurrency", "1")) == 0
         calls = server.calls

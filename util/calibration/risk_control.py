@@ -40,11 +40,14 @@ def hoeffding_bentkus(risk: np.ndarray | float, n: np.ndarray | int, delta: np.n
     then test" (2021), "Hoeffding-Bentkus inequality p-values"; used by CALM (Schuster et al., 2022),
     section 4.
     """
+    # Step 1. Hoeffding's bound: exp(-n KL(risk || delta)).
     below = np.minimum(risk, delta)
     hoeffding = np.exp(-n * (rel_entr(below, delta) + rel_entr(1 - below, 1 - delta)))
-    # Means of k / n come back as k + 1e-13, which must not count as k + 1.
+    # Step 2. Bentkus': e times the chance of as few losses. Means of k / n come back as k + 1e-13, which must
+    # not count as k + 1.
     losses = np.ceil(np.round(n * np.asarray(risk), 9))
     bentkus = math.e * binom.cdf(losses, n, delta)
+    # Step 3. Both bound the chance of so low a mean under the null: so does the smaller.
     return np.minimum(np.minimum(hoeffding, bentkus), 1.0)
 
 
@@ -57,14 +60,18 @@ def betting(losses: np.ndarray, delta: np.ndarray | float, epsilon: float) -> np
     section 3.1, the Waudby-Smith-Ramdas bound. It adapts to the losses' variance, as Hoeffding-Bentkus does
     not.
     """
+    # Step 1. Mean and variance as they are known before each sample, from the earlier ones alone.
     n = len(losses)
     count = np.arange(2, n + 2)[:, None]
     means = (0.5 + np.cumsum(losses, axis=0)) / count
     variances = (0.25 + np.cumsum((losses - means) ** 2, axis=0)) / count
     known = np.concatenate([np.full((1, losses.shape[1]), 0.25), variances[:-1]])  # before each sample
+    # Step 2. The less the losses vary, the more is staked; at most 1, so that no loss makes capital negative.
     bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / epsilon) / (n * known)))
+    # Step 3. Each sample multiplies the capital by 1 - bet (loss - delta).
     with np.errstate(divide="ignore"):  # all capital may be lost
         log_capital = np.cumsum(np.log1p(-bets * (losses - delta)), axis=0)
+    # Step 4. One over the largest capital so far, with that at the start (Ville's inequality).
     return np.exp(-np.maximum(log_capital.max(axis=0), 0.0))
 
 
@@ -88,7 +95,9 @@ def fixed_sequence(passes: np.ndarray) -> np.ndarray:
 
 def learn_then_test(losses: np.ndarray, delta: float, epsilon: float, p_value: PValue) -> Certification:
     """Learn then test: with probability 1 - epsilon no certified candidate's risk exceeds delta."""
+    # Step 1. For each candidate, the p-value of "its risk exceeds delta".
     p_values = p_value(losses, delta, epsilon)
+    # Step 2. Reject these in their fixed order, each at level epsilon, until one stands.
     return Certification(p_values, fixed_sequence(p_values <= epsilon))
 
 
@@ -98,7 +107,9 @@ def risk_controlling(losses: np.ndarray, delta: float, epsilon: float, p_value: 
     Bates et al. (2021), section 2.2. Bounds invert the p-value, so that decisions are those of
     `learn_then_test`; what they add is how large the risk may be.
     """
+    # Step 1. For each candidate, the bound that its risk exceeds with probability at most epsilon.
     bounds = upper_bounds(losses, epsilon, p_value)
+    # Step 2. Go on to more liberal candidates until a bound exceeds delta.
     return Certification(bounds, fixed_sequence(bounds <= delta))
 
 
@@ -120,7 +131,9 @@ def conformal_risk_control(
     n / (n + 1) risk + 1 / (n + 1) <= delta: Angelopoulos et al., "Conformal risk control" (2024), eq. 4. It
     needs losses that never fall from a candidate to a more liberal one, so their running maximum is taken.
     """
+    # Step 1. Make losses monotone, and take their mean as if one more sample had the largest loss, 1.
     bounds = (len(losses) * monotone(losses).mean(axis=0) + 1) / (len(losses) + 1)
+    # Step 2. Go on to more liberal candidates until a bound exceeds delta.
     return Certification(bounds, fixed_sequence(bounds <= delta))
 
 
