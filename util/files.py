@@ -1,4 +1,4 @@
-"""Files that runs write: logs of one JSON object a line, whole files replaced at once, and locks.
+"""Files that runs write: logs of one JSON object a line, whole files replaced at once, locks, output folders.
 
 Every .jsonl of this project is written and read here. The module knows nothing of models.
 """
@@ -203,3 +203,47 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def make_output_dir(folder: Path) -> Path:
+    """Make --output_dir, or raise UserError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder} is not writable.")
+    return folder
+
+
+@contextmanager
+def locked_output_dir(folder: Path) -> Iterator[Path]:
+    """Make --output_dir and keep other runs out of it.
+
+    Under torchrun each process holds a lock for its part: the first is refused where another run writes, the
+    others wait, to be ended by torchrun together with it.
+
+    Raises:
+        UserError: it cannot be made or written to, or another run writes there.
+    """
+    make_output_dir(folder)
+    complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
+    rank = int(os.environ.get("RANK", 0))
+    with locked(folder / (f".lock.{rank}" if rank else ".lock"), complaint, wait=rank > 0):
+        yield folder
+
+
+@contextmanager
+def locked_output_file(path: Path) -> Iterator[Path]:
+    """Make the folder of --output_file and keep other runs from writing the same file.
+
+    Raises:
+        UserError: the folder cannot be made, or another run writes the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_file {path}: its folder cannot be made: {error.strerror}.") from error
+    complaint = f"--output_file {path}: another run is writing it; wait for it, or name another file."
+    with locked(path.with_name(f".{path.name}.lock"), complaint):
+        yield path

@@ -4,4 +4,10 @@ from __future__ import annotations
 
 BASELINE = "Full depth"
 HF_GENERATE = "HF generate"
-SWEPT = (HF_GENERATE, "Static", "FREE", "FREE adaptive", "FREE lossless", "FREE shortlist", "CALM")
+STATIC = "Static"
+FREE = "FREE"
+FREE_ADAPTIVE = "FREE adaptive"
+FREE_LOSSLESS = "FREE lossless"
+FREE_SHORTLIST = "FREE shortlist"
+CALM = "CALM"
+SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)
