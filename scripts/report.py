@@ -14,12 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.flag_help import answer_help
+from util.script_arguments import ReportArguments
+
+if __name__ == "__main__":
+    answer_help((ReportArguments,), __doc__)  # before what is slow is imported
+
 from models.errors import one_line_errors
 from util.files import locked_output_dir
 from util.flags import parse_groups
 from util.report.folders import read_folders
 from util.report.page import write_report
-from util.script_arguments import ReportArguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 import types
 from collections.abc import Iterable, Sequence
@@ -141,11 +142,11 @@ def require_unit_interval(name: str, value: float | None) -> None:
 
 
 def require_positive(name: str, value: float | None) -> None:
-    require(value is None or 0 < value <= LARGEST, f"--{name} must be positive, got {value}.")
+    require(value is None or 0 < value < math.inf, f"--{name} must be positive, got {value}.")
 
 
 def require_not_negative(name: str, value: float | None) -> None:
-    require(value is None or 0 <= value <= LARGEST, f"--{name} must not be negative, got {value}.")
+    require(value is None or 0 <= value < math.inf, f"--{name} must not be negative, got {value}.")
 
 
 def require_file(name: str, path: str | Path | None) -> None:
