@@ -23,13 +23,15 @@ from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel, cast_model, create_model, load_model
 from models.threshold import AdaptiveThreshold
-from util.arguments import Arguments, ExitArguments, locked_output_dir, non_default_settings, parse_arguments
+from util.arguments import Arguments, parse_arguments
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
 from util.evaluation.decode import evaluate
 from util.evaluation.records import EvaluationSettings
-from util.files import write_json
+from util.exit_arguments import ExitArguments
+from util.files import locked_output_dir, write_json
+from util.flags import non_default_settings
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.tables import comparison_table, print_report
 from util.training.train import train
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: Arguments) -> None:
     set_seed(arguments.training.seed)
+    arguments.connect()
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
     prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)

@@ -11,133 +11,30 @@ Exit codes: 0 all is well; 1 requests failed for good (run again to try them aga
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from gpt_eval.flags import MakeArguments, RunArguments, ScoreArguments, parse_command
+from models.errors import INTERRUPTED, UserError
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse_command(__doc__)  # before what is slow is imported
 
 from gpt_eval.answer_log import AnswerLog, read_answers
 from gpt_eval.client import Endpoint, Outcome, ask_all
 from gpt_eval.cost import estimate, spent
-from gpt_eval.judgements import PROMPTS, build_requests, read_requests, write_requests
+from gpt_eval.judgements import build_requests, read_requests, write_requests
 from gpt_eval.predictions import read_samples
 from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.report import write_report
 from gpt_eval.scoring import score
-from models.errors import INTERRUPTED, UserError
-from models.json_files import LARGEST
-
-FOLDER = Path("save/gpt_eval")
-
-
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gpt_eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="{make,run,score}")
-    for command, add_flags in (
-        (make, add_make_flags),
-        (run, add_run_flags),
-        (score_answers, add_score_flags),
-    ):
-        name = command.__name__.removesuffix("_answers")
-        subparser = commands.add_parser(
-            name, help=command.__doc__, description=command.__doc__, allow_abbrev=False
-        )
-        subparser.add_argument("--requests", type=Path, default=FOLDER / "requests.jsonl", help="%(default)s")
-        add_flags(subparser)
-        subparser.set_defaults(command=command)
-    return parser.parse_args(arguments)
-
-
-def add_make_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--predictions",
-        nargs="+",
-        required=True,
-        metavar="NAME=FILE",
-        help="one or two systems; .jsonl, .csv",
-    )
-    add(
-        "--judgements",
-        nargs="+",
-        choices=("likert", "pairwise"),
-        help="default: all that there are files for",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_name", help="where the predictions' source texts are, as in run.py")
-    source.add_argument("--source_file", type=Path, help="or a .jsonl, .csv or .parquet file of them")
-    add("--split", default="test", choices=("train", "validation", "test"))
-    add("--source_column", default="document", help="of --source_file (default: %(default)s)")
-    add("--id_column", help="of --source_file (default: id, or the row number)")
-    add("--prompts", type=Path, default=PROMPTS, help="folder of prompts (default: the paper's)")
-    add("--num_samples", type=positive(int), help="draw as many (default: all)")
-    add("--seed", type=positive(int, or_zero=True), default=0, help="of --num_samples, and sent along")
-    add("--repeats", type=positive(int), default=1, help="ask everything as many times")
-    add("--temperature", type=positive(float, or_zero=True), default=0.0)
-    add("--max_tokens", type=positive(int), default=256, help="of an answer (default: %(default)s)")
-    add("--structured_output", default="json_schema", choices=("json_schema", "json_object", "none"))
-    add(
-        "--body",
-        type=json_object,
-        default={},
-        help="JSON of other arguments of a request; null takes one out",
-    )
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--answers", type=Path, default=FOLDER / "answers.jsonl", help="%(default)s")
-    add("--base_url", default="https://api.openai.com/v1", help="%(default)s")
-    add("--model", required=True)
-    add("--requests_per_minute", type=positive(float), default=500.0, help="%(default)s")
-    add("--tokens_per_minute", type=positive(float), default=200_000.0, help="%(default)s")
-    add("--concurrency", type=positive(int), default=8, help="requests under way at once (%(default)s)")
-    add("--timeout", type=positive(float), default=60.0, help="seconds to a whole answer (%(default)s)")
-    add("--max_attempts", type=positive(int), default=6, help="%(default)s")
-    add("--backoff", type=positive(float), default=1.0, help="first wait in seconds, doubling (%(default)s)")
-    add("--price_in", type=positive(float, or_zero=True), help="USD for a million prompt tokens")
-    add("--price_out", type=positive(float, or_zero=True), help="USD for a million answer tokens")
-    add("--dry_run", action="store_true", help="send nothing; print requests, tokens and price")
-
-
-def add_score_flags(parser: argparse.ArgumentParser) -> None:
-    default = [FOLDER / "answers.jsonl"]
-    parser.add_argument("--answers", type=Path, nargs="+", default=default, help="one file a judge")
-    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="%(default)s")
-    parser.add_argument("--seed", type=positive(int, or_zero=True), default=0, help="of the bootstrap")
-
-
-def positive(kind: type, or_zero: bool = False) -> Any:
-    """The type of a flag: a number above zero, or zero itself, that 64 bits hold."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not 0 <= value <= LARGEST or (value == 0 and not or_zero):  # nor nan
-            bound = f"{'from zero on' if or_zero else 'above zero'}, at most 2^63 - 1"
-            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
-        return value
-
-    return number
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error})") from error
-    if not isinstance(value, dict) or {"messages", "model", "stream"} & set(value):
-        raise argparse.ArgumentTypeError("give a JSON object without messages, model and stream")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    flags = parse_flags(arguments)
     try:
-        return flags.command(flags)
+        command, flags = parse_command(__doc__, arguments)
+        return {"make": make, "run": run, "score": score_answers}[command](flags)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -146,12 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def make(flags: argparse.Namespace) -> int:
-    """make the request file from predictions and source texts"""
-    flags.predictions = name_files(flags.predictions)
-    flags.judgements = flags.judgements or ["likert", "pairwise"][: len(flags.predictions)]
-    if "pairwise" in flags.judgements and len(flags.predictions) != 2:
-        raise UserError("--judgements pairwise needs two files in --predictions.")
+def make(flags: MakeArguments) -> int:
+    """Write the request file from predictions and source texts."""
+    from datasets import disable_progress_bars  # late: only this command reads rows
+
+    disable_progress_bars()
     samples = read_samples(flags)
     requests = list(build_requests(samples, flags))
     write_requests(flags.requests, requests)
@@ -162,21 +58,11 @@ def make(flags: argparse.Namespace) -> int:
     return 0
 
 
-def name_files(pairs: list[str]) -> dict[str, Path]:
-    """`--predictions` by name of system."""
-    named = {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
-    if "" in named or "tie" in named or Path() in named.values() or not len(named) == len(pairs) <= 2:
-        raise UserError("--predictions: give one or two of NAME=FILE, under different names (not 'tie').")
-    return named
-
-
-def run(flags: argparse.Namespace) -> int:
-    """send the requests that have no answer yet"""
+def run(flags: RunArguments) -> int:
+    """Send the requests that have no answer yet."""
     rows = read_requests(flags.requests)
     requests = {row["key"]: row["body"] for row in rows}
     prices = flags.price_in, flags.price_out
-    if (flags.price_in is None) != (flags.price_out is None):
-        raise UserError("Give both --price_in and --price_out, or none.")
     answered = read_answers(flags.answers)
     pending = {key: body for key, body in requests.items() if key not in answered}
     print(
@@ -219,8 +105,8 @@ def name_request(row: dict[str, Any]) -> str:
     return f"{row['judgement']} of {row['id']!r} by {' : '.join(row['systems'])}, repeat {row['repeat']}"
 
 
-def score_answers(flags: argparse.Namespace) -> int:
-    """score the answers of one or more judges"""
+def score_answers(flags: ScoreArguments) -> int:
+    """Score the answers of one or more judges."""
     requests = read_requests(flags.requests)
     judges: dict[str, dict[str, Any]] = {}
     for path in flags.answers:

@@ -7,7 +7,6 @@ the same key: they are asked once and share the answer.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from gpt_eval.flags import MakeArguments
 from gpt_eval.parsing import schema
 from gpt_eval.predictions import Sample, read_rows
 from models.errors import UserError
 from models.json_files import read_text
 from util.files import write_json_lines
 
-PROMPTS = Path(__file__).resolve().parent / "prompts"
 FIELDS = {"likert": {"source", "summary"}, "pairwise": {"source", "summary_0", "summary_1"}}
 REQUEST_FIELDS = {"key", "judgement", "id", "systems", "repeat", "body"}
 
@@ -57,7 +56,7 @@ def load_prompt(folder: Path, judgement: str) -> Prompt:
     return Prompt(Template(text), read_text(system, "--prompts").strip() if system.is_file() else "")
 
 
-def build_requests(samples: list[Sample], flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def build_requests(samples: list[Sample], flags: MakeArguments) -> Iterator[dict[str, Any]]:
     """Every question: each output for Likert, both orders for pairwise, each `--repeats` times."""
     prompts = {judgement: load_prompt(flags.prompts, judgement) for judgement in flags.judgements}
     for repeat in range(flags.repeats):
@@ -80,7 +79,7 @@ def shown_systems(judgement: str, systems: list[str]) -> list[list[str]]:
 
 
 def build_body(
-    judgement: str, prompt: Prompt, sample: Sample, systems: list[str], repeat: int, flags: argparse.Namespace
+    judgement: str, prompt: Prompt, sample: Sample, systems: list[str], repeat: int, flags: MakeArguments
 ) -> dict[str, Any]:
     """Arguments of one chat completion; `--body` overrides any of them, null leaves one out."""
     names = ["summary"] if judgement == "likert" else ["summary_0", "summary_1"]

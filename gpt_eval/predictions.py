@@ -6,7 +6,6 @@ and named on stderr; what does not fit together is refused.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import random
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gpt_eval.flags import MakeArguments
 from models.errors import UserError
 from models.json_files import read_text
 from util.evaluation.records import collect_outputs
@@ -37,16 +37,16 @@ class Sample:
     outputs: dict[str, str]
 
 
-def read_samples(flags: argparse.Namespace) -> list[Sample]:
+def read_samples(flags: MakeArguments) -> list[Sample]:
     """All samples, or `--num_samples` drawn by `--seed`, in the order of the first prediction file.
 
     Raises:
         UserError: a file cannot be read, or the ids of the files do not fit together.
     """
-    systems = {name: read_predictions(path) for name, path in flags.predictions.items()}
-    refuse_other_ids(systems, flags.predictions)
+    systems = {name: read_predictions(path) for name, path in flags.systems.items()}
+    refuse_other_ids(systems, flags.systems)
     sources, origin = read_sources(flags)
-    first_name, first_path = next(iter(flags.predictions.items()))
+    first_name, first_path = next(iter(flags.systems.items()))
     for row, name in enumerate(systems[first_name], 1):
         if name not in sources:
             raise UserError(f"{first_path}, prediction {row}: {origin} has no text with the id {name!r}.")
@@ -120,7 +120,7 @@ def refuse_other_ids(systems: dict[str, dict[str, str]], paths: dict[str, Path])
                 raise UserError(f"{paths[other]} lacks the id {missing!r}, prediction {row} of {paths[one]}.")
 
 
-def read_sources(flags: argparse.Namespace) -> tuple[dict[str, str], str]:
+def read_sources(flags: MakeArguments) -> tuple[dict[str, str], str]:
     """Source text of each id, without the task's prefix, and where it is from."""
     if flags.source_file is not None:
         return read_source_file(flags.source_file, flags.source_column, flags.id_column), str(

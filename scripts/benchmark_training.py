@@ -9,7 +9,6 @@ layers of it, where the logits of all layers at once would not fit.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -18,16 +17,23 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.flag_help import answer_help
+from util.script_arguments import TrainingBenchmarkArguments
+
+if __name__ == "__main__":
+    answer_help((TrainingBenchmarkArguments,), __doc__)  # before torch is imported
+
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
-from util.arguments import DataArguments, whole_number
+from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples, tokenize
+from util.flags import parse_groups
 from util.tables import comparison_table, print_report
 
 SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
@@ -42,25 +48,13 @@ COLUMNS = {
 }
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--train_file", help="local rows (default: the embedded synopses)")
-    parser.add_argument("--source_column", default="document")
-    parser.add_argument("--target_column", default="summary")
-    parser.add_argument("--tokenizer", default="checkpoints/debian-t5-free")
-    parser.add_argument("--steps", type=whole_number, default=20)
-    parser.add_argument("--batch_size", type=whole_number, default=4)
-    parser.add_argument("--only", help="one loss, in this process: name:layers")
-    return parser.parse_args()
-
-
-def main() -> None:
-    flags = parse_flags()
+def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
+        (flags,) = parse_groups((TrainingBenchmarkArguments,), __doc__, argv)
         benchmark(flags)
 
 
-def benchmark(flags: argparse.Namespace) -> None:
+def benchmark(flags: TrainingBenchmarkArguments) -> None:
     if flags.only:
         name, layers = flags.only.split(":")
         print(json.dumps(measure(name, int(layers), flags)))
@@ -79,7 +73,7 @@ def benchmark(flags: argparse.Namespace) -> None:
     print(json.dumps(rows))
 
 
-def measure(name: str, layers: int, flags: argparse.Namespace) -> dict[str, float | str]:
+def measure(name: str, layers: int, flags: TrainingBenchmarkArguments) -> dict[str, float | str]:
     """Train some steps; median speed, and the largest resident set early and at the end."""
     torch.manual_seed(0)
     settings = (SMALL if layers == 6 else DEEP) | {"decoder_start_token_id": 0}
@@ -119,7 +113,7 @@ def run_step(
 
 
 def make_batches(
-    flags: argparse.Namespace, model: T5ForConditionalGeneration
+    flags: TrainingBenchmarkArguments, model: T5ForConditionalGeneration
 ) -> list[dict[str, torch.Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer)
     names = {"source_column": flags.source_column, "target_column": flags.target_column}

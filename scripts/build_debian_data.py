@@ -3,7 +3,6 @@ Run from the repository root, on a machine with apt-get and a reachable Debian m
     python scripts/build_debian_data.py --output_dir data/debian
 """
 
-import argparse
 import gzip
 import hashlib
 import html
@@ -20,7 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, NoReturn
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.errors import UserError, one_line_errors
+from util.flags import parse_groups
+from util.script_arguments import DebianArguments
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
@@ -180,39 +185,10 @@ class Task:
     """How rows of one data set are made, limited and read."""
 
     name: str
-    make: Callable[[Description, argparse.Namespace, Counter[str]], Iterator[Row]]
+    make: Callable[[Description, DebianArguments, Counter[str]], Iterator[Row]]
     read: Callable[[Row], tuple[str, str]]
     max_per_source: int | None = None
     train_rows: int | None = None
-
-
-def fail(message: str) -> NoReturn:
-    """End the program with a message that names what to do."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("data/debian"), help="where the data sets are written")
-    add("--work_dir", type=Path, help="keep apt's index files here (default: a temporary directory)")
-    add("--mirror", help="URI of a Debian mirror (default: the one in this machine's apt sources)")
-    add("--suite", default="bookworm", help="code name of the Debian release")
-    add(
-        "--keyring",
-        type=Path,
-        default=Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
-        help="keys that must have signed the archive (from the package debian-archive-keyring)",
-    )
-    add("--seed", type=int, default=0, help="seed of the row order and of the samples")
-    add("--max_words", type=int, default=120, help="longest side of a translation pair, in words")
-    add("--max_ratio", type=float, default=2.5, help="largest factor between the word counts of a pair")
-    add("--max_document", type=int, default=400, help="longest document of a summary, in words")
-    add("--max_per_source", type=int, default=20, help="most synopsis rows of one source package")
-    add("--train_rows", type=int, default=20000, help="rows of the synopsis train split")
-    return parser.parse_args()
 
 
 def prepare_output(directory: Path) -> None:
@@ -220,9 +196,9 @@ def prepare_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot make {directory} ({error.strerror}); name another one with --output_dir")
+        raise UserError(f"--output_dir {directory} cannot be made: {error.strerror}.") from error
     if not os.access(directory, os.W_OK):
-        fail(f"cannot write to {directory}; name another one with --output_dir")
+        raise UserError(f"--output_dir {directory} is not writable.")
 
 
 def find_mirror(apt_get: str, suite: str) -> str:
@@ -232,7 +208,7 @@ def find_mirror(apt_get: str, suite: str) -> str:
     targets = [line.split() for line in done.stdout.splitlines()]
     uris = [target[0] for target in targets if target[1:] == [suite, "main"]]
     if not uris:
-        fail(f"this machine's apt sources have no {suite} main; name a Debian mirror with --mirror")
+        raise UserError(f"The apt sources here have no {suite} main: name a Debian mirror with --mirror.")
     # Other vendors also name their suites after Debian's; a Debian archive lies in a folder "debian".
     return min(uris, key=lambda uri: not uri.rstrip("/").endswith("/debian"))
 
@@ -248,19 +224,20 @@ def write_apt_config(work: Path, mirror: str, suite: str, keyring: Path) -> Path
     return config
 
 
-def fetch_indexes(work: Path, args: argparse.Namespace) -> dict[str, Path]:
+def fetch_indexes(work: Path, args: DebianArguments) -> dict[str, Path]:
     """Let apt fetch and verify the index files, and name the fetched files."""
     apt_get = shutil.which("apt-get")
     if apt_get is None:
-        fail("apt-get is not installed; run this on Debian or in a Debian container")
+        raise UserError("apt-get is not installed: run this on Debian or in a Debian container.")
     if not args.keyring.is_file():
-        fail(f"{args.keyring} is missing; install debian-archive-keyring or name the file with --keyring")
+        raise UserError(f"--keyring: there is no file {args.keyring}; debian-archive-keyring brings it.")
     mirror = args.mirror or find_mirror(apt_get, args.suite)
     config = write_apt_config(work, mirror, args.suite, args.keyring)
     command = [apt_get, "-q", "-c", str(config), "update", "--error-on=any"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        fail(f"apt-get could not fetch the index files; name a reachable mirror with --mirror\n{done.stderr}")
+        reason = " ".join(done.stderr.split())
+        raise UserError(f"No index files could be fetched: name a reachable --mirror. apt-get says: {reason}")
     return {name: find_index(work / "lists", args.suite, suffix) for name, suffix in INDEX_SUFFIXES.items()}
 
 
@@ -268,7 +245,7 @@ def find_index(lists: Path, suite: str, suffix: str) -> Path:
     """Name the one index file with this suffix."""
     found = sorted(lists.glob(f"*_dists_{suite}{suffix}"))
     if len(found) != 1:
-        fail(f"{len(found)} index files end in {suffix}, not one; start again with an empty --work_dir")
+        raise UserError(f"--work_dir: {len(found)} index files end in {suffix}, not one; empty it.")
     return found[0]
 
 
@@ -382,7 +359,7 @@ def is_untranslated(german: str, english: str) -> bool:
     return copied > allowed * len(words) or foreign > max(1, native)
 
 
-def reject_pair(german: str, english: str, args: argparse.Namespace) -> str | None:
+def reject_pair(german: str, english: str, args: DebianArguments) -> str | None:
     """Name the filter that drops a pair, or None to keep it."""
     short, long = sorted((count_words(german), count_words(english)))
     if DAMAGE.search(german) or DAMAGE.search(english):
@@ -397,7 +374,7 @@ def reject_pair(german: str, english: str, args: argparse.Namespace) -> str | No
     return "untranslated" if is_untranslated(german, english) else None
 
 
-def make_pairs(description: Description, args: argparse.Namespace, counts: Counter[str]) -> Iterator[Row]:
+def make_pairs(description: Description, args: DebianArguments, counts: Counter[str]) -> Iterator[Row]:
     """Yield the translation rows of one package."""
     if description.german is None:
         return
@@ -422,7 +399,7 @@ def join_items(lines: list[str]) -> list[str]:
     return [join_lines(item) for item in items]
 
 
-def make_synopsis(description: Description, args: argparse.Namespace, counts: Counter[str]) -> Iterator[Row]:
+def make_synopsis(description: Description, args: DebianArguments, counts: Counter[str]) -> Iterator[Row]:
     """Yield the summarization row of one package, if it passes the filters."""
     summary, paragraphs = split_paragraphs(description.english)
     document = "\n".join(line for paragraph in paragraphs for line in join_items(paragraph))
@@ -436,7 +413,7 @@ def make_synopsis(description: Description, args: argparse.Namespace, counts: Co
     counts[reason] += 1
 
 
-def make_tasks(args: argparse.Namespace) -> list[Task]:
+def make_tasks(args: DebianArguments) -> list[Task]:
     """Name the two data sets, with how to read a row's input and target."""
     return [
         Task("debian_de_en", make_pairs, lambda row: (row["translation"]["de"], row["translation"]["en"])),
@@ -491,7 +468,7 @@ def mark_seen(task: Task, splits: Splits) -> None:
 
 
 def build_splits(
-    task: Task, descriptions: list[Description], args: argparse.Namespace
+    task: Task, descriptions: list[Description], args: DebianArguments
 ) -> tuple[Splits, Counter[str]]:
     """Make the rows of one data set, and count what each filter dropped."""
     counts: Counter[str] = Counter()
@@ -564,7 +541,7 @@ def pick_examples(task: Task, rows: list[Row]) -> list[Row]:
     return [row for row, _ in zip(fit, range(2), strict=False)]
 
 
-def write_readme(stats: dict[str, Any], examples: list[Row], args: argparse.Namespace) -> None:
+def write_readme(stats: dict[str, Any], examples: list[Row], args: DebianArguments) -> None:
     """Write the data card, with the numbers of this run."""
     test = {task: result["splits"]["test"] for task, result in stats["data_sets"].items()}
     values = {
@@ -594,7 +571,7 @@ def describe_archive(indexes: dict[str, Path]) -> dict[str, Any]:
     return {**read_release(indexes["release"]), "index_sha256": hashes}
 
 
-def build_data(indexes: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
+def build_data(indexes: dict[str, Path], args: DebianArguments) -> dict[str, Any]:
     """Write both data sets with statistics and data card, and return the statistics."""
     descriptions = load_descriptions(indexes)
     stats: dict[str, Any] = {"archive": describe_archive(indexes), "data_sets": {}}
@@ -611,24 +588,23 @@ def build_data(indexes: dict[str, Path], args: argparse.Namespace) -> dict[str, 
     return stats
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Fetch the index files and build both data sets."""
-    args = parse_args()
-    prepare_output(args.output_dir)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (args.work_dir or Path(temporary)).resolve()
-        # Run as root, apt drops to a user of its own, who must be able to enter the directory.
-        Path(temporary).chmod(0o755)
-        try:
-            stats = build_data(fetch_indexes(work, args), args)
-        except OSError as error:
-            fail(f"cannot use {error.filename} ({error.strerror}); check --output_dir and --work_dir")
+    with one_line_errors():
+        (args,) = parse_groups((DebianArguments,), __doc__, argv)
+        prepare_output(args.output_dir)
+        with tempfile.TemporaryDirectory() as temporary:
+            work = (args.work_dir or Path(temporary)).resolve()
+            # Run as root, apt drops to a user of its own, who must be able to enter the directory.
+            Path(temporary).chmod(0o755)
+            try:
+                stats = build_data(fetch_indexes(work, args), args)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be used ({error.strerror}): check --output_dir and --work_dir."
+                ) from error
     print(json.dumps(stats, indent=2))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command to start again.", file=sys.stderr)
-        raise SystemExit(130) from None
+    main()

@@ -34,16 +34,7 @@ from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel
 from run import build_model, evaluation_settings, lengths_by_flag, longest_output, place
-from util.arguments import (
-    Arguments,
-    ExitArguments,
-    Parser,
-    expand_argument_file,
-    locked_output_dir,
-    parse_arguments,
-    require,
-    require_split,
-)
+from util.arguments import Arguments, parse_with_run, require_split
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
@@ -58,7 +49,10 @@ from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import BASELINE, EvaluationSettings, Record, best_windows
 from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
-from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
+from util.exit_arguments import ExitArguments
+from util.files import locked_output_dir
+from util.flags import differs, expand_argument_file, require
+from util.policies import build_policy, resolve_exit_arguments, with_threshold
 from util.tables import comparison_table, print_report
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
@@ -81,13 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:
     """The flags of this script, and the others as run.py understands them."""
-    argv = expand_argument_file(list(sys.argv[1:] if argv is None else argv))
-    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, True, argv)
-    parser = Parser((CalibrationArguments,), description=__doc__, allow_abbrev=False)
-    flags, others = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    arguments = parse_arguments([*others, "--do_eval", "True"])
+    argv = [*expand_argument_file(argv), "--do_eval", "True"]
+    flags, arguments = parse_with_run((CalibrationArguments,), __doc__, argv)
     exits, training = arguments.exit, arguments.training
     require(not training.do_train, "--do_train: calibration is for a finished model.")
     require(not training.do_predict, "--do_predict: name the split to calibrate on with --split.")
@@ -95,9 +84,8 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments
         exits.use_early_exit or exits.use_shallow_deep,
         "Nothing to calibrate: add --use_early_exit True or --use_shallow_deep True.",
     )
-    for name in ("use_adapt_threshold", "lossless", "calibrated_threshold_file", threshold_flag(exits)):
-        given = getattr(exits, name) != ExitArguments.__dataclass_fields__[name].default
-        require(not given, f"--{name} contradicts a calibration over --thresholds.")
+    for spec in exits.uncertified():
+        require(not differs(exits, spec), f"--{spec.name} contradicts a calibration over --thresholds.")
     return flags, arguments
 
 
@@ -106,6 +94,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
     require_split(data, flags.split)
     set_seed(training.seed)
+    arguments.connect()
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
     prepare(loaded, data, lengths_by_flag(arguments))

@@ -34,13 +34,7 @@ from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
-from util.arguments import (
-    DataArguments,
-    locked_output_dir,
-    parse_groups,
-    require,
-    require_split,
-)
+from util.arguments import DataArguments, require_split
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
@@ -49,7 +43,8 @@ from util.evaluation.comparison import LiveSetting, compare, decode_interleaved,
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
 from util.evaluation.records import BASELINE, FREE, EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
-from util.files import write_json
+from util.files import locked_output_dir, write_json
+from util.flags import parse_groups, require
 from util.progress import track
 from util.tables import comparison_table, print_report
 from util.tasks import TASKS

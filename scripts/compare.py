@@ -23,7 +23,7 @@ from models.families import view_for
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import DataArguments, locked_output_dir, whole_number
+from util.arguments import DataArguments
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
@@ -31,7 +31,7 @@ from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, warm_up
 from util.evaluation.records import BASELINE, HF_GENERATE, EvaluationSettings
 from util.evaluation.timing_doubts import untrusted_timing
-from util.files import write_json
+from util.files import locked_output_dir, write_json
 from util.plots import plot_trade_off
 from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import DATASETS, TASKS
@@ -47,18 +47,14 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--dataset_name", default="debian_de_en", choices=tuple(DATASETS))
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--num_samples", type=whole_number, help="default: all")
-    parser.add_argument(
-        "--max_source_length", type=whole_number, default=28, help="longer sources are left out"
-    )
-    parser.add_argument(
-        "--max_target_length", type=whole_number, default=28, help="longer targets are left out"
-    )
+    parser.add_argument("--num_samples", type=int, help="default: all")
+    parser.add_argument("--max_source_length", type=int, default=28, help="longer sources are left out")
+    parser.add_argument("--max_target_length", type=int, default=28, help="longer targets are left out")
     parser.add_argument("--free_threshold", type=float, default=0.4)
     parser.add_argument("--calm_threshold", type=float, default=0.9)
     parser.add_argument("--adapt_zeta", type=float, default=0.8, help="of the adaptive threshold")
     parser.add_argument("--lossless_threshold", type=float, default=0.3, help="of lossless FREE")
-    parser.add_argument("--threads", type=whole_number, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--output_dir", type=Path, default=Path("save/compare"))
     return parser.parse_args()
 

@@ -9,37 +9,44 @@ Rush, 2016). Such targets have fewer ways to be right, which shallow exits learn
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.flag_help import answer_help
+from util.script_arguments import DistillationArguments
+
+if __name__ == "__main__":
+    answer_help((DistillationArguments,), __doc__)  # before torch is imported
 
 import torch
 from datasets import Dataset
 from sacrebleu.metrics import CHRF
 from transformers import set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
-from util.arguments import DataArguments, locked_output_file, whole_number
+from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
-from util.files import json_line
+from util.files import json_line, locked_output_file
+from util.flags import parse_groups
 from util.progress import track
 from util.tasks import DATASETS
 
 MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 
-def main() -> None:
-    flags = parse_flags()
-    with one_line_errors(), locked_output_file(flags.output_file):
-        distill(flags)
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        (flags,) = parse_groups((DistillationArguments,), __doc__, argv)
+        with locked_output_file(flags.output_file):
+            distill(flags)
 
 
-def distill(flags: argparse.Namespace) -> None:
+def distill(flags: DistillationArguments) -> None:
     """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
@@ -54,20 +61,7 @@ def distill(flags: argparse.Namespace) -> None:
                 out.write(json_line({"source": row["source"], "target": target}))
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", required=True, help="The teacher.")
-    parser.add_argument("--dataset_name", required=True, help="Whose training split is distilled.")
-    parser.add_argument("--output_file", type=Path, required=True, help="A .jsonl.gz: source, target.")
-    parser.add_argument(
-        "--max_length", type=whole_number, default=128, help="Longer rows are left out (tokens)."
-    )
-    parser.add_argument("--num_beams", type=whole_number, default=4)
-    parser.add_argument("--batch_size", type=whole_number, default=64)
-    return parser.parse_args()
-
-
-def load_training_rows(flags: argparse.Namespace, loaded: LoadedModel) -> Dataset:
+def load_training_rows(flags: DistillationArguments, loaded: LoadedModel) -> Dataset:
     data = DataArguments(
         task=DATASETS[flags.dataset_name].task,
         dataset_name=flags.dataset_name,
@@ -80,7 +74,7 @@ def load_training_rows(flags: argparse.Namespace, loaded: LoadedModel) -> Datase
 
 
 @torch.inference_mode()
-def decode_beams(loaded: LoadedModel, sources: list[str], flags: argparse.Namespace) -> list[list[str]]:
+def decode_beams(loaded: LoadedModel, sources: list[str], flags: DistillationArguments) -> list[list[str]]:
     """All finished beams of each source."""
     inputs = loaded.tokenizer(sources, padding=True, return_tensors="pt").to(loaded.model.device)
     outputs = loaded.model.generate(

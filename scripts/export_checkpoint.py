@@ -7,20 +7,26 @@ python scripts/export_checkpoint.py --run save/debian-t5-free --output_dir check
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.flag_help import answer_help
+from util.script_arguments import ExportArguments
+
+if __name__ == "__main__":
+    answer_help((ExportArguments,), __doc__)  # before torch is imported
+
+import torch
 
 from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import load_model
-from util.arguments import locked_output_dir
+from util.files import locked_output_dir
+from util.flags import parse_groups, require
 
 CARD = """\
 ---
@@ -47,32 +53,20 @@ of at most 28 tokens). A demonstration of early exiting, not a translator for ot
 """
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="--output_dir of a finished training run")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--title", required=True)
-    parser.add_argument("--train_script", required=True)
-    parser.add_argument("--origin", default="random weights", help="what the training started from")
-    parser.add_argument("--earlier_runs", type=Path, nargs="*", default=[], help="what led to the run")
-    parser.add_argument("--report", type=Path, help="report.json of scripts/compare.py, for the scores")
-    parser.add_argument("--model", help="the report's name of this checkpoint: free or calm")
-    return parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        (flags,) = parse_groups((ExportArguments,), __doc__, argv)
+        with locked_output_dir(flags.output_dir):
+            export(flags)
 
 
-def main() -> None:
-    flags = parse_flags()
-    with one_line_errors(), locked_output_dir(flags.output_dir):
-        export(flags)
-
-
-def export(flags: argparse.Namespace) -> None:
+def export(flags: ExportArguments) -> None:
     """Write weights, tokenizer, exit settings and the card."""
+    states = [read_state(folder) for folder in (*flags.earlier_runs, flags.run)]
     loaded = load_model(str(flags.run))
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)
     loaded.exit_config.save(flags.output_dir)
-    states = [read_state(folder) for folder in (*flags.earlier_runs, flags.run)]
     config = loaded.model.config
     card = CARD.format(
         title=flags.title,
@@ -94,7 +88,10 @@ def export(flags: argparse.Namespace) -> None:
 
 
 def read_state(run: Path) -> dict[str, Any]:
-    return json.loads((run / "trainer_state.json").read_text(encoding="utf8"))
+    """The Trainer's account of a run; raises UserError if it did not end."""
+    path = run / "trainer_state.json"
+    require(path.is_file(), f"--run {run} is no finished training: there is no {path.name}.")
+    return json.loads(path.read_text(encoding="utf8"))
 
 
 def curve_rows(history: list[dict[str, Any]]) -> list[str]:
@@ -107,7 +104,7 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def score_rows(flags: argparse.Namespace) -> list[str]:
+def score_rows(flags: ExportArguments) -> list[str]:
     """Test scores of each method on this checkpoint, from a comparison."""
     report = json.loads(flags.report.read_text(encoding="utf8"))
     rows = [row for row in report["rows"] if row["checkpoint"] == flags.model]

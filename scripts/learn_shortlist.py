@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments, locked_output_file, parse_groups
+from util.arguments import DataArguments
 from util.flag_help import answer_help
 from util.script_arguments import ShortlistArguments
 
@@ -35,7 +35,8 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
-from util.files import write_json
+from util.files import locked_output_file, write_json
+from util.flags import parse_groups
 from util.progress import track
 from util.tables import comparison_table, print_report
 

@@ -9,24 +9,27 @@ settings decode in turn.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.flag_help import answer_help
+from util.script_arguments import ReportArguments
+
+if __name__ == "__main__":
+    answer_help((ReportArguments,), __doc__)  # before what is slow is imported
+
 from models.errors import one_line_errors
 from util.files import locked_output_dir
+from util.flags import parse_groups
 from util.report.folders import read_folders
 from util.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results")
-    parser.add_argument("--output_dir", type=Path, default=Path("save/report"))
-    flags = parser.parse_args(argv)
     with one_line_errors():
+        (flags,) = parse_groups((ReportArguments,), __doc__, argv)
         results = read_folders(flags.folders)
         with locked_output_dir(flags.output_dir) as folder:
             written = write_report(results, folder)

@@ -11,25 +11,29 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.flag_help import answer_help
+from util.script_arguments import SimulationArguments
+
+if __name__ == "__main__":
+    answer_help((SimulationArguments,), __doc__)  # before what is slow is imported
 
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.errors import UserError, one_line_errors
-from util.arguments import Parser, flag, list_flag, locked_output_dir, require, require_positive
-from util.calibration.consistency import CONSISTENCIES
-from util.calibration.risk_control import METHODS, P_VALUES, check_losses, simulate
-from util.files import write_json
+from util.calibration.risk_control import check_losses, simulate
+from util.files import locked_output_dir, write_json
+from util.flags import parse_groups, require, require_file
 from util.progress import track
 from util.report.figures import MARKERS
 from util.tables import comparison_table, print_report, write_csv
 
-DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
 COLUMNS = {
     "method": "method",
     "delta": "delta",
@@ -40,50 +44,17 @@ COLUMNS = {
 }
 
 
-@dataclass
-class SimulationArguments:
-    losses_file: str = field(metadata={"help": "The losses.npz of scripts/calibrate.py."})
-    output_dir: str = field(metadata={"help": "Where results are written."})
-    deltas: list[float] = list_flag(DELTAS, "Tolerated losses, in (0, 1).")
-    epsilon: float = flag(0.05, "Tolerated probability of a violation.")
-    methods: list[str] = list_flag(METHODS, f"Of {', '.join(METHODS)}.")
-    p_values: list[str] = list_flag(P_VALUES, f"Of {', '.join(P_VALUES)}.")
-    consistency: str = flag("textual", "Which loss.", CONSISTENCIES)
-    size: int | None = flag(None, "Samples in a calibration set (default: as many as were decoded).")
-    resamples: int = flag(200, "Calibration sets.")
-    seed: int = flag(0, "Draws of them.")
-
-    def __post_init__(self) -> None:
-        for name, values in {"deltas": self.deltas, "epsilon": [self.epsilon]}.items():
-            require(all(0 < value < 1 for value in values), f"--{name} must lie between 0 and 1.")
-        for name, known in {"methods": METHODS, "p_values": P_VALUES}.items():
-            unknown = sorted(set(getattr(self, name)) - set(known))
-            require(
-                not unknown, f"--{name}: there is no {', '.join(unknown)}; choose from {', '.join(known)}."
-            )
-        require_positive("size", self.size)
-        require_positive("resamples", self.resamples)
-
-
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        flags = parse_flags(argv)
+        (flags,) = parse_groups((SimulationArguments,), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)) as folder:
             write_results(flags, simulate_all(flags, *read_losses(flags)), folder)
-
-
-def parse_flags(argv: list[str] | None) -> SimulationArguments:
-    parser = Parser((SimulationArguments,), description=__doc__)
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except ValueError as error:  # unknown flags
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def read_losses(flags: SimulationArguments) -> tuple[np.ndarray, np.ndarray]:
     """Losses (N, K) and speed-ups (K,) of the candidates, from conservative to liberal."""
     path = Path(flags.losses_file)
-    require(path.is_file(), f"--losses_file: there is no file {path}.")
+    require_file("losses_file", path)
     try:
         with np.load(path) as arrays:
             losses, speedups = check_losses(arrays[flags.consistency]), arrays["ideal_speedups"]

@@ -36,14 +36,7 @@ from models.families import view_for
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import (
-    DataArguments,
-    locked_output_dir,
-    non_default_settings,
-    parse_groups,
-    require,
-    require_split,
-)
+from util.arguments import DataArguments, require_split
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
@@ -74,7 +67,8 @@ from util.evaluation.records import (
     write_records,
 )
 from util.evaluation.timing_doubts import untrusted_timing
-from util.files import write_json
+from util.files import locked_output_dir, write_json
+from util.flags import non_default_settings, parse_groups, require
 from util.policies import build_measure
 from util.progress import track
 from util.tables import comparison_table, print_report, write_csv

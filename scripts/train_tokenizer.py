@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments, locked_output_dir, parse_groups
+from util.arguments import DataArguments
 from util.flag_help import answer_help
 from util.script_arguments import TokenizerArguments
 
@@ -28,6 +28,8 @@ from transformers import T5Tokenizer
 from models.errors import UserError, one_line_errors
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
+from util.files import locked_output_dir
+from util.flags import parse_groups
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,9 +18,9 @@ from transformers import PLBartConfig, PLBartForConditionalGeneration, T5Tokeniz
 import run
 from models.errors import UserError
 from models.exit_heads import ExitConfig
-from util.arguments import locked_output_dir
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
+from util.files import locked_output_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,11 @@ from models.errors import one_line_errors
 from models.exit_heads import ExitConfig
 from models.loading import check_config
 from models.threshold import AdaptiveThreshold
-from util.arguments import ExitArguments, expand_argument_file, parse_arguments, whole_number
+from util.arguments import parse_arguments
 from util.calibration.certificate import CalibratedThreshold
 from util.evaluation.summary import read_baseline
+from util.exit_arguments import ExitArguments
+from util.flags import expand_argument_file
 from util.policies import free_threshold, read_shortlist
 from util.report.folders import read_folders
 
@@ -235,11 +236,3 @@ def test_numbers_that_no_tensor_takes_are_refused_by_flag(
     path = Path("arguments.json")
     path.write_text(json.dumps(settings))
     assert message in complaint(capsys, parse_arguments, [str(path)])
-
-
-def test_flags_of_plain_parsers_have_64_bits():
-    assert whole_number("-9223372036854775807") == -(2**63 - 1)
-    with pytest.raises(
-        ArgumentTypeError, match="9223372036854775808 is too large: whole numbers have 64 bits"
-    ):
-        whole_number("9223372036854775808")

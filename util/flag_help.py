@@ -54,17 +54,17 @@ def describe_flags(groups: Sequence[type], description: str, training: bool = Fa
     sections = [description.strip()]
     for group in groups:
         fields = [field for field in dataclasses.fields(group) if field.init]
-        lines = [describe_flag(field.name, type_word(field), help_text(field)) for field in fields]
+        lines = [describe_flag(spell(field), type_word(field), help_text(field)) for field in fields]
         sections.append("\n".join([f"{group._argument_group_name}:", *lines]))
     if training:
-        lines = [describe_flag(name, "", text) for name, text in TRAINING_FLAGS.items()]
+        lines = [describe_flag(f"--{name}", "", text) for name, text in TRAINING_FLAGS.items()]
         sections.append("\n".join([f"{TRAINING}:", *lines]))
     return "\n\n".join(sections) + "\n"
 
 
 def describe_flag(name: str, kind: str, text: str) -> str:
-    """`  --name KIND   text`, the text wrapped in a column of its own."""
-    head = f"  --{name} {kind}".rstrip()
+    """`  NAME KIND   text`, the text wrapped in a column of its own."""
+    head = f"  {name} {kind}".rstrip()
     width = max(40, min(shutil.get_terminal_size((110, 24)).columns, 110) - COLUMN)
     first, *rest = textwrap.wrap(text, width) or [""]
     if len(head) >= COLUMN - 1:
@@ -72,8 +72,15 @@ def describe_flag(name: str, kind: str, text: str) -> str:
     return "\n".join([f"{head:<{COLUMN}}{first}".rstrip(), *(" " * COLUMN + line for line in rest)])
 
 
+def spell(field: dataclasses.Field) -> str:
+    """A flag as it is written on the command line."""
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name}"
+
+
 def type_word(field: dataclasses.Field) -> str:
     """What kind of value a flag takes."""
+    if field.metadata["positional"]:
+        return "..."
     if "choices" in field.metadata:
         return "{" + ",".join(field.metadata["choices"]) + "}"
     kind = str(field.type)
@@ -84,14 +91,21 @@ def type_word(field: dataclasses.Field) -> str:
 
 def help_text(field: dataclasses.Field) -> str:
     """A field's help, with its default where that says something."""
-    text, default = field.metadata.get("help", ""), default_of(field)
+    text, default = field.metadata["help"], default_of(field)
+    if is_required(field):
+        return f"{text} (required)"
     if default in (None, False, []) or "default" in text:
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     return f"{text} (default: {shown})"
 
 
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def default_of(field: dataclasses.Field) -> Any:
+    """A flag's default; None if it must be given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+    return None if is_required(field) else field.default

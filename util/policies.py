@@ -19,9 +19,10 @@ from models.free import Free
 from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
-from util.arguments import DataArguments, ExitArguments
+from util.arguments import DataArguments
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.evaluation.identity import fingerprint
+from util.exit_arguments import ExitArguments
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ def with_calibrated_threshold(
     settings = decoding_settings(flags, data, max_length, batch_size)
     value = calibrated.certified(path, fingerprint(loaded), settings)
     name = threshold_flag(flags)
-    given, default = getattr(flags, name), ExitArguments.__dataclass_fields__[name].default
-    if given not in (value, default):
+    given = getattr(flags, name)
+    if given not in (value, getattr(ExitArguments, name)):
         raise UserError(
             f"--{name} {given} contradicts --calibrated_threshold_file {path}, which says {value}."
         )

@@ -1,16 +1,39 @@
-"""The flags of the scripts that compare, choose and calibrate, as dataclasses validated where they enter."""
+"""The flags of the scripts, as dataclasses validated where they enter. Needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.arguments import flag, list_flag, require, require_positive, require_unit_interval
-from util.evaluation.records import BASELINE, SWEPT
+from models.choices import INTERMEDIATE_LOSSES
+from util.evaluation.records import (
+    BASELINE,
+    CALM,
+    FREE,
+    FREE_ADAPTIVE,
+    FREE_LOSSLESS,
+    FREE_SHORTLIST,
+    STATIC,
+    SWEPT,
+)
+from util.flags import (
+    flag,
+    list_flag,
+    refuse_flags_without,
+    require,
+    require_file,
+    require_known,
+    require_not_negative,
+    require_positive,
+    require_unit_interval,
+    required_flag,
+)
+from util.tasks import DATASETS
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
 P_VALUES = ("hoeffding_bentkus", "betting")
 CONSISTENCIES = ("textual", "risk")
+FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 
 
@@ -21,46 +44,56 @@ class SweepArguments:
     free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
-    static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).")
-    shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).")
-    free_thresholds: list[float] = list_flag([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.")
-    lossless_thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.")
-    adapt_zetas: list[float] = list_flag([0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.")
-    calm_thresholds: list[float] = list_flag([0.3, 0.5, 0.7, 0.8, 0.9, 0.95], "CALM's.")
-    exit_layers: list[int] = list_flag([], "CALM also with tests after these layers only.")
-    conf_shortlist: str | None = flag(None, "File of scripts/learn_shortlist.py, for FREE shortlist.")
+    static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).", method=STATIC)
+    shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).", method=FREES)
+    free_thresholds: list[float] = list_flag(
+        [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.", method=(FREE, FREE_SHORTLIST)
+    )
+    lossless_thresholds: list[float] = list_flag(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.", method=FREE_LOSSLESS
+    )
+    adapt_zetas: list[float] = list_flag(
+        [0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.", method=FREE_ADAPTIVE
+    )
+    calm_thresholds: list[float] = list_flag([0.3, 0.5, 0.7, 0.8, 0.9, 0.95], "CALM's.", method=CALM)
+    exit_layers: list[int] = list_flag([], "CALM also with tests after these layers only.", method=CALM)
+    conf_shortlist: str | None = flag(
+        None, "File of scripts/learn_shortlist.py, for FREE shortlist.", method=FREE_SHORTLIST, file=True
+    )
     batch_sizes: list[int] = list_flag([1], "Samples decoded together; every setting runs at each.")
     split: str = flag("test", "Which split is decoded.", ("validation", "test"))
     num_samples: int | None = flag(None, "Only the first samples.")
-    trace_samples: int = flag(8, "Samples of each setting that are traced, for the report's heat maps.")
+    trace_samples: int = flag(
+        8, "Samples of each setting that are traced, for the report's heat maps.", changes_outputs=False
+    )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
-    output_dir: str = flag("save/sweep", "Where results go.")
+    output_dir: str = flag("save/sweep", "Where results go.", changes_outputs=False)
 
     def __post_init__(self) -> None:
         require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
-        unknown = sorted(set(self.methods) - set(SWEPT))
-        require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose of {', '.join(SWEPT)}.")
+        require_known("methods", self.methods, SWEPT)
+        refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in SWEPT})
+        if self.free is None:
+            refuse_flags_without(self, (STATIC, CALM), dict.fromkeys(FREES, "--free CHECKPOINT"))
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
         require_positive("num_samples", self.num_samples)
+        require_positive("threads", self.threads)
         require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
         largest = max(self.batch_sizes)
         require(
             all(largest % size == 0 for size in self.batch_sizes),
             f"--batch_sizes must divide the largest, {largest}: all settings decode the same blocks.",
         )
-        require(
-            self.conf_shortlist is None or Path(self.conf_shortlist).is_file(),
-            f"--conf_shortlist: there is no file {self.conf_shortlist}.",
-        )
+        require_file("conf_shortlist", self.conf_shortlist)
 
 
 @dataclass
 class ChooserArguments:
     _argument_group_name = "Choice"
 
-    model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder.")
+    model_name_or_path: str = required_flag("Checkpoint: hub id or folder.")
     split: str = flag("validation", "Which split is decoded.", ("validation", "test"))
     num_samples: int | None = flag(200, "Only the first samples.")
     shallow_layers: list[int] = list_flag([], "Candidate exits (default: all but the last layer).")
@@ -68,12 +101,12 @@ class ChooserArguments:
     min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
     measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
-    output_dir: str = flag("save/choose_exit", "Gets choice.json.")
+    output_dir: str = flag("save/choose_exit", "Gets choice.json.", changes_outputs=False)
 
     def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
         require(bool(self.thresholds), "--thresholds: name at least one.")
         require_positive("num_samples", self.num_samples)
+        require_positive("threads", self.threads)
         require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
         require_unit_interval("min_agreement", self.min_agreement)
         for value in self.thresholds:
@@ -115,7 +148,9 @@ class CalibrationArguments:
 class TokenizerArguments:
     _argument_group_name = "Tokenizer"
 
-    output_dir: str = flag("save/tokenizer", "Gets the tokenizer, for run.py --tokenizer_name.")
+    output_dir: str = flag(
+        "save/tokenizer", "Gets the tokenizer, for run.py --tokenizer_name.", changes_outputs=False
+    )
     vocab_size: int = flag(4096, "Pieces, special ones included: the vocab_size of the model's config.")
 
     def __post_init__(self) -> None:
@@ -126,8 +161,10 @@ class TokenizerArguments:
 class ShortlistArguments:
     _argument_group_name = "Shortlist"
 
-    model_name_or_path: str | None = flag(None, "Checkpoint whose tokenizer counts and which decodes.")
-    output_file: str = flag("save/shortlist.json", "For --conf_shortlist of run.py and scripts/sweep.py.")
+    model_name_or_path: str = required_flag("Checkpoint whose tokenizer counts and which decodes.")
+    output_file: str = flag(
+        "save/shortlist.json", "For --conf_shortlist of run.py and scripts/sweep.py.", changes_outputs=False
+    )
     split: str = flag("train", "Whose targets are counted.", ("train", "validation", "test"))
     size: int = flag(500, "Tokens on the shortlist, at least 2.")
     shallow_layer: int | None = flag(None, "Where decisions are compared (default: the checkpoint's own).")
@@ -135,6 +172,121 @@ class ShortlistArguments:
     max_length: int = flag(64, "Longest of their outputs.")
 
     def __post_init__(self) -> None:
-        require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")
         require(self.size >= 2, f"--size must be at least 2, got {self.size}.")
         require_positive("num_samples", self.num_samples)
+
+
+@dataclass
+class SimulationArguments:
+    _argument_group_name = "Simulation"
+
+    losses_file: str = required_flag("The losses.npz of scripts/calibrate.py.")
+    output_dir: str = required_flag("Where results are written.", changes_outputs=False)
+    deltas: list[float] = list_flag(
+        (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "Tolerated losses, in (0, 1)."
+    )
+    epsilon: float = flag(0.05, "Tolerated probability of a violation.")
+    methods: list[str] = list_flag(CERTIFIERS, f"Of {', '.join(CERTIFIERS)}.")
+    p_values: list[str] = list_flag(P_VALUES, f"Of {', '.join(P_VALUES)}.")
+    consistency: str = flag("textual", "Which loss.", CONSISTENCIES)
+    size: int | None = flag(None, "Samples in a calibration set (default: as many as were decoded).")
+    resamples: int = flag(200, "Calibration sets.")
+    seed: int = flag(0, "Draws of them.")
+
+    def __post_init__(self) -> None:
+        for name, values in {"deltas": self.deltas, "epsilon": [self.epsilon]}.items():
+            require(all(0 < value < 1 for value in values), f"--{name} must lie between 0 and 1.")
+        require_known("methods", self.methods, CERTIFIERS)
+        require_known("p_values", self.p_values, P_VALUES)
+        require_positive("size", self.size)
+        require_positive("resamples", self.resamples)
+        require_not_negative("seed", self.seed)
+
+
+@dataclass
+class ReportArguments:
+    _argument_group_name = "Report"
+
+    folders: list[str] = required_flag(
+        "Folders with results of run.py, scripts/sweep.py or gpt_eval.", positional=True
+    )
+    output_dir: Path = flag(Path("save/report"), "Gets the page and its table.", changes_outputs=False)
+
+
+@dataclass
+class ExportArguments:
+    _argument_group_name = "Export"
+
+    run: Path = required_flag("--output_dir of a finished training run.")
+    output_dir: Path = required_flag("Gets weights, tokenizer, settings and card.", changes_outputs=False)
+    title: str = required_flag("Heading of the card.")
+    train_script: str = required_flag("What trains the model again.")
+    origin: str = flag("random weights", "What the training started from.")
+    earlier_runs: list[Path] = list_flag([], "What led to the run.")
+    report: Path | None = flag(None, "report.json of scripts/compare.py, for the scores.")
+    model: str | None = flag(None, "The report's name of this checkpoint.", ("free", "calm"))
+
+    def __post_init__(self) -> None:
+        require_file("report", self.report)
+        require((self.report is None) == (self.model is None), "Give both --report and --model, or none.")
+
+
+@dataclass
+class DistillationArguments:
+    _argument_group_name = "Distillation"
+
+    model_name_or_path: str = required_flag("The teacher.")
+    dataset_name: str = required_flag("Whose training split is distilled.", DATASETS)
+    output_file: Path = required_flag("A .jsonl.gz: source, target.", changes_outputs=False)
+    max_length: int = flag(128, "Longer rows are left out (tokens).")
+    num_beams: int = flag(4, "Hypotheses of a source.")
+    batch_size: int = flag(64, "Sources decoded together.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "num_beams", "batch_size"):
+            require_positive(name, getattr(self, name))
+
+
+@dataclass
+class TrainingBenchmarkArguments:
+    _argument_group_name = "Training benchmark"
+
+    train_file: str | None = flag(None, "Local rows (default: the embedded synopses).")
+    source_column: str = flag("document", "Column with the input text.")
+    target_column: str = flag("summary", "Column with the reference text.")
+    tokenizer: str = flag("checkpoints/debian-t5-free", "Hub id or folder.")
+    steps: int = flag(20, "Training steps of each loss.")
+    batch_size: int = flag(4, "Samples of a step.")
+    only: str | None = flag(None, "One loss, in this process: NAME:LAYERS.")
+
+    def __post_init__(self) -> None:
+        require_file("train_file", self.train_file)
+        require_positive("steps", self.steps)
+        require_positive("batch_size", self.batch_size)
+        name, _, layers = (self.only or "none:6").partition(":")
+        known = name in ("none", *INTERMEDIATE_LOSSES) and layers.isdecimal()
+        require(known, f"--only {self.only}: give NAME:LAYERS, such as weighted_ce:6.")
+
+
+@dataclass
+class DebianArguments:
+    _argument_group_name = "Data"
+
+    output_dir: Path = flag(Path("data/debian"), "Where the data sets are written.", changes_outputs=False)
+    work_dir: Path | None = flag(None, "Keep apt's index files here (default: a temporary directory).")
+    mirror: str | None = flag(None, "URI of a Debian mirror (default: that of the apt sources here).")
+    suite: str = flag("bookworm", "Code name of the Debian release.")
+    keyring: Path = flag(
+        Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
+        "Keys that must have signed the archive (from the package debian-archive-keyring).",
+    )
+    seed: int = flag(0, "Seed of the row order and of the samples.")
+    max_words: int = flag(120, "Longest side of a translation pair, in words.")
+    max_ratio: float = flag(2.5, "Largest factor between the word counts of a pair.")
+    max_document: int = flag(400, "Longest document of a summary, in words.")
+    max_per_source: int = flag(20, "Most synopsis rows of one source package.")
+    train_rows: int = flag(20000, "Rows of the synopsis train split.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_words", "max_ratio", "max_document", "max_per_source", "train_rows"):
+            require_positive(name, getattr(self, name))

@@ -15,14 +15,14 @@ from datasets import Dataset
 
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
-from util.arguments import CALM_FLAGS, FREE_FLAGS, DataArguments, ExitArguments
+from util.arguments import DataArguments
 from util.data.examples import dataset_record
+from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash, write_json
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--calibrated_threshold_file"
-NOT_A_SETTING = ("exit_conf_threshold", "shallow2deep_conf_threshold", "use_adapt_threshold", "lossless")
 
 
 @dataclass
@@ -100,9 +100,7 @@ def decoding_settings(
     flags: ExitArguments, data: DataArguments, max_length: int, batch_size: int
 ) -> dict[str, Any]:
     """All that an output depends on besides model, source and threshold; `flags` are resolved."""
-    names = [*(CALM_FLAGS if flags.use_early_exit else (*FREE_FLAGS, "shallow_exit_layer"))]
-    settings = {name: getattr(flags, name) for name in names if name not in NOT_A_SETTING}
-    settings |= {
+    settings = flags.certified() | {
         "method": " ".join(flags.methods),
         "task": data.task,
         "max_source_length": data.max_source_length,

@@ -17,9 +17,10 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
 from models.loading import LoadedModel
+from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash
+from util.flags import flags_in
 
-FILE_FLAGS = ("conf_shortlist", "adapt_threshold_file", "calibrated_threshold_file")
 STATE_OF_THE_LAST_CALL = ("truncation", "padding")
 NOT_A_SETTING = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 BATCH = 1000
@@ -85,5 +86,6 @@ def hash_rows(rows: Dataset) -> str:
 
 def hash_named_files(arguments: dict[str, Any]) -> dict[str, str]:
     """The contents of the files that `arguments` name and outputs depend on."""
-    named = {name: arguments[name] for name in FILE_FLAGS if arguments.get(name)}
+    files = [spec.name for spec in flags_in(ExitArguments) if spec.metadata["file"]]
+    named = {name: arguments[name] for name in files if arguments.get(name)}
     return {f"content of {name}": file_hash(Path(path)) for name, path in named.items()}

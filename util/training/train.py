@@ -33,7 +33,7 @@ from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
-from util.arguments import Arguments, DataArguments, ExitArguments
+from util.arguments import Arguments, DataArguments
 from util.data.examples import dataset_record, load_examples, target_language, tokenize
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
@@ -41,6 +41,7 @@ from util.evaluation.decode import batch_indices, decode_batch, describe_batch, 
 from util.evaluation.identity import hash_rows, hash_tokenizer
 from util.evaluation.records import EvaluationSettings, best_windows
 from util.evaluation.summary import score
+from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash, write_json
 from util.policies import build_policy
 from util.training.optimizer import build_muon
