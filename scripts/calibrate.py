@@ -28,12 +28,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models.errors import one_line_errors
 from models.families import view_for
 from models.loading import LoadedModel
-from run import build_model, evaluation_settings, lengths_by_flag, longest_output, place
+from run import build_model, evaluation_dtype, evaluation_settings, lengths_by_flag
 from util.arguments import (
     Arguments,
     ExitArguments,
@@ -48,15 +46,16 @@ from util.calibration.certificate import CalibratedThreshold, decoding_settings,
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
+from util.device import move_model
 from util.evaluation.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
 from util.evaluation.decode import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
 from util.evaluation.identity import fingerprint
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.timing_doubts import untrusted_timing
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
-from util.tables import comparison_table, environment, print_report
+from util.setup import read_split
+from util.tables import comparison_table, environment, print_tables
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
@@ -107,8 +106,8 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
     prepare(loaded, data, lengths_by_flag(arguments))
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
-    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, limit)
-    place(loaded, training)
+    examples = read_split(data, flags.split, loaded, limit)
+    move_model(loaded.model, training.device, evaluation_dtype(training))
     settings = decode_candidates(flags, arguments, exit_flags, loaded, examples)
     if settings is None:  # another process gathers and judges
         return
@@ -118,12 +117,12 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     folder = Path(training.output_dir)
     speedups = np.array([row["ideal_speedup"] for row in rows])
     np.savez(folder / "losses.npz", thresholds=flags.thresholds, ideal_speedups=speedups, **losses)
-    lengths = (longest_output(arguments), training.per_device_eval_batch_size)
+    sizes = (arguments.max_length, training.per_device_eval_batch_size)
     calibrated = CalibratedThreshold(
         **judge(flags, rows, losses[flags.consistency]),
         model=fingerprint(loaded),
         data={"split": flags.split, **describe_data(examples, data)},
-        settings=decoding_settings(exit_flags, data, *lengths),
+        settings=decoding_settings(exit_flags, data, *sizes),
         environment=environment(loaded.model),
     )
     calibrated.save(folder / "calibrated_threshold.json")
@@ -247,11 +246,11 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
     title = f"{calibrated.consistency} loss, {calibrated.samples} {calibrated.data['split']} samples"
     table = comparison_table(title, columns, shown)
     doubts = untrusted_timing(calibrated.candidates)
-    print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
+    print_tables(table, verdict(calibrated), *([] if doubts is None else [doubts]))
     path = folder / "calibrated_threshold.json"
     failed = "raise --delta, or give more samples, with --resume_eval True"
     after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
-    print_report(f"Wrote {path}. Next: {after}")
+    print_tables(f"Wrote {path}. Next: {after}")
 
 
 def verdict(calibrated: CalibratedThreshold) -> str:

@@ -32,7 +32,7 @@ from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
 from models.exit_policy import FullDepth
 from models.free import Free
-from models.loading import LoadedModel, load_model
+from models.loading import LoadedModel
 from models.threshold import FixedThreshold
 from util.arguments import (
     DataArguments,
@@ -42,14 +42,13 @@ from util.arguments import (
     require_split,
 )
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples, target_language
-from util.data.preparation import prepare
 from util.evaluation.comparison import BASELINE, Setting, compare, decode_interleaved, trace_record, warm_up
 from util.evaluation.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.evaluation.decode import EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.progress import track
-from util.tables import comparison_table, environment, print_report, write_json
+from util.setup import comparison_settings, open_checkpoint, read_split
+from util.tables import comparison_table, environment, print_tables, write_json
 from util.tasks import TASKS
 
 COLUMNS = {
@@ -76,18 +75,9 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    loaded = load_model(flags.model_name_or_path)
-    if torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())
-    prepare(loaded, data)
-    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    evaluation = EvaluationSettings(
-        data.task,
-        data.max_source_length,
-        data.val_max_target_length,
-        Path(flags.output_dir, "records.jsonl"),
-        language=target_language(data),
-    )
+    loaded = open_checkpoint(flags.model_name_or_path, data)
+    examples = read_split(data, flags.split, loaded, flags.num_samples)
+    evaluation = comparison_settings(data, Path(flags.output_dir, "records.jsonl"))
     full = Setting(BASELINE, BASELINE, "", loaded, FullDepth())
     candidates = list_candidates(flags, full.num_layers)
     warm_up([full], examples, evaluation)
@@ -194,7 +184,7 @@ def report(
     ]
     title = f"Fastest threshold of each layer with agreement >= {flags.min_agreement} (predicted)"
     parts = {name: f"{1e6 * seconds:.0f} us" for name, seconds in asdict(cost).items()}
-    print_report(
+    print_tables(
         comparison_table(title, COLUMNS, [one.as_row() for one in best if one is not None]),
         comparison_table("Predicted and measured", MEASURED_COLUMNS, rows),
         "Cost: " + ", ".join(f"{name} {value}" for name, value in parts.items()),

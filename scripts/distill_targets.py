@@ -26,6 +26,7 @@ from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments, locked_output_file, whole_number
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
+from util.device import move_model
 from util.files import json_line
 from util.progress import track
 from util.tasks import DATASETS
@@ -43,7 +44,7 @@ def distill(flags: argparse.Namespace) -> None:
     """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    move_model(loaded.model, dtype=torch.bfloat16)
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:

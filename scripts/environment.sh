@@ -4,6 +4,7 @@
 
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! python scripts/check_requirements.py; then
   if [ ! -f .venv/.installed ] || [ requirements.txt -nt .venv/.installed ]; then
+    echo "Making .venv from requirements.txt: some minutes" >&2
     python3 -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     touch .venv/.installed

@@ -2,7 +2,7 @@
 
 python scripts/export_checkpoint.py --run save/debian-t5-free --output_dir checkpoints/debian-t5-free \
     --title "Debian De-En, T5, FREE" --train_script scripts/train_debian_t5_free.sh \
-    --report save/quickstart/report.json --model free
+    --sweep save/quickstart --model free
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--train_script", required=True)
     parser.add_argument("--origin", default="random weights", help="what the training started from")
     parser.add_argument("--earlier_runs", type=Path, nargs="*", default=[], help="what led to the run")
-    parser.add_argument("--report", type=Path, help="report.json of scripts/compare.py, for the scores")
-    parser.add_argument("--model", help="the report's name of this checkpoint: free or calm")
+    parser.add_argument("--sweep", type=Path, help="--output_dir of scripts/sweep.py, for the scores")
+    parser.add_argument("--model", help="the sweep's name of this checkpoint: free or calm")
     return parser.parse_args()
 
 
@@ -88,7 +88,7 @@ def export(flags: argparse.Namespace) -> None:
         loss=loaded.exit_config.intermediate_loss_fn,
         shallow=loaded.exit_config.shallow_exit_layer or "all",
         curve="\n".join(row for state in states for row in curve_rows(state["log_history"])),
-        scores="\n".join(score_rows(flags)) if flags.report else "",
+        scores="\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else "",
     )
     (flags.output_dir / "README.md").write_text(card.rstrip() + "\n", encoding="utf8")
 
@@ -107,20 +107,20 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def score_rows(flags: argparse.Namespace) -> list[str]:
-    """Test scores of each method on this checkpoint, from a comparison."""
-    report = json.loads(flags.report.read_text(encoding="utf8"))
-    rows = [row for row in report["rows"] if row["checkpoint"] == flags.model]
+def score_rows(sweep: Path, checkpoint: str) -> list[str]:
+    """Test scores of each setting on this checkpoint, from a sweep; full depth comes first."""
+    content = json.loads((sweep / "sweep.json").read_text(encoding="utf8"))
+    rows = [row for row in content["rows"] if row["checkpoint"] == checkpoint]
     header = [
         f'Test split, {rows[0]["samples"]} sentences (`bash scripts/quickstart.sh`; "unseen" leaves out',
         "targets that also occur in train):",
         "",
-        "| method | BLEU | chrF | BLEU unseen | layers per token |",
+        "| setting | BLEU | chrF | BLEU unseen | layers per token |",
         "|---|---|---|---|---|",
     ]
     return header + [
-        f"| {row['method']} | {row['bleu']:.1f} | {row['chrf']:.1f} | {row['bleu_unseen']:.1f} "
-        f"| {row.get('average_layers', report['rows'][1]['average_layers']):.2f} |"
+        f"| {row['name'].removesuffix(f' ({checkpoint})')} | {row['bleu']:.1f} | {row['chrf']:.1f} "
+        f"| {row['bleu_unseen']:.1f} | {row.get('average_layers', rows[0]['average_layers']):.2f} |"
         for row in rows
     ]
 

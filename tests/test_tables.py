@@ -9,7 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
-from util.tables import color_by_depth, comparison_table, format_figure, plot_trade_off, write_csv, write_json
+from util.tables import color_by_depth, comparison_table, format_figure, write_csv, write_json
 
 ROWS = [
     {"method": "Full depth", "bleu": 30.0, "speedup": 1.0},
@@ -20,11 +20,9 @@ ROWS = [
 def test_files(tmp_path):
     write_json(tmp_path / "report.json", ROWS)
     write_csv(tmp_path / "report.csv", ROWS)
-    plot_trade_off(tmp_path / "report.png", ROWS, "bleu", ROWS[0])
     assert json.loads((tmp_path / "report.json").read_text()) == ROWS
     with (tmp_path / "report.csv").open() as file:
         assert [row["exit_share"] for row in csv.DictReader(file)] == ["", "0.6"]
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

@@ -5,23 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.arguments import flag, list_flag, require, require_positive, require_unit_interval
+from util.arguments import (
+    Parser,
+    expand_argument_file,
+    flag,
+    list_flag,
+    require,
+    require_positive,
+    require_unit_interval,
+)
 from util.evaluation.method_names import BASELINE, SWEPT
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
 P_VALUES = ("hoeffding_bentkus", "betting")
 CONSISTENCIES = ("textual", "risk")
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
+PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
 
 
 @dataclass
-class SweepArguments:
+class PresetArgument:
+    preset: str | None = flag(None, "Flags to start from; those given override them.", tuple(sorted(PRESETS)))
+
+
+def expand_preset(argv: list[str]) -> list[str]:
+    """Replace --preset by the flags of scripts/presets/NAME.yaml, before all others, which override them."""
+    argument, rest = Parser((PresetArgument,), add_help=False).parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    return rest if argument.preset is None else expand_argument_file([str(PRESETS[argument.preset]), *rest])
+
+
+@dataclass
+class SweepArguments(PresetArgument):
     _argument_group_name = "Sweep"
 
     free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
     static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).")
+    calm_static_layers: list[int] = list_flag([], "Those on --calm, if others than --static_layers.")
     shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).")
     free_thresholds: list[float] = list_flag([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.")
     lossless_thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.")
@@ -132,7 +155,6 @@ class ShortlistArguments:
     size: int = flag(500, "Tokens on the shortlist, at least 2.")
     shallow_layer: int | None = flag(None, "Where decisions are compared (default: the checkpoint's own).")
     num_samples: int = flag(100, "Validation samples of the comparison.")
-    max_length: int = flag(64, "Longest of their outputs.")
 
     def __post_init__(self) -> None:
         require(bool(self.model_name_or_path), "Name a checkpoint with --model_name_or_path.")

@@ -1,4 +1,4 @@
-"""Result records as JSON, CSV, a terminal table, a plot, and text coloured by exit depth.
+"""Results as JSON, CSV, a terminal table, and text coloured by exit depth.
 
 The functions know nothing of models: a row is a dict of a method's figures.
 """
@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # read from here by whatever draws, after `use`
 
 MARKERS = "os^DvP*X<>"
 PLAIN_WIDTH = 200
@@ -130,24 +130,6 @@ def format_figure(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def plot_trade_off(path: Path, rows: list[dict[str, Any]], quality: str, baseline: dict[str, Any]) -> None:
-    """Scatter of quality against speed-up, with the baseline's quality as a line."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.axhline(baseline[quality], color="0.7", linewidth=1, linestyle="--", zorder=1)
-    for index, row in enumerate(rows):
-        label = f"{row['method']} ({row['checkpoint']})" if "checkpoint" in row else row["method"]
-        style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)]}
-        axes.scatter(row["speedup"], row[quality], s=60, label=label, zorder=2, **style)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
-    axes.margins(0.08)
-    axes.set_xlabel("speed-up over full depth (measured)")
-    axes.set_ylabel(quality.replace("_", " ").upper())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def color_by_depth(pieces: list[str], exit_layers: list[int], num_layers: int) -> Text:
     """Text pieces, each in the colour of its exit layer: green shallow, yellow middle, red last."""
     text = Text()
@@ -170,7 +152,7 @@ def depth_legend() -> Text:
     return legend
 
 
-def print_report(*parts: Any) -> None:
+def print_tables(*parts: Any) -> None:
     """Print to the terminal; elsewhere (a log, a pipe) as wide as tables need."""
     console = Console() if Console().is_terminal else Console(width=PLAIN_WIDTH)
     for part in parts:

@@ -257,7 +257,7 @@ def generation_score(
     settings = EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
-        max_length=training.generation_max_length or data.val_max_target_length,
+        max_length=arguments.max_length,
         batch_size=training.per_device_eval_batch_size,
         num_beams=training.generation_num_beams or 1,
         predictions_file=Path(training.output_dir, "predictions.jsonl"),  # stays as it is
