@@ -31,7 +31,7 @@ from util.device import move_model
 from util.evaluation.decode import EvaluationSettings, evaluate
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.setup import read_split
-from util.tables import comparison_table, print_tables, write_json
+from util.tables import comparison_table, print_report, write_json
 from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
@@ -102,7 +102,7 @@ def evaluate_stage(
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
     shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_tables(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
+    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
     print(
         f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
         f"{training.output_dir}, beside the folder of another run to compare"

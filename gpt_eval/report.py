@@ -44,7 +44,7 @@ from matplotlib.axes import Axes
 from rich.markup import escape
 
 from gpt_eval.parsing import DIMENSIONS
-from util.tables import WholeTable, comparison_table, plt, print_tables, write_json
+from util.tables import WholeTable, comparison_table, plt, print_report, write_json
 
 FIGURES = (*DIMENSIONS, "average")
 LIKERT_COLUMNS = {"samples": "samples", **{name: name for name in FIGURES}}
@@ -64,7 +64,7 @@ def write_report(folder: Path, scores: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "scores.json", scores)
     plot_scores(folder / "scores.png", scores)
-    print_tables(*tables(scores), f"Wrote scores.json and scores.png to {escape(str(folder))}")
+    print_report(*tables(scores), f"Wrote scores.json and scores.png to {escape(str(folder))}")
 
 
 def tables(scores: dict[str, Any]) -> list[WholeTable]:

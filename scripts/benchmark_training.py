@@ -28,7 +28,7 @@ from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.arguments import DataArguments, whole_number
 from util.data.examples import dataset_record, load_examples, tokenize
-from util.tables import comparison_table, print_tables
+from util.tables import comparison_table, print_report
 
 SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
 DEEP = SMALL | {"num_layers": 24}
@@ -75,7 +75,7 @@ def benchmark(flags: argparse.Namespace) -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(f"{case} done", file=sys.stderr)
-    print_tables(comparison_table("Training", COLUMNS, rows))
+    print_report(comparison_table("Training", COLUMNS, rows))
     print(json.dumps(rows))
 
 

@@ -55,7 +55,7 @@ from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.timing_doubts import untrusted_timing
 from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
 from util.setup import read_split
-from util.tables import comparison_table, environment, print_tables
+from util.tables import comparison_table, environment, print_report
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
@@ -246,11 +246,11 @@ def report(calibrated: CalibratedThreshold, folder: Path) -> None:
     title = f"{calibrated.consistency} loss, {calibrated.samples} {calibrated.data['split']} samples"
     table = comparison_table(title, columns, shown)
     doubts = untrusted_timing(calibrated.candidates)
-    print_tables(table, verdict(calibrated), *([] if doubts is None else [doubts]))
+    print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
     path = folder / "calibrated_threshold.json"
     failed = "raise --delta, or give more samples, with --resume_eval True"
     after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
-    print_tables(f"Wrote {path}. Next: {after}")
+    print_report(f"Wrote {path}. Next: {after}")
 
 
 def verdict(calibrated: CalibratedThreshold) -> str:

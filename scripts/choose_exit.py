@@ -48,7 +48,7 @@ from util.evaluation.decode import EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.progress import track
 from util.setup import comparison_settings, open_checkpoint, read_split
-from util.tables import comparison_table, environment, print_tables, write_json
+from util.tables import comparison_table, environment, print_report, write_json
 from util.tasks import TASKS
 
 COLUMNS = {
@@ -184,7 +184,7 @@ def report(
     ]
     title = f"Fastest threshold of each layer with agreement >= {flags.min_agreement} (predicted)"
     parts = {name: f"{1e6 * seconds:.0f} us" for name, seconds in asdict(cost).items()}
-    print_tables(
+    print_report(
         comparison_table(title, COLUMNS, [one.as_row() for one in best if one is not None]),
         comparison_table("Predicted and measured", MEASURED_COLUMNS, rows),
         "Cost: " + ", ".join(f"{name} {value}" for name, value in parts.items()),

@@ -35,7 +35,7 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.progress import track
 from util.setup import open_checkpoint, read_split
-from util.tables import comparison_table, print_tables, write_json
+from util.tables import comparison_table, print_report, write_json
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = {
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             shortlist["decisions"] = measure_decisions(flags, data, loaded, shortlist["token_ids"])
             write_json(path, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")
-        print_tables(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
+        print_report(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
         print(f"Wrote {path}. Next: run.py or scripts/sweep.py with --conf_shortlist {path}")
 
 

@@ -25,7 +25,7 @@ from util.arguments import Parser, flag, list_flag, locked_output_dir, require, 
 from util.calibration.consistency import CONSISTENCIES
 from util.calibration.risk_control import METHODS, P_VALUES, check_losses, simulate
 from util.progress import track
-from util.tables import MARKERS, comparison_table, print_tables, write_csv, write_json
+from util.tables import MARKERS, comparison_table, print_report, write_csv, write_json
 
 DELTAS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
 COLUMNS = {
@@ -133,7 +133,7 @@ def write_results(flags: SimulationArguments, rows: list[dict[str, Any]], folder
         for row in rows
     ]
     title = f"{flags.resamples} calibrations each, {flags.consistency} loss, epsilon {flags.epsilon:g}"
-    print_tables(comparison_table(title, COLUMNS, shown), f"Wrote {folder}")
+    print_report(comparison_table(title, COLUMNS, shown), f"Wrote {folder}")
 
 
 def plot_speedups(path: Path, rows: list[dict[str, Any]], consistency: str) -> None:

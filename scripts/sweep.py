@@ -5,7 +5,8 @@
 
 Data flags are those of run.py. A JSON or YAML file of flags may come first; `--preset NAME` takes the one of
 scripts/presets. `--resume_eval True` continues an interrupted sweep. --output_dir gets sweep.json and
-sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have predicted) and report.html.
+sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have predicted), and
+report.html.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ from util.tables import (
     comparison_table,
     depth_legend,
     environment,
-    print_tables,
+    print_report,
     write_csv,
     write_json,
 )
@@ -277,7 +278,7 @@ def write_figures(folder: Path, settings: list[Setting], evaluation: EvaluationS
     write_json(folder / "sweep.json", {"rows": rows, **summary})
     write_csv(folder / "sweep.csv", rows)
     best = [{"method": name, "auc": area} for name, area in areas.items()]
-    print_tables(
+    print_report(
         comparison_table(
             f"{rows[0]['samples']} samples",
             {"name": "setting", quality: quality.upper(), **COLUMNS},

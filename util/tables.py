@@ -24,7 +24,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # read from here by whatever draws, after `use`
+import matplotlib.pyplot as plt  # noqa: F401 (read from here by what draws)
 
 MARKERS = "os^DvP*X<>"
 PLAIN_WIDTH = 200
@@ -152,7 +152,7 @@ def depth_legend() -> Text:
     return legend
 
 
-def print_tables(*parts: Any) -> None:
+def print_report(*parts: Any) -> None:
     """Print to the terminal; elsewhere (a log, a pipe) as wide as tables need."""
     console = Console() if Console().is_terminal else Console(width=PLAIN_WIDTH)
     for part in parts:
