@@ -50,16 +50,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    set_seed(arguments.training.seed)
-    loaded = build_model(arguments)
-    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
-    prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
+    loaded, exit_flags = open_model(arguments)
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
         say_next(arguments)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+
+
+def open_model(arguments: Arguments) -> tuple[LoadedModel, ExitArguments]:
+    """The model, ready for the data, and the exit flags with what it knows of them."""
+    set_seed(arguments.training.seed)
+    loaded = build_model(arguments)
+    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
+    prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
+    return loaded, exit_flags
 
 
 def say_next(arguments: Arguments) -> None:
@@ -101,8 +107,10 @@ def evaluate_stage(
     write_json(Path(training.output_dir, f"{stage}_results.json"), results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
-    shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
+    shown = [
+        {"name": name, "value": value} for name, value in results.items() if isinstance(value, (int, float))
+    ]
+    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, shown))
     print(
         f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
         f"{training.output_dir}, beside the folder of another run to compare"
@@ -137,10 +145,6 @@ def lengths_by_flag(arguments: Arguments) -> dict[str, int]:
     if training.do_train:
         lengths["--max_target_length"] = data.max_target_length
     return lengths | {f"--{output}": arguments.max_length}
-
-
-def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:
-    return [{"name": name, "value": value} for name, value in figures.items()]
 
 
 def evaluation_dtype(training: Seq2SeqTrainingArguments) -> torch.dtype:

@@ -26,12 +26,10 @@ if __name__ == "__main__":
 
 import numpy as np
 from datasets import Dataset
-from transformers import set_seed
 
 from models.errors import one_line_errors
-from models.families import view_for
 from models.loading import LoadedModel
-from run import build_model, evaluation_dtype, evaluation_settings, lengths_by_flag
+from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import (
     Arguments,
     ExitArguments,
@@ -46,14 +44,13 @@ from util.calibration.certificate import CalibratedThreshold, decoding_settings,
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
-from util.data.preparation import prepare
 from util.device import move_model
 from util.evaluation.comparison import BASELINE, Setting, compare_speed, decode_rest, restore
 from util.evaluation.decode import EvaluationSettings, best_windows, share_out, summarize_depth, texts_of
 from util.evaluation.identity import fingerprint
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.timing_doubts import untrusted_timing
-from util.policies import build_policy, resolve_exit_arguments, threshold_flag, with_threshold
+from util.policies import build_policy, threshold_flag, with_threshold
 from util.setup import read_split
 from util.tables import comparison_table, environment, print_report
 
@@ -101,10 +98,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     """Decode the split at full depth and with every candidate, certify, save and report."""
     data, training = arguments.data, arguments.training
     require_split(data, flags.split)
-    set_seed(training.seed)
-    loaded = build_model(arguments)
-    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
-    prepare(loaded, data, lengths_by_flag(arguments))
+    loaded, exit_flags = open_model(arguments)
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = read_split(data, flags.split, loaded, limit)
     move_model(loaded.model, training.device, evaluation_dtype(training))

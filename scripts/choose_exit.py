@@ -46,6 +46,7 @@ from util.evaluation.comparison import BASELINE, Setting, compare, decode_interl
 from util.evaluation.cost_model import CostModel, Prediction, Trace, predict_free, recommend
 from util.evaluation.decode import EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
+from util.policies import require_exits
 from util.progress import track
 from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import comparison_table, environment, print_report, write_json
@@ -99,8 +100,7 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
 def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:
     """Pairs of shallow layer and threshold."""
     layers = flags.shallow_layers or list(range(1, num_layers))
-    for layer in layers:
-        require(1 <= layer < num_layers, f"--shallow_layers must lie in 1..{num_layers - 1}, got {layer}.")
+    require_exits("shallow_layers", layers, num_layers)
     return list(product(layers, flags.thresholds))
 
 

@@ -33,6 +33,7 @@ from models.families import view_for
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.console import prepare_console
+from util.policies import require_exits
 from util.progress import track
 from util.setup import open_checkpoint, read_split
 from util.tables import comparison_table, print_report, write_json
@@ -79,10 +80,9 @@ def measure_decisions(
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
     if layer is None:
         raise UserError(f"{flags.model_name_or_path} was not trained with an exit: name a --shallow_layer.")
-    depth = view_for(loaded.model).num_layers
-    if not 1 <= layer < depth:
-        raise UserError(f"--shallow_layer must lie in 1..{depth - 1}, got {layer}.")
-    measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
+    view = view_for(loaded.model)
+    require_exits("shallow_layer", [layer], view.num_layers)
+    measures = (SoftmaxGap(), ShortlistGap(view, torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
     sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])

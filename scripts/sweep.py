@@ -65,7 +65,7 @@ from util.evaluation.identity import hash_named_files, hash_rows, identify_model
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import write_json_lines
-from util.policies import build_measure
+from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders
 from util.report.page import write_report
@@ -115,8 +115,9 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
     folder = Path(flags.output_dir)
     evaluation = comparison_settings(data, folder / "records.jsonl")
-    for name, layers in asdict(flags).items():
-        check_layers(name, layers, checkpoints)
+    depth = min(view_for(loaded.model).num_layers for loaded in checkpoints.values())
+    for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
+        require_exits(name, getattr(flags, name), depth)
     settings = build_settings(flags, checkpoints)
     identity = identify_sweep(flags, data, checkpoints, examples)
     with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
@@ -143,13 +144,6 @@ def identify_sweep(
         for part, value in identify_model(loaded).items()
     }
     return arguments | hash_named_files(arguments) | models | {"samples": hash_rows(examples)}
-
-
-def check_layers(name: str, layers: Any, checkpoints: dict[str, LoadedModel]) -> None:
-    """Raise UserError if a flag names a layer that some decoder cannot exit after."""
-    depth = min(view_for(loaded.model).num_layers for loaded in checkpoints.values())
-    for layer in layers if name.endswith("_layers") else ():
-        require(1 <= layer < depth, f"--{name} must lie in 1..{depth - 1} here, got {layer}.")
 
 
 def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[Setting]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from models.free import Free
 from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
-from util.arguments import DataArguments, ExitArguments
+from util.arguments import DataArguments, ExitArguments, require
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.evaluation.identity import fingerprint
 
@@ -40,12 +41,7 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
         flags = replace(flags, shallow_exit_layer=trained.shallow_exit_layer)
     for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_layers"):
         value = getattr(flags, name)
-        for layer in value if isinstance(value, list) else [value]:
-            if layer is not None and not 1 <= layer < num_layers:
-                raise UserError(
-                    f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, "
-                    f"got {layer}."
-                )
+        require_exits(name, value if isinstance(value, list) else [value], num_layers)
     if flags.shallow_exit_layer not in (None, trained.shallow_exit_layer) and trained.shallow_exit_layer:
         logger.warning(
             "--shallow_exit_layer %s differs from the %s that the checkpoint was trained with.",
@@ -53,6 +49,15 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
             trained.shallow_exit_layer,
         )
     return flags
+
+
+def require_exits(name: str, layers: Iterable[int | None], num_layers: int) -> None:
+    """Raise UserError if flag `name` holds a layer that a decoder of so many cannot exit after."""
+    for layer in layers:
+        require(
+            layer is None or 1 <= layer < num_layers,
+            f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, got {layer}.",
+        )
 
 
 def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> ExitPolicy:
@@ -106,8 +111,8 @@ def with_calibrated_threshold(
         return flags
     path = Path(flags.calibrated_threshold_file)
     calibrated = CalibratedThreshold.load(path)
-    settings = decoding_settings(flags, data, max_length, batch_size)
-    value = calibrated.certified(path, fingerprint(loaded), settings)
+    decoding = decoding_settings(flags, data, max_length, batch_size)
+    value = calibrated.certified(path, fingerprint(loaded), decoding)
     name = threshold_flag(flags)
     given, default = getattr(flags, name), ExitArguments.__dataclass_fields__[name].default
     if given not in (value, default):
