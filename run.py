@@ -20,19 +20,20 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 from models.errors import one_line_errors
-from models.families import view_for
-from models.loading import LoadedModel, cast_model, create_model, load_model
+from models.loading import LoadedModel, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, parse_arguments
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples, target_language
+from util.data.examples import target_language
 from util.data.preparation import prepare
+from util.device import move_model
 from util.evaluation.decode import evaluate
 from util.evaluation.records import EvaluationSettings
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir, write_json
 from util.flags import non_default_settings
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
+from util.setup import read_split
 from util.tables import comparison_table, print_report
 from util.training.train import train
 
@@ -52,17 +53,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    set_seed(arguments.training.seed)
-    arguments.connect()
-    loaded = build_model(arguments)
-    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
-    prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
+    loaded, exit_flags = open_model(arguments)
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
         say_next(arguments)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+
+
+def open_model(arguments: Arguments) -> tuple[LoadedModel, ExitArguments]:
+    """The model, ready for the data, and the exit flags with what it knows of them."""
+    set_seed(arguments.training.seed)
+    arguments.connect()
+    loaded = build_model(arguments)
+    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, loaded.view.num_layers)
+    prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
+    return loaded, exit_flags
 
 
 def say_next(arguments: Arguments) -> None:
@@ -80,9 +87,8 @@ def load_stages(arguments: Arguments, loaded: LoadedModel) -> dict[str, Dataset]
     data, training = arguments.data, arguments.training
     limits = {"eval": data.max_eval_samples, "predict": data.max_predict_samples}
     wanted = {"eval": training.do_eval, "predict": training.do_predict}
-    record = dataset_record(data)
     return {
-        stage: load_examples(record, data, split, loaded.tokenizer, limits[stage])
+        stage: read_split(data, split, loaded, limits[stage])
         for stage, (split, _) in STAGES.items()
         if wanted[stage]
     }
@@ -94,19 +100,21 @@ def evaluate_stage(
     """Decode the validation or test split and write `<stage>_results.json` and the predictions."""
     data, training = arguments.data, arguments.training
     split, predictions = STAGES[stage]
-    place(loaded, training)
-    lengths = (longest_output(arguments), training.per_device_eval_batch_size)
-    exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *lengths)
-    settings = evaluation_settings(arguments, exit_flags, predictions)
-    policy = build_policy(exit_flags, loaded, settings.max_length) if data.num_beams == 1 else None
-    results = evaluate(loaded, policy, examples, settings)
+    move_model(loaded.model, training.device, evaluation_dtype(training))
+    sizes = (arguments.max_length, training.per_device_eval_batch_size)
+    exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *sizes)
+    evaluation = evaluation_settings(arguments, exit_flags, predictions)
+    policy = build_policy(exit_flags, loaded, arguments.max_length) if data.num_beams == 1 else None
+    results = evaluate(loaded, policy, examples, evaluation)
     if results is None:  # another process gathers and reports
         return
     write_json(Path(training.output_dir, f"{stage}_results.json"), results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
         policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
-    shown = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, as_rows(shown)))
+    shown = [
+        {"name": name, "value": value} for name, value in results.items() if isinstance(value, (int, float))
+    ]
+    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, shown))
     print(
         f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
         f"{training.output_dir}, beside the folder of another run to compare"
@@ -118,25 +126,19 @@ def evaluation_settings(
 ) -> EvaluationSettings:
     """How the flags want a split decoded, into the file `predictions` of --output_dir."""
     data, training = arguments.data, arguments.training
-    max_length = longest_output(arguments)
+    sizes = {"batch_size": training.per_device_eval_batch_size, "max_length": arguments.max_length}
     return EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
-        max_length=max_length,
-        batch_size=training.per_device_eval_batch_size,
         num_beams=data.num_beams,
         synchronize=exit_flags.use_synchronize,
         predictions_file=Path(training.output_dir, predictions),
-        arguments=non_default_settings(arguments.model, data, exit_flags)
-        | {"batch_size": training.per_device_eval_batch_size, "max_length": max_length},
+        arguments=non_default_settings(arguments.model, data, exit_flags) | sizes,
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
         language=target_language(data),
+        **sizes,
     )
-
-
-def longest_output(arguments: Arguments) -> int:
-    return arguments.training.generation_max_length or arguments.data.val_max_target_length
 
 
 def lengths_by_flag(arguments: Arguments) -> dict[str, int]:
@@ -146,18 +148,13 @@ def lengths_by_flag(arguments: Arguments) -> dict[str, int]:
     lengths = {"--max_source_length": data.max_source_length}
     if training.do_train:
         lengths["--max_target_length"] = data.max_target_length
-    return lengths | {f"--{output}": longest_output(arguments)}
+    return lengths | {f"--{output}": arguments.max_length}
 
 
-def as_rows(figures: dict[str, float]) -> list[dict[str, float | str]]:
-    return [{"name": name, "value": value} for name, value in figures.items()]
-
-
-def place(loaded: LoadedModel, training: Seq2SeqTrainingArguments) -> None:
-    """Put the model on the run's device, in the precision asked for, ready to decode."""
+def evaluation_dtype(training: Seq2SeqTrainingArguments) -> torch.dtype:
+    """The precision asked for."""
     halves = {torch.bfloat16: training.bf16_full_eval, torch.float16: training.fp16_full_eval}
-    dtype = next((dtype for dtype, wanted in halves.items() if wanted), torch.float32)
-    cast_model(loaded.model.to(training.device), dtype).eval()
+    return next((dtype for dtype, wanted in halves.items() if wanted), torch.float32)
 
 
 def build_model(arguments: Arguments) -> LoadedModel:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    # ruff: noqa: F401
     from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
     from models.decoder_view import DecoderState, DecoderView
     from models.decoding import DecodeStats, early_exit_decode, generate
@@ -22,56 +23,13 @@ if TYPE_CHECKING:
     from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
     from models.trace import LayerTrace, trace_layers
 
-__all__ = [
-    "AdaptiveThreshold",
-    "BartView",
-    "Calm",
-    "ConfidenceMeasure",
-    "DecayingThreshold",
-    "DecodeStats",
-    "DecoderState",
-    "DecoderView",
-    "ExitConfig",
-    "ExitPolicy",
-    "FixedThreshold",
-    "Free",
-    "FullDepth",
-    "LayerTrace",
-    "LoadedModel",
-    "Measured",
-    "MetaClassifier",
-    "SequencePolicy",
-    "ShortlistGap",
-    "SoftmaxGap",
-    "StaticExit",
-    "StepResult",
-    "T5View",
-    "UMT5View",
-    "UserError",
-    "build_exit_loss",
-    "create_model",
-    "early_exit_decode",
-    "generate",
-    "load_model",
-    "register_view",
-    "trace_layers",
-    "view_for",
-]
-
-HOMES = {  # of the names above
+HOMES = {  # of the names above, once more for run time
     "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
     "models.decoder_view": ("DecoderState", "DecoderView"),
     "models.decoding": ("DecodeStats", "early_exit_decode", "generate"),
     "models.errors": ("UserError",),
     "models.exit_heads": ("ExitConfig",),
-    "models.exit_policy": (
-        "Calm",
-        "ExitPolicy",
-        "FullDepth",
-        "SequencePolicy",
-        "StaticExit",
-        "StepResult",
-    ),
+    "models.exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
     "models.families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
     "models.free": ("Free",),
     "models.loading": ("LoadedModel", "create_model", "load_model"),
@@ -79,6 +37,7 @@ HOMES = {  # of the names above
     "models.threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
     "models.trace": ("LayerTrace", "trace_layers"),
 }
+__all__ = sorted(name for names in HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

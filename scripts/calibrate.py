@@ -26,21 +26,16 @@ if __name__ == "__main__":
 
 import numpy as np
 from datasets import Dataset
-from transformers import set_seed
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.errors import one_line_errors
-from models.families import view_for
 from models.loading import LoadedModel
-from run import build_model, evaluation_settings, lengths_by_flag, longest_output, place
+from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import Arguments, parse_with_run, require_split
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples
-from util.data.preparation import prepare
+from util.device import move_model
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare_speed, decode_rest, restore
 from util.evaluation.decode import share_out
@@ -52,7 +47,8 @@ from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir
 from util.flags import differs, expand_argument_file, require
-from util.policies import build_policy, resolve_exit_arguments, with_threshold
+from util.policies import build_policy, with_threshold
+from util.setup import read_split
 from util.tables import comparison_table, print_report
 
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
@@ -93,14 +89,10 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     """Decode the split at full depth and with every candidate, certify, save and report."""
     data, training = arguments.data, arguments.training
     require_split(data, flags.split)
-    set_seed(training.seed)
-    arguments.connect()
-    loaded = build_model(arguments)
-    exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, view_for(loaded.model).num_layers)
-    prepare(loaded, data, lengths_by_flag(arguments))
+    loaded, exit_flags = open_model(arguments)
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
-    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, limit)
-    place(loaded, training)
+    examples = read_split(data, flags.split, loaded, limit)
+    move_model(loaded.model, training.device, evaluation_dtype(training))
     settings = decode_candidates(flags, arguments, exit_flags, loaded, examples)
     if settings is None:  # another process gathers and judges
         return
@@ -110,12 +102,12 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     folder = Path(training.output_dir)
     speedups = np.array([row["ideal_speedup"] for row in rows])
     np.savez(folder / "losses.npz", thresholds=flags.thresholds, ideal_speedups=speedups, **losses)
-    lengths = (longest_output(arguments), training.per_device_eval_batch_size)
+    sizes = (arguments.max_length, training.per_device_eval_batch_size)
     calibrated = CalibratedThreshold(
         **judge(flags, rows, losses[flags.consistency]),
         model=fingerprint(loaded),
         data={"split": flags.split, **describe_data(examples, data)},
-        settings=decoding_settings(exit_flags, data, *lengths),
+        settings=decoding_settings(exit_flags, data, *sizes),
         environment=environment(loaded.model),
     )
     calibrated.save(folder / "calibrated_threshold.json")

@@ -32,12 +32,10 @@ from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
 from models.exit_policy import FullDepth
 from models.free import Free
-from models.loading import LoadedModel, load_model
+from models.loading import LoadedModel
 from models.threshold import FixedThreshold
 from util.arguments import DataArguments, require_split
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples, target_language
-from util.data.preparation import prepare
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
@@ -45,7 +43,9 @@ from util.evaluation.records import BASELINE, FREE, EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.files import locked_output_dir, write_json
 from util.flags import parse_groups, require
+from util.policies import require_exits
 from util.progress import track
+from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import comparison_table, print_report
 from util.tasks import TASKS
 
@@ -73,18 +73,9 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    loaded = load_model(flags.model_name_or_path)
-    if torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())
-    prepare(loaded, data)
-    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
-    evaluation = EvaluationSettings(
-        data.task,
-        data.max_source_length,
-        data.val_max_target_length,
-        Path(flags.output_dir, "records.jsonl"),
-        language=target_language(data),
-    )
+    loaded = open_checkpoint(flags.model_name_or_path, data)
+    examples = read_split(data, flags.split, loaded, flags.num_samples)
+    evaluation = comparison_settings(data, Path(flags.output_dir, "records.jsonl"))
     full = LiveSetting(BASELINE, BASELINE, "", loaded=loaded, policy=FullDepth())
     candidates = list_candidates(flags, full.num_layers)
     warm_up([full], examples, evaluation)
@@ -107,8 +98,7 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
 def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:
     """Pairs of shallow layer and threshold."""
     layers = flags.shallow_layers or list(range(1, num_layers))
-    for layer in layers:
-        require(1 <= layer < num_layers, f"--shallow_layers must lie in 1..{num_layers - 1}, got {layer}.")
+    require_exits("shallow_layers", layers, num_layers)
     return list(product(layers, flags.thresholds))
 
 

@@ -31,6 +31,7 @@ from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples
 from util.data.preparation import prepare
+from util.device import move_model
 from util.files import json_line, locked_output_file
 from util.flags import parse_groups
 from util.progress import track
@@ -50,7 +51,7 @@ def distill(flags: DistillationArguments) -> None:
     """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
     loaded = load_model(flags.model_name_or_path)
-    loaded.model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    move_model(loaded.model, dtype=torch.bfloat16)
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
     with gzip.open(flags.output_file, "wt", encoding="utf8") as out:

@@ -2,7 +2,7 @@
 
 python scripts/export_checkpoint.py --run save/debian-t5-free --output_dir checkpoints/debian-t5-free \
     --title "Debian De-En, T5, FREE" --train_script scripts/train_debian_t5_free.sh \
-    --report save/quickstart/report.json --model free
+    --sweep save/quickstart --model free
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ if __name__ == "__main__":
 import torch
 
 from models.errors import one_line_errors
-from models.families import view_for
 from models.loading import load_model
 from util.files import locked_output_dir
 from util.flags import parse_groups, require
@@ -71,7 +70,7 @@ def export(flags: ExportArguments) -> None:
     card = CARD.format(
         title=flags.title,
         parameters=sum(weight.numel() for weight in loaded.model.parameters()) / 1e6,
-        layers=view_for(loaded.model).num_layers,
+        layers=loaded.view.num_layers,
         width=config.d_model,
         vocabulary=config.vocab_size,
         script=flags.train_script,
@@ -82,7 +81,7 @@ def export(flags: ExportArguments) -> None:
         loss=loaded.exit_config.intermediate_loss_fn,
         shallow=loaded.exit_config.shallow_exit_layer or "all",
         curve="\n".join(row for state in states for row in curve_rows(state["log_history"])),
-        scores="\n".join(score_rows(flags)) if flags.report else "",
+        scores="\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else "",
     )
     (flags.output_dir / "README.md").write_text(card.rstrip() + "\n", encoding="utf8")
 
@@ -104,20 +103,20 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def score_rows(flags: ExportArguments) -> list[str]:
-    """Test scores of each method on this checkpoint, from a comparison."""
-    report = json.loads(flags.report.read_text(encoding="utf8"))
-    rows = [row for row in report["rows"] if row["checkpoint"] == flags.model]
+def score_rows(sweep: Path, checkpoint: str) -> list[str]:
+    """Test scores of each setting on this checkpoint, from a sweep; full depth comes first."""
+    content = json.loads((sweep / "sweep.json").read_text(encoding="utf8"))
+    rows = [row for row in content["rows"] if row["checkpoint"] == checkpoint]
     header = [
         f'Test split, {rows[0]["samples"]} sentences (`bash scripts/quickstart.sh`; "unseen" leaves out',
         "targets that also occur in train):",
         "",
-        "| method | BLEU | chrF | BLEU unseen | layers per token |",
+        "| setting | BLEU | chrF | BLEU unseen | layers per token |",
         "|---|---|---|---|---|",
     ]
     return header + [
-        f"| {row['method']} | {row['bleu']:.1f} | {row['chrf']:.1f} | {row['bleu_unseen']:.1f} "
-        f"| {row.get('average_layers', report['rows'][1]['average_layers']):.2f} |"
+        f"| {row['name'].removesuffix(f' ({checkpoint})')} | {row['bleu']:.1f} | {row['chrf']:.1f} "
+        f"| {row['bleu_unseen']:.1f} | {row.get('average_layers', rows[0]['average_layers']):.2f} |"
         for row in rows
     ]
 

@@ -11,13 +11,13 @@ export_run() { # name, title, origin, extra flags
 
 release() { # flags for the cards
   export_run t5-free "Debian De-En, T5, FREE" "save/debian-t5-teacher" \
-    --earlier_runs save/debian-t5-start save/debian-t5-teacher ${1:+--report "$1" --model free}
-  export_run t5-calm "Debian De-En, T5, CALM" "debian-t5-free" ${1:+--report "$1" --model calm}
-  export_run bart-free "Debian De-En, BART, FREE" "random weights" ${2:+--report "$2" --model free}
+    --earlier_runs save/debian-t5-start save/debian-t5-teacher ${1:+--sweep "$1" --model free}
+  export_run t5-calm "Debian De-En, T5, CALM" "debian-t5-free" ${1:+--sweep "$1" --model calm}
+  export_run bart-free "Debian De-En, BART, FREE" "random weights" ${2:+--sweep "$2" --model free}
 }
 
 release
 bash scripts/quickstart.sh
-python scripts/compare.py --free checkpoints/debian-bart-free --num_samples 300 --threads 1 \
-  --output_dir save/compare-bart
-release save/quickstart/report.json save/compare-bart/report.json
+python scripts/sweep.py --preset quickstart --free checkpoints/debian-bart-free --calm "" \
+  --output_dir save/quickstart-bart
+release save/quickstart save/quickstart-bart

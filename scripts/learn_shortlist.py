@@ -29,15 +29,14 @@ from torch import Tensor
 
 from models.confidence import ShortlistGap, SoftmaxGap
 from models.errors import UserError, one_line_errors
-from models.families import view_for
-from models.loading import LoadedModel, load_model
+from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples
-from util.data.preparation import prepare
 from util.files import locked_output_file, write_json
 from util.flags import parse_groups
+from util.policies import require_exits
 from util.progress import track
+from util.setup import open_checkpoint, read_split
 from util.tables import comparison_table, print_report
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -56,18 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
         with locked_output_file(Path(flags.output_file)) as path:
-            loaded = load_model(flags.model_name_or_path)
-            shortlist = learn_shortlist(loaded, load_split(data, loaded, flags.split), flags.size)
+            loaded = open_checkpoint(flags.model_name_or_path, data)
+            shortlist = learn_shortlist(loaded, read_split(data, flags.split, loaded), flags.size)
             shortlist["decisions"] = measure_decisions(flags, data, loaded, shortlist["token_ids"])
             write_json(path, shortlist)
         print(f"{len(shortlist['token_ids'])} tokens cover {shortlist['coverage']:.1%} of the targets")
         print_report(comparison_table("Decisions against the full softmax", COLUMNS, shortlist["decisions"]))
         print(f"Wrote {path}. Next: run.py or scripts/sweep.py with --conf_shortlist {path}")
-
-
-def load_split(data: DataArguments, loaded: LoadedModel, split: str, limit: int | None = None) -> Dataset:
-    prepare(loaded, data)
-    return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
 
 
 def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[str, Any]:
@@ -87,18 +81,17 @@ def measure_decisions(
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
     if layer is None:
         raise UserError(f"{flags.model_name_or_path} was not trained with an exit: name a --shallow_layer.")
-    depth = view_for(loaded.model).num_layers
-    if not 1 <= layer < depth:
-        raise UserError(f"--shallow_layer must lie in 1..{depth - 1}, got {layer}.")
-    measures = (SoftmaxGap(), ShortlistGap(view_for(loaded.model), torch.tensor(token_ids)))
+    view = loaded.view
+    require_exits("shallow_layer", [layer], view.num_layers)
+    measures = (SoftmaxGap(), ShortlistGap(view, torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
-    sources = list(load_split(data, loaded, "validation", flags.num_samples)["source"])
+    sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])
     for source in track(sources, "Comparing", "sample"):
         inputs = loaded.tokenizer(
             source, truncation=True, max_length=data.max_source_length, return_tensors="pt"
-        )
-        sequences = loaded.model.generate(**inputs, max_length=flags.max_length, do_sample=False)
+        ).to(loaded.model.device)
+        sequences = loaded.model.generate(**inputs, max_length=data.val_max_target_length, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])

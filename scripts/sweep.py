@@ -3,9 +3,10 @@
     python scripts/sweep.py --free checkpoints/debian-t5-free --calm checkpoints/debian-t5-calm \
         --dataset_name debian_de_en --output_dir save/sweep
 
-Data flags are those of run.py; `--resume_eval True` continues an interrupted sweep. --output_dir gets
-sweep.json and sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have
-predicted): `python scripts/report.py save/sweep` draws them.
+Data flags are those of run.py. A JSON or YAML file of flags may come first; `--preset NAME` takes the one of
+scripts/presets. `--resume_eval True` continues an interrupted sweep. --output_dir gets sweep.json and
+sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have predicted), and
+report.html.
 """
 
 from __future__ import annotations
@@ -21,25 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import DataArguments
 from util.flag_help import answer_help
-from util.script_arguments import SweepArguments
+from util.script_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
     answer_help((SweepArguments, DataArguments), __doc__)  # before torch is imported
 
 import torch
 from datasets import Dataset
+from rich.text import Text
 
 from models.confidence import SoftmaxGap
 from models.errors import one_line_errors
 from models.exit_policy import Calm, FullDepth, StaticExit
-from models.families import view_for
 from models.free import Free
-from models.loading import LoadedModel, load_model
+from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, require_split
 from util.console import prepare_console
-from util.data.examples import dataset_record, load_examples, target_language
-from util.data.preparation import prepare
 from util.environment import environment
 from util.evaluation.comparison import (
     LiveSetting,
@@ -68,16 +67,17 @@ from util.evaluation.records import (
 )
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import locked_output_dir, write_json
-from util.flags import non_default_settings, parse_groups, require
-from util.policies import build_measure
+from util.flags import expand_argument_file, non_default_settings, parse_groups, require
+from util.policies import build_measure, require_exits
 from util.progress import track
-from util.tables import comparison_table, print_report, write_csv
+from util.report.folders import read_folders
+from util.report.page import write_report
+from util.report.table import format_interval
+from util.setup import comparison_settings, open_checkpoint, read_split
+from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import TASKS
 
-COLUMNS = {
-    "name": "setting",
-    "checkpoint": "model",
-    "batch_size": "batch",
+COLUMNS = {  # after the setting and its score
     "quality_share": "% of full",
     "unchanged": "unchanged",
     "tokens_per_second": "tokens/s",
@@ -85,14 +85,17 @@ COLUMNS = {
     "speedup": "speed-up",
     "ideal_speedup": "ideal",
     "real_over_ideal": "real/ideal",
-    "average_layers": "layers",
+    "average_layers": "layers/token",
     "exit_share": "exits",
 }
+COLOURED = (FREE, CALM)  # the methods whose outputs are printed, and of how many samples
+COLOURED_SAMPLES = 3
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
+        argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
         flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)):
             sweep(flags, data)
@@ -102,21 +105,14 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     require_split(data, flags.split)
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    checkpoints = load_checkpoints(flags)
-    for checkpoint in checkpoints.values():
-        prepare(checkpoint, data)
-    loaded = next(iter(checkpoints.values()))
-    examples = load_examples(dataset_record(data), data, flags.split, loaded.tokenizer, flags.num_samples)
+    paths = {"free": flags.free, "calm": flags.calm}
+    checkpoints = {name: open_checkpoint(path, data) for name, path in paths.items() if path}
+    examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
     folder = Path(flags.output_dir)
-    evaluation = EvaluationSettings(
-        data.task,
-        data.max_source_length,
-        data.val_max_target_length,
-        folder / "records.jsonl",
-        language=target_language(data),
-    )
-    for name, layers in asdict(flags).items():
-        check_layers(name, layers, checkpoints)
+    evaluation = comparison_settings(data, folder / "records.jsonl")
+    depth = min(loaded.view.num_layers for loaded in checkpoints.values())
+    for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
+        require_exits(name, getattr(flags, name), depth)
     settings = build_settings(flags, checkpoints)
     identity = identify_sweep(flags, data, checkpoints, examples)
     with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
@@ -124,7 +120,12 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
         write_settings(folder, flags, data, settings, len(examples))
         decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
-    report(folder, settings, evaluation)
+    write_figures(folder, settings, evaluation)
+    write_report(read_folders([folder]), folder)
+    print(
+        f"Wrote report.html, sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}. Next: open "
+        f"{folder / 'report.html'}; other flags try other thresholds and layers"
+    )
 
 
 def identify_sweep(
@@ -138,22 +139,6 @@ def identify_sweep(
         for part, value in identify_model(loaded).items()
     }
     return arguments | hash_named_files(arguments) | models | {"samples": hash_rows(examples)}
-
-
-def load_checkpoints(flags: SweepArguments) -> dict[str, LoadedModel]:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    paths = {"free": flags.free, "calm": flags.calm}
-    checkpoints = {name: load_model(path) for name, path in paths.items() if path is not None}
-    for loaded in checkpoints.values():
-        loaded.model.to(device)
-    return checkpoints
-
-
-def check_layers(name: str, layers: Any, checkpoints: dict[str, LoadedModel]) -> None:
-    """Raise UserError if a flag names a layer that some decoder cannot exit after."""
-    depth = min(view_for(loaded.model).num_layers for loaded in checkpoints.values())
-    for layer in layers if name.endswith("_layers") else ():
-        require(1 <= layer < depth, f"--{name} must lie in 1..{depth - 1} here, got {layer}.")
 
 
 def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[LiveSetting]:
@@ -178,10 +163,11 @@ def describe_methods(
 ) -> Iterator[MethodRow]:
     """Every method with every parameter on one checkpoint."""
     yield BASELINE, BASELINE, FullDepth(), {}
-    if HF_GENERATE in flags.methods:
+    if HF_GENERATE in flags.methods and loaded is next(iter(checkpoints.values())):
         yield HF_GENERATE, HF_GENERATE, None, {}
     if STATIC in flags.methods:
-        for layer in flags.static_layers or range(1, view_for(loaded.model).num_layers):
+        own = flags.calm_static_layers if checkpoint == "calm" else []
+        for layer in own or flags.static_layers or range(1, loaded.view.num_layers):
             yield f"{STATIC} {layer}", STATIC, StaticExit(layer), {"shallow_layer": layer}
     if checkpoint == "free":
         yield from describe_free(flags, loaded)
@@ -270,26 +256,63 @@ def write_traces(
     write_records(path, traces())
 
 
-def report(folder: Path, settings: list[LiveSetting], evaluation: EvaluationSettings) -> None:
-    """Write and print the figures."""
+def write_figures(folder: Path, settings: list[LiveSetting], evaluation: EvaluationSettings) -> None:
+    """Write and print the figures, with a few outputs coloured by exit depth."""
     quality = TASKS[evaluation.task].main_score
     rows = compare(settings, evaluation)
-    areas, fastest = areas_under_curves(rows), fastest_good(rows)
+    areas, fastest, doubts = areas_under_curves(rows), fastest_good(rows), untrusted_timing(rows)
     summary = {"auc": areas, "fastest_99": fastest, "pareto": name_front(rows, quality)}
-    summary["untrusted_timing"] = untrusted_timing(rows)
+    summary["untrusted_timing"] = doubts
     write_json(folder / "sweep.json", {"rows": rows, **summary})
     write_csv(folder / "sweep.csv", rows)
-    columns = dict([*list(COLUMNS.items())[:3], (quality, quality.upper()), *list(COLUMNS.items())[3:]])
     best = [{"method": name, "auc": area} for name, area in areas.items()]
     print_report(
-        comparison_table(f"{rows[0]['samples']} samples", columns, rows),
+        comparison_table(
+            f"{rows[0]['samples']} samples",
+            {"name": "setting", quality: quality.upper(), **COLUMNS},
+            [row | {"speedup": show_speedup(row)} for row in rows],
+        ),
         comparison_table("Area under quality against latency", {"method": "method", "auc": "AUC"}, best),
         f"Fastest at 99% of full quality: {', '.join(filter(None, fastest.values()))}",
-        summary["untrusted_timing"] or "",
-        f"Wrote sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}. Next: scripts/report.py "
-        f"{folder} --output_dir save/report",
+        *([doubts] if doubts else []),
+        *color_samples(choose_colored(settings, fastest)),
     )
     print(json.dumps(summary))
+
+
+def show_speedup(row: dict[str, Any]) -> str:
+    interval = None if row["method"] == BASELINE else row["speedup_interval"]
+    return f"{row['speedup']:.2f} {format_interval(interval)}"
+
+
+def choose_colored(settings: list[LiveSetting], fastest: dict[str, str | None]) -> list[LiveSetting]:
+    """Of each method in COLOURED its fastest good setting at batch 1, or its first where none is good."""
+    chosen = []
+    for method in COLOURED:
+        own = [setting for setting in settings if setting.method == method and setting.batch_size == 1]
+        best = [setting for setting in own if setting.name == fastest.get(method)]
+        chosen += (best or own)[:1]
+    return chosen
+
+
+def color_samples(settings: list[LiveSetting]) -> list[Text]:
+    """A few short outputs of mixed depth, each token coloured by its exit."""
+    if not settings:
+        return []
+    lines = [depth_legend()]
+    mixed = [
+        row
+        for row, record in enumerate(settings[0].records)
+        if len(set(record.pieces)) > 4 and len(set(record.exit_layers)) == 2 and record.tokens <= 20
+    ]
+    for row in mixed[:COLOURED_SAMPLES]:
+        lines.append(Text(f"\nreference  {settings[0].records[row].reference}"))
+        for setting in settings:
+            record = setting.records[row]
+            pieces = [piece.replace("▁", " ") for piece in record.pieces]
+            text = color_by_depth(pieces, record.exit_layers, setting.num_layers)
+            lines.append(Text(f"{setting.method:<11}").append_text(text))
+    return lines
 
 
 if __name__ == "__main__":

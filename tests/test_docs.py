@@ -41,7 +41,7 @@ OVERRIDES = {  # fewer of everything; what a page's command does stays the same
         "--use_cpu",
     ],
     "sweep": ["--num_samples", "2", *SHORT],
-    "learn_shortlist": ["--num_samples", "2", "--max_length", "8"],
+    "learn_shortlist": ["--num_samples", "2", *SHORT],
     "report": [],
 }
 

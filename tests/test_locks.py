@@ -18,7 +18,6 @@ FOLDER_SCRIPTS = {
     "sweep": ["--free", CHECKPOINT, *DATA],
     "calibrate": [*MODEL, *DATA, "--use_shallow_deep", "True"],
     "choose_exit": [*MODEL, *DATA],
-    "compare": ["--free", CHECKPOINT],
     "report": ["nowhere"],
     "simulate_calibration": ["--losses_file", str(ROOT / "README.md")],
     "train_tokenizer": DATA,

@@ -69,3 +69,18 @@ def test_terminals_get_a_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
     assert list(track([1, 2], "Decoding", "batch")) == [1, 2]
     assert "Decoding: 100%" in progress.sys.stderr.getvalue()
+
+
+def test_the_first_line_comes_soon(monkeypatch):
+    """Long before half a minute has passed, and only once in it."""
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    waiting = threading.Event()
+
+    class Stream(io.StringIO):
+        def flush(self):
+            waiting.set()
+
+    monkeypatch.setattr("sys.stderr", Stream())
+    with Progress("Decoding", 300, "block"):
+        assert waiting.wait(20)
+        assert not threading.Event().wait(0.1) and progress.sys.stderr.getvalue().count("\n") == 1

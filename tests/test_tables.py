@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from util.files import write_json
-from util.plots import plot_trade_off
 from util.tables import color_by_depth, comparison_table, format_figure, write_csv
 
 ROWS = [
@@ -22,11 +21,9 @@ ROWS = [
 def test_files(tmp_path):
     write_json(tmp_path / "report.json", ROWS)
     write_csv(tmp_path / "report.csv", ROWS)
-    plot_trade_off(tmp_path / "report.png", ROWS, "bleu", ROWS[0])
     assert json.loads((tmp_path / "report.json").read_text()) == ROWS
     with (tmp_path / "report.csv").open() as file:
         assert [row["exit_share"] for row in csv.DictReader(file)] == ["", "0.6"]
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

@@ -255,6 +255,11 @@ class Arguments:
     exit: ExitArguments
     training: Seq2SeqTrainingArguments
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest output, as `generate` counts them."""
+        return self.training.generation_max_length or self.data.val_max_target_length
+
     def __post_init__(self) -> None:
         training, exits = self.training, self.exit
         self._check_training()

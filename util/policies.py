@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from models.confidence import ConfidenceMeasure, MetaClassifier, ShortlistGap, S
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
-from models.families import view_for
 from models.free import Free
 from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
@@ -23,6 +23,7 @@ from util.arguments import DataArguments
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.evaluation.identity import fingerprint
 from util.exit_arguments import ExitArguments
+from util.flags import require
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,7 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
         flags = replace(flags, shallow_exit_layer=trained.shallow_exit_layer)
     for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_layers"):
         value = getattr(flags, name)
-        for layer in value if isinstance(value, list) else [value]:
-            if layer is not None and not 1 <= layer < num_layers:
-                raise UserError(
-                    f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, "
-                    f"got {layer}."
-                )
+        require_exits(name, value if isinstance(value, list) else [value], num_layers)
     if flags.shallow_exit_layer not in (None, trained.shallow_exit_layer) and trained.shallow_exit_layer:
         logger.warning(
             "--shallow_exit_layer %s differs from the %s that the checkpoint was trained with.",
@@ -54,6 +50,15 @@ def resolve_exit_arguments(flags: ExitArguments, trained: ExitConfig, num_layers
             trained.shallow_exit_layer,
         )
     return flags
+
+
+def require_exits(name: str, layers: Iterable[int | None], num_layers: int) -> None:
+    """Raise UserError if flag `name` holds a layer that a decoder of so many cannot exit after."""
+    for layer in layers:
+        require(
+            layer is None or 1 <= layer < num_layers,
+            f"--{name} must lie in 1..{num_layers - 1} for this {num_layers}-layer decoder, got {layer}.",
+        )
 
 
 def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> ExitPolicy:
@@ -107,8 +112,8 @@ def with_calibrated_threshold(
         return flags
     path = Path(flags.calibrated_threshold_file)
     calibrated = CalibratedThreshold.load(path)
-    settings = decoding_settings(flags, data, max_length, batch_size)
-    value = calibrated.certified(path, fingerprint(loaded), settings)
+    decoding = decoding_settings(flags, data, max_length, batch_size)
+    value = calibrated.certified(path, fingerprint(loaded), decoding)
     name = threshold_flag(flags)
     given = getattr(flags, name)
     if given not in (value, getattr(ExitArguments, name)):
@@ -140,7 +145,7 @@ def calm_threshold(flags: ExitArguments, max_length: int) -> Threshold:
 
 def build_measure(flag: str, name: str, shortlist: str | None, loaded: LoadedModel) -> ConfidenceMeasure:
     if shortlist is not None:
-        return ShortlistGap(view_for(loaded.model), read_shortlist(Path(shortlist)))
+        return ShortlistGap(loaded.view, read_shortlist(Path(shortlist)))
     if name == "softmax":
         return SoftmaxGap()
     if not hasattr(loaded.model, "cm_head"):

@@ -47,10 +47,9 @@ def launched_processes() -> int:
 
 def cpu_launch_flags() -> list[str]:
     """What processes of torchrun need without GPUs in order to work together; given flags override it."""
-    import torch  # late: --help needs none
+    from util.device import best_device  # late: torch comes with it, and --help needs none
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    has_gpus = accelerator is not None and accelerator.type != "mps"  # Apple's has no collectives
+    has_gpus = best_device().type not in ("cpu", "mps")  # Apple's has no collectives
     if has_gpus or launched_processes() == 1 or "LOCAL_RANK" not in os.environ:
         return []
     return ["--use_cpu", "True", "--ddp_backend", "gloo"]

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal; elsewhere, as in a log, a line at least every half minute.
+"""How far a long loop is: a bar on a terminal; elsewhere, as in a log, a line after 5 s, then every 30 s.
 
 `for batch in track(batches, "Decoding", "batch"):`, or `with Progress("Asking", total, "request") as
 progress:` and `progress.update()` where there is no loop.
@@ -18,6 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 INTERVAL = 30.0  # seconds between lines
+FIRST = 5.0  # until the first line of a loop
 
 
 def on_terminal() -> bool:
@@ -95,8 +96,10 @@ class Progress:
         return f"{text}, {clock(elapsed / finished * left)} to go" if finished else text
 
     def _report_regularly(self) -> None:
-        while not self._finished.wait(INTERVAL):
+        wait = min(FIRST, INTERVAL)
+        while not self._finished.wait(wait):
             self.report()
+            wait = INTERVAL
 
 
 def clock(seconds: float) -> str:

@@ -17,6 +17,8 @@ from util.evaluation.records import (
     SWEPT,
 )
 from util.flags import (
+    Parser,
+    expand_argument_file,
     flag,
     list_flag,
     refuse_flags_without,
@@ -35,16 +37,33 @@ P_VALUES = ("hoeffding_bentkus", "betting")
 CONSISTENCIES = ("textual", "risk")
 FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
+PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
 
 
 @dataclass
-class SweepArguments:
+class PresetArgument:
+    preset: str | None = flag(None, "Flags to start from; those given override them.", tuple(sorted(PRESETS)))
+
+
+def expand_preset(argv: list[str]) -> list[str]:
+    """Replace --preset by the flags of scripts/presets/NAME.yaml, before all others, which override them."""
+    if {"-h", "--help"} & {*argv}:  # of all flags, not of this one
+        return argv
+    given, rest = Parser((PresetArgument,)).read(argv)
+    return expand_argument_file([str(PRESETS[given["preset"]]), *rest]) if "preset" in given else rest
+
+
+@dataclass
+class SweepArguments(PresetArgument):
     _argument_group_name = "Sweep"
 
     free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
     static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).", method=STATIC)
+    calm_static_layers: list[int] = list_flag(
+        [], "Those on --calm, if others than --static_layers.", method=STATIC
+    )
     shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).", method=FREES)
     free_thresholds: list[float] = list_flag(
         [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.", method=(FREE, FREE_SHORTLIST)
@@ -169,7 +188,6 @@ class ShortlistArguments:
     size: int = flag(500, "Tokens on the shortlist, at least 2.")
     shallow_layer: int | None = flag(None, "Where decisions are compared (default: the checkpoint's own).")
     num_samples: int = flag(100, "Validation samples of the comparison.")
-    max_length: int = flag(64, "Longest of their outputs.")
 
     def __post_init__(self) -> None:
         require(self.size >= 2, f"--size must be at least 2, got {self.size}.")
@@ -223,12 +241,12 @@ class ExportArguments:
     train_script: str = required_flag("What trains the model again.")
     origin: str = flag("random weights", "What the training started from.")
     earlier_runs: list[Path] = list_flag([], "What led to the run.")
-    report: Path | None = flag(None, "report.json of scripts/compare.py, for the scores.")
-    model: str | None = flag(None, "The report's name of this checkpoint.", ("free", "calm"))
+    sweep: Path | None = flag(None, "--output_dir of scripts/sweep.py, for the scores.")
+    model: str | None = flag(None, "The sweep's name of this checkpoint.", ("free", "calm"))
 
     def __post_init__(self) -> None:
-        require_file("report", self.report)
-        require((self.report is None) == (self.model is None), "Give both --report and --model, or none.")
+        require_file("sweep", None if self.sweep is None else self.sweep / "sweep.json")
+        require((self.sweep is None) == (self.model is None), "Give both --sweep and --model, or none.")
 
 
 @dataclass

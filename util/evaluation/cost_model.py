@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from models.confidence import SoftmaxGap
-from models.families import view_for
 from models.loading import LoadedModel
 from util.evaluation.records import Trace
 from util.timing import Stopwatch
@@ -42,7 +41,7 @@ class CostModel:
         """Time layers and head alone; take the rest from (N,) samples decoded at full depth."""
         parts = time_parts(loaded)
         per_token, per_sample = np.polyfit(tokens, seconds, 1)
-        step = per_token - view_for(loaded.model).num_layers * parts["layer"] - parts["head"]
+        step = per_token - loaded.view.num_layers * parts["layer"] - parts["head"]
         return cls(**parts, step=max(float(step), 0.0), sample=max(float(per_sample), 0.0))
 
     def full_depth(self, tokens: int, num_layers: int) -> float:
@@ -60,7 +59,7 @@ class CostModel:
 @torch.inference_mode()
 def time_parts(loaded: LoadedModel) -> dict[str, float]:
     """Median seconds of a layer, of a further token in it, of the head and of the confidence test."""
-    view, measure = view_for(loaded.model), SoftmaxGap()
+    view, measure = loaded.view, SoftmaxGap()
     device = loaded.model.device
     memory = loaded.model.get_encoder()(input_ids=torch.ones(1, PREFIX, dtype=torch.long, device=device))
 

@@ -19,7 +19,6 @@ from transformers.generation import GenerateEncoderDecoderOutput
 
 from models.decoding import DecodeStats, early_exit_decode
 from models.exit_policy import ExitPolicy, FullDepth
-from models.families import view_for
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
 from util.data.examples import count_long_sources
@@ -75,7 +74,7 @@ def evaluate(
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
-    results = summarize(records, settings, view_for(loaded.model).num_layers)
+    results = summarize(records, settings, loaded.view.num_layers)
     samples = best_windows(records)
     scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
     write_sample_scores(scores_path, samples, settings.task, settings.language)

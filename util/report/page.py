@@ -143,14 +143,14 @@ def run_card(result: ResultSet, where: str) -> dict[str, str]:
 def source_section(result: ResultSet) -> dict[str, Any] | None:
     """Arguments and environment of a folder, as shown at the end of the page."""
     groups = {
-        name: [(key, as_text(value)) for key, value in entries.items()]
+        name: [(key, show_value(value)) for key, value in entries.items()]
         for name, entries in (("Environment", result.environment), ("Arguments", result.arguments))
         if entries
     }
     return {"label": result.label, "groups": groups} if groups else None
 
 
-def as_text(value: Any) -> str:
+def show_value(value: Any) -> str:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return "-" if value is None or value == "" else str(value)

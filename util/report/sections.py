@@ -199,7 +199,7 @@ def calibration_section(sets: list[ResultSet]) -> dict[str, Any] | None:
         for name, (confidences, agrees) in calibration_pairs(result).items():
             curve = reliability(confidences, agrees)
             if curve is not None:
-                curves[prefix(result, sets) + name] = curve
+                curves[sweep_label(result, sets) + name] = curve
     if not curves:
         return None
     headings = ["series", "tokens", "mean confidence", "agreement", "ECE"]
@@ -213,7 +213,7 @@ def calibration_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     return {"svg": svg, "table": TableData("Calibration", headings, rows)}
 
 
-def prefix(result: ResultSet, sets: list[ResultSet]) -> str:
+def sweep_label(result: ResultSet, sets: list[ResultSet]) -> str:
     """Tells the sweeps of a page apart; runs are settings with names of their own."""
     several = sum(other.kind == "sweep" for other in sets) > 1
     return f"{result.label}: " if several and result.kind == "sweep" else ""
@@ -292,7 +292,7 @@ def oracle_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     for result in sets:
         for setting in traced_baselines(result):
             _, agrees = stack_traces(setting)
-            place = prefix(result, sets) + setting.checkpoint
+            place = sweep_label(result, sets) + setting.checkpoint
             for kind, layers in (
                 ("from there on", settled_layers(agrees)),
                 ("at all", first_agreeing_layers(agrees)),

@@ -29,7 +29,6 @@ from transformers.trainer_utils import TrainOutput
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
-from models.families import view_for
 from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
@@ -178,7 +177,7 @@ def build_loss(
         flags.per_exit_head or before.per_exit_head,
     )
     attach_exit_heads(loaded.model, exit_config)
-    view = view_for(loaded.model)
+    view = loaded.view
     keep_all_layers(view)
     if flags.train_meta_cm_head:
         freeze_backbone(loaded.model)
@@ -251,7 +250,7 @@ def generation_score(
     settings = EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
-        max_length=training.generation_max_length or data.val_max_target_length,
+        max_length=arguments.max_length,
         batch_size=training.per_device_eval_batch_size,
         num_beams=training.generation_num_beams or 1,
         predictions_file=Path(training.output_dir, "predictions.jsonl"),  # stays as it is

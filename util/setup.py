@@ -1,0 +1,42 @@
+"""What programs do before the first sample: load a checkpoint onto a device, read a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from models.loading import LoadedModel, load_model
+from util.arguments import DataArguments
+from util.data.examples import dataset_record, load_examples, target_language
+from util.data.preparation import prepare
+from util.device import move_model
+from util.evaluation.records import EvaluationSettings
+
+
+def open_checkpoint(path: str, data: DataArguments) -> LoadedModel:
+    """Load a checkpoint on the best device, ready to decode the data.
+
+    Raises:
+        UserError: nothing loadable there, or a language or length of the data that the model cannot take.
+    """
+    loaded = load_model(path)
+    prepare(loaded, data)
+    move_model(loaded.model)
+    return loaded
+
+
+def read_split(data: DataArguments, split: str, loaded: LoadedModel, limit: int | None = None) -> Dataset:
+    """Rows (id, source, target) of a split, the first `limit` of them."""
+    return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
+
+
+def comparison_settings(data: DataArguments, records_file: Path) -> EvaluationSettings:
+    """How a comparison decodes the data; `records_file` gets every output."""
+    return EvaluationSettings(
+        data.task,
+        data.max_source_length,
+        data.val_max_target_length,
+        records_file,
+        language=target_language(data),
+    )
