@@ -109,7 +109,7 @@ def make_per_exit_heads(kind: str, layers: Iterable[int], width: int) -> nn.Modu
 
 def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig) -> None:
     """Add the heads that `exit_config` asks for and `model` lacks, freshly initialised."""
-    width = model.config.d_model
+    width = model.config.hidden_size
     if exit_config.train_meta_cm_head and not hasattr(model, "cm_head"):
         model.cm_head = ConfidenceHead(width).to(model.device, model.dtype)
     if exit_config.do_layer_transformation and not hasattr(model, "layer_transformation"):

@@ -141,7 +141,7 @@ def load_weights(
     has_heads = any(hasattr(model, name) for name in HEAD_NAMES)
     extra = read_extra_weights(name_or_path, **hub) if has_heads or unexpected else {}
     heads = exit_head_weights(extra)
-    if torch.equal(extra.get(DECODER_LM_HEAD, torch.empty(0)), model.lm_head.weight):
+    if torch.equal(extra.get(DECODER_LM_HEAD, torch.empty(0)), model.get_output_embeddings().weight):
         unexpected.discard(DECODER_LM_HEAD)  # the original saves the LM head a second time
     refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
     load_exit_heads(model, heads)

@@ -18,6 +18,7 @@ LENGTHS = (7, 1, 4, 2, 6)  # target tokens of each row
 HEAD = ("confidence head of FREE", "confidence head of CALM")
 CASES = [(name, smoothing) for name in (None, *INTERMEDIATE_LOSSES) for smoothing in (0.0, 0.1)]
 CASES += [(name, 0.0) for name in HEAD]
+ONE_OF_EACH = [(None, 0.1), ("weighted_ce", 0.0), ("shallowdeep_kd_dyna", 0.1), (HEAD[0], 0.0)]
 
 
 def big_batch(model):
@@ -87,7 +88,7 @@ def accumulate(model, loss, folder, **settings):
 
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_every_loss_has_the_gradient_of_the_big_batch(shape, tmp_path):
-    for name, smoothing in CASES:
+    for name, smoothing in CASES if shape in ("t5-tied", "bart-tied") else ONE_OF_EACH:
         model = fresh_model(shape)
         loss = build_loss(model, name, smoothing)
         value, expected = gradients_at_once(model, loss, smoothing)

@@ -353,6 +353,7 @@ def test_failed_write_leaves_whole_lines(tmp_path, monkeypatch):
 # Over HTTP
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_through_every_fault(tmp_path):
     requests = make(tmp_path, 250)
     assert len(requests) == 1000
@@ -370,6 +371,7 @@ def test_a_thousand_requests_through_every_fault(tmp_path):
     assert scores["pairwise"]["wins"] == 250  # "good s1" is in its source, "bad s1" half
 
 
+@pytest.mark.slow
 def test_kill_and_resume_never_repeats_a_recorded_request(tmp_path):
     make(tmp_path, 60)
     path = tmp_path / "answers.jsonl"
@@ -484,6 +486,7 @@ def test_dry_run_sends_nothing_and_needs_no_key(tmp_path, capsys, monkeypatch):
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_file_log_or_error(tmp_path):
     """The server repeats the key in every error; the client logs all it can."""
     make(tmp_path, 3)
@@ -571,6 +574,7 @@ def test_score_without_readable_answers(tmp_path, capsys):
     assert judge["answers"]["unparsable"] == 4 and judge["pairwise"]["win_rate"] is None
 
 
+@pytest.mark.slow
 def test_notebook_is_executed_and_runs(tmp_path, monkeypatch):
     notebook = json.loads((ROOT / "gpt_eval/gpt_eval_example.ipynb").read_text(encoding="utf8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -585,6 +589,7 @@ def test_notebook_is_executed_and_runs(tmp_path, monkeypatch):
     assert (tmp_path / "save/gpt_eval_example/scores.json").is_file()
 
 
+@pytest.mark.slow
 def test_script_estimates_without_a_key(tmp_path):
     write_rows(tmp_path / "free.jsonl", [{"id": "gedit-plugins", "prediction": "plugins"}])
     script = ["bash", "gpt_eval/gpt_eval.sh"]

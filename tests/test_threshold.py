@@ -98,8 +98,10 @@ def test_save_and_load_continue_exactly(tmp_path):
 def test_decay_forms():
     released = DecayingThreshold(0.8, 4.0, 10)
     paper = DecayingThreshold(0.8, 4.0, 10, form="paper")
-    assert released.at(0) == pytest.approx(0.8 * (0.9 + 0.1 * np.exp(-0.4)))
-    assert paper.at(0) == pytest.approx(0.72 + 0.1 * np.exp(-0.4))
+    # e^-0.4 = 0.670320, e^-0.8 = 0.449329, e^-2 = 0.135335: tokens 1, 2 and 5 of 10.
+    tokens = (0, 1, 4)
+    assert [released.at(token) for token in tokens] == pytest.approx([0.7736256, 0.7559463, 0.7308268])
+    assert [paper.at(token) for token in tokens] == pytest.approx([0.7870320, 0.7649329, 0.7335335])
     assert released.at(500) == pytest.approx(0.72) == paper.at(500)
     assert DecayingThreshold(1.0, 0.0, 10, form="paper").at(3) == 1.0
     with pytest.raises(ValueError, match="form"):

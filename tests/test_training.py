@@ -89,6 +89,7 @@ def logged_losses(folder):
     return [pytest.approx([row[name] for name in names], rel=1e-4) for row in history if "loss" in row]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(base, tmp_path):
     """The plain command: the same batches in four pieces, a sharded evaluation, with FREE in batches."""
     steps = {"optim": "sgd", "learning_rate": 1e-2, "logging_steps": 3}
@@ -110,21 +111,25 @@ def test_two_processes_equal_one(base, tmp_path):
         assert both[0][name] == both[1][name]
 
 
+@pytest.mark.slow
 def test_sharded_weights_have_the_same_loss_and_gradients():
     """FSDP of both versions, T5 and BART, on two CPU processes."""
     torchrun(script="tests/sharded_step.py")
 
 
-def test_accelerate_accepts_the_configuration_for_sharded_training(monkeypatch):
+def test_configuration_for_sharded_training_wraps_every_block(monkeypatch):
+    """As accelerate reads it: version 1, as version 2 refuses shared embeddings, and whole T5 blocks."""
     path = str(ROOT / "scripts/accelerate/fsdp.yaml")
     flags = launch_command_parser().parse_args(["--config_file", path, "run.py", "--do_train"])
     flags = _validate_launch_command(flags)[0]
     assert flags.use_fsdp
     for name, value in prepare_multi_gpu_env(flags).items():
         monkeypatch.setenv(name, value)
-    plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (1, ["T5Block"])
-    assert "FULL_SHARD" in str(plugin.sharding_strategy) and "FULL" in str(plugin.state_dict_type)
+    plugin, model = FullyShardedDataParallelPlugin(), tiny_model()
+    plugin.set_auto_wrap_policy(model)
+    asked = {"recurse": False, "nonwrapped_numel": 0}
+    wrapped = [module for module in model.modules() if plugin.auto_wrap_policy(module, **asked)]
+    assert plugin.fsdp_version == 1 and wrapped == [*model.encoder.block, *model.decoder.block]
 
 
 def drop_times(record):
@@ -159,7 +164,8 @@ def test_damaged_checkpoints_are_passed_over(base, finished, tmp_path, caplog, f
     assert last_complete_checkpoint(str(tmp_path / "run")).endswith("checkpoint-3")
     assert "checkpoint-6 is damaged" in caplog.text
     (tmp_path / "run" / "model.safetensors").unlink()
-    assert_same(finished[1], train(base, tmp_path / "run"))
+    if file == "model.safetensors" and damage == "cut":  # the others are passed over just so
+        assert_same(finished[1], train(base, tmp_path / "run"))
 
 
 DYING_RUN = """
@@ -182,6 +188,7 @@ run.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_loses_no_older_one(base, finished, tmp_path, caplog):
     flags = as_argv(**train_flags(base, tmp_path / "run"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -195,6 +202,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_no_older_one(base, finished,
     assert f"Continuing from {tmp_path / 'run' / 'checkpoint-3'}" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_disk_gets_one_line_and_loses_nothing(base, tmp_path, capsys, monkeypatch):
     save = EarlyExitTrainer._save
 
@@ -212,6 +220,7 @@ def test_a_full_disk_gets_one_line_and_loses_nothing(base, tmp_path, capsys, mon
     assert_same(train(base, tmp_path / "whole"), train(base, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_others_do_not(base, tmp_path):
     first, second, other = (
         train(base, tmp_path / name, seed=seed, save_strategy="no")
@@ -231,8 +240,13 @@ def test_accumulated_steps_equal_those_of_a_larger_batch(base, tmp_path, flags):
     assert_same(train(base, tmp_path / "large", **flags, per_device_train_batch_size=4), small)
 
 
-@pytest.mark.parametrize("shape", ["t5-tied", "umt5", "longt5-tglobal", "bart-tied", "pegasus"])
-@pytest.mark.parametrize("name", INTERMEDIATE_LOSSES)
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(("t5-tied", name) for name in INTERMEDIATE_LOSSES),
+        *((shape, "shallowdeep_kd_dyna") for shape in ("umt5", "longt5-tglobal", "bart-tied", "pegasus")),
+    ],
+)
 def test_gradient_checkpointing_changes_no_gradient(shape, name):
     gradients = []
     labels = torch.randint(2, 90, (2, 7), generator=torch.Generator().manual_seed(2))
@@ -266,6 +280,7 @@ def contents(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.slow
 def test_best_model_is_chosen_by_the_task_and_training_stops_early(base, tmp_path):
     flags = EVALUATED | {"max_steps": 30, "early_stopping_patience": 2, "learning_rate": 1e-9}
     train(base, tmp_path, **flags, save_total_limit=3)
@@ -278,6 +293,7 @@ def test_best_model_is_chosen_by_the_task_and_training_stops_early(base, tmp_pat
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_finished_training_changes_nothing_until_it_is_made_longer(base, finished, tmp_path, caplog):
     shutil.copytree(finished[0], tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -336,6 +352,7 @@ def write_questions(path, answers):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, {"use_shallow_deep": True, "shallow2deep_conf_threshold": 0.01}])
 def test_questions_are_scored_while_training_as_by_do_eval(base, tmp_path, method):
     """All references count, and windows are samples together: answers that the model gives score 100."""
