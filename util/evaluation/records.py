@@ -31,6 +31,7 @@ CALM = "CALM"
 SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)
 
 SETTING_COLUMNS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
+TRACE_TABLES = {"confidences": list[list[float]], "agrees": list[list[int]]}  # as files hold a trace's arrays
 
 AnyOutput = TypeVar("AnyOutput", bound="Output")
 AnySetting = TypeVar("AnySetting", bound="Setting")
@@ -138,7 +139,7 @@ class Trace:
 
     @classmethod
     def from_row(cls, row: dict[str, Any], num_layers: int | None, place: str) -> Trace:
-        trace = parse_row(cls, row, place, TRACE_FILE)
+        trace = parse_row(cls, row, place, TRACE_TABLES)
         count = len(trace.pieces)
         for name in ("exit_layers", "deep"):
             entries = getattr(trace, name)
@@ -163,9 +164,6 @@ class Trace:
 
 
 # Files
-
-TRACE_FILE = {"confidences": list[list[float]], "agrees": list[list[int]]}
-"""How a Trace's arrays are written."""
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
