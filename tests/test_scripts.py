@@ -1,177 +1,127 @@
-"""What scripts share: presets and files of flags, the device, lengths; and what a quickstart leaves."""
+"""The experiment scripts: each trains, decodes with its method and writes results, offline."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-import torch
-from real_rows import ROOT
+from real_rows import REAL_ROWS
 
-from models.errors import UserError
-from scripts import export_checkpoint, learn_shortlist, sweep
-from util import device
-from util.arguments import DataArguments, expand_argument_file, parse_groups
-from util.report.folders import read_folders
-from util.script_arguments import PRESETS, SweepArguments, expand_preset
-from util.setup import open_checkpoint
-
-GROUPS = (SweepArguments, DataArguments)
-NINE = [  # quickstart's table, from full depth to the boldest of each checkpoint
-    "Full depth (free)",
-    "HF generate (free)",
-    "Static 2 (free)",
-    "FREE 0.4 (free)",
-    "FREE adaptive 0.8 (free)",
-    "FREE lossless 0.3 (free)",
-    "Full depth (calm)",
-    "Static 4 (calm)",
-    "CALM 0.9 (calm)",
-]
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run_*.sh"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+METHODS = ("free", "calm", "static", "full")
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The folder and the printed text of a short quickstart."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.chdir(ROOT)
-        sweep.main(["--preset", "quickstart", "--num_samples", "4", "--output_dir", str(folder)])
-    return folder, output.getvalue()
+def run_script(name, *arguments, check=True, cwd=ROOT, **variables):
+    command = ["bash", os.path.relpath(ROOT / "scripts" / name, cwd), *arguments]
+    environment = ENVIRONMENT | variables
+    return subprocess.run(command, cwd=cwd, env=environment, check=check, capture_output=True, text=True)
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# Every script with some method, and one with every method: which methods there are is none of a script's.
+SMOKES = [(script, METHODS[number % len(METHODS)]) for number, script in enumerate(SCRIPTS)]
+SMOKES = sorted({*SMOKES, *(("run_tr_debian.sh", method) for method in METHODS)})
 
 
-def test_quickstart_compares_nine_settings_on_its_samples(quickstart):
-    folder, output = quickstart
-    rows = json.loads((folder / "sweep.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == NINE
-    shown = [re.findall(r"[^│]+", line) for line in output.splitlines() if line.startswith("│")][:9]
-    assert [cells[0].strip() for cells in shown] == NINE
-    for cells, row in zip(shown, rows, strict=True):
-        figures = [cell.split()[0] for cell in cells[1:]]
-        speed = [f"{row[key]:.2f}" for key in ("tokens_per_second", "ms_per_token", "speedup")]
-        assert figures[0] == f"{row['bleu']:.2f}" and figures[3:6] == speed
-    assert shown[0][6].split() == ["1.00"] and len(shown[3][6].split()) == 3  # with its interval
-    settings = json.loads((folder / "settings.json").read_text())
-    assert settings["samples"] == 4 and settings["split"] == "test"
-    lengths = {key: settings["arguments"][key] for key in ("max_source_length", "val_max_target_length")}
-    assert lengths == {"max_source_length": 28, "val_max_target_length": 56}
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "method"), SMOKES)
+def test_smoke(script, method):
+    """On the data set's own rows where they are there, on embedded ones elsewhere."""
+    rows = {"DATA_DIR": str(REAL_ROWS)} if REAL_ROWS.is_dir() else {}
+    check_smoke(run_script(script, "smoke", method, **rows).stdout, method)
 
 
-def test_quickstart_colours_outputs_of_free_and_calm(quickstart):
-    folder, output = quickstart
-    records = {(record["setting"], record["row"]): record for record in read_lines(folder / "records.jsonl")}
-    lines = output.splitlines()
-    found = [index for index, line in enumerate(lines) if line.startswith("reference  ")]
-    assert 1 <= len(found) <= 3
-    for index in found:
-        reference = lines[index].removeprefix("reference  ").strip()
-        row = next(key[1] for key, record in records.items() if record["reference"] == reference)
-        for line, setting in zip(lines[index + 1 :], ("FREE 0.4 (free)", "CALM 0.9 (calm)"), strict=False):
-            text = line[11:].replace("</s>", "").strip()
-            assert line.startswith(setting[:4]) and text == records[setting, row]["prediction"].strip()
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_ROWS.is_dir(), reason="test_smoke has used the embedded rows")
+@pytest.mark.parametrize("script", ["run_sum_samsum.sh", "run_qa_squad.sh"])
+def test_smoke_without_data_dir(script):
+    check_smoke(run_script(script, "smoke", "free").stdout, "free")
 
 
-def test_quickstart_leaves_a_page_that_the_last_line_names(quickstart):
-    folder, output = quickstart
-    last = output.splitlines()[-1]
-    assert f"Next: open {folder / 'report.html'}" in last
-    assert (folder / "report.html").is_file() and (folder / "trade_off.svg").is_file()
-    (result,) = read_folders([folder]).sets
-    assert [setting.name for setting in result.settings] == NINE and result.interleaved
+def check_smoke(output, method):
+    figures = dict(re.findall(r"│ (\w+)\s+│\s+([\d.]+) │", output))
+    assert figures["samples"] == "3" and float(figures["ms_per_token"]) > 0
+    assert (figures["average_layers"] == "2.00") == (method == "static")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--preset", "quickstart", "--free_thresholds", "0.2", "0.3", "--calm", ""],
-        ["--free_thresholds", "0.2", "0.3", "--calm", "", "--preset=quickstart"],
-    ],
-)
-def test_flags_override_a_preset_wherever_they_stand(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    flags, data = parse_groups(GROUPS, "", expand_preset(words))
-    assert flags.free_thresholds == [0.2, 0.3] and flags.calm == "" and flags.preset is None
-    assert (flags.num_samples, flags.lossless_thresholds, flags.threads) == (300, [0.3], 1)
-    assert (data.dataset_name, data.drop_long_samples, data.max_target_length) == ("debian_de_en", True, 28)
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_preset_is_a_command_line(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parse_groups(GROUPS, "", expand_preset(["--preset", name]))
-
-
-def test_unknown_presets_are_refused():
-    with pytest.raises(UserError, match=r"--preset.*quickstar.*quickstart"):
-        expand_preset(["--preset", "quickstar"])
-
-
-def test_a_sweep_takes_a_file_of_flags(tmp_path):
-    path = tmp_path / "flags.yaml"
-    path.write_text("preset: quickstart\nnum_samples: 7\n")
-    flags, _ = parse_groups(GROUPS, "", expand_preset(expand_argument_file([str(path), "--threads", "2"])))
-    assert (flags.num_samples, flags.threads, flags.free_thresholds) == (7, 2, [0.4])
-
-
-def data_arguments(**flags):
-    return DataArguments(dataset_name="debian_de_en", max_source_length=28, max_target_length=28, **flags)
-
-
-def test_checkpoints_open_on_the_accelerator_that_works(monkeypatch):
-    there = torch.device("meta")  # stands for one; weights can be moved to it anywhere
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: there)
-    loaded = open_checkpoint(str(ROOT / "checkpoints/debian-t5-free"), data_arguments())
-    assert loaded.model.device == there and not loaded.model.training
-    # compiled for one that this machine lacks
-    monkeypatch.setattr(
-        torch.accelerator,
-        "current_accelerator",
-        lambda check_available=False: None if check_available else there,
-    )
-    assert device.best_device() == torch.device("cpu")
-
-
-def test_a_shortlist_is_judged_on_outputs_of_the_length_asked_for(tmp_path, monkeypatch):
-    lengths = []
-
-    def spy(model, *, sequences, **inputs):
-        lengths.append(sequences.shape[1])
-        return trace(model, sequences=sequences, **inputs)
-
-    trace = learn_shortlist.trace_layers
-    monkeypatch.setattr(learn_shortlist, "trace_layers", spy)
-    flags = [
-        "--model_name_or_path",
-        str(ROOT / "checkpoints/debian-t5-free"),
-        "--dataset_name",
-        "debian_de_en",
-    ]
-    flags += ["--split", "validation", "--num_samples", "3", "--val_max_target_length", "6"]
-    learn_shortlist.main([*flags, "--output_file", str(tmp_path / "shortlist.json")])
-    assert max(lengths) == 6 and len(lengths) == 6  # start token included; two measures a sample
-
-
-def test_a_card_quotes_the_settings_of_its_checkpoint(tmp_path):
-    def row(name, checkpoint, **more):
-        return {"name": name, "checkpoint": checkpoint, "samples": 300, "bleu": 25.04, "chrf": 50.0, **more}
-
+@pytest.mark.slow
+def test_train_and_eval_of_local_files_from_another_folder(tmp_path):
+    """DATA_DIR, MODEL and flags name paths as seen from the caller's folder; later flags override."""
     rows = [
-        row("Full depth (free)", "free", bleu_unseen=24.0, average_layers=8.0),
-        row("HF generate (free)", "free", bleu_unseen=24.0),
-        row("FREE 0.4 (free)", "free", bleu_unseen=23.0, average_layers=6.25),
-        row("CALM 0.9 (calm)", "calm", bleu_unseen=1.0, average_layers=4.0),
+        {"id": str(number), "dialogue": f"Ann: we use tool {number}", "summary": f"Tool {number}."}
+        for number in range(8)
     ]
-    (tmp_path / "sweep.json").write_text(json.dumps({"rows": rows}))
-    assert export_checkpoint.score_rows(tmp_path, "free")[-3:] == [
-        "| Full depth | 25.0 | 50.0 | 24.0 | 8.00 |",
-        "| HF generate | 25.0 | 50.0 | 24.0 | 8.00 |",
-        "| FREE 0.4 | 25.0 | 50.0 | 23.0 | 6.25 |",
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "rows" / f"samsum.{split}.jsonl").write_text(lines)
+    shutil.copytree(ROOT / "checkpoints/debian-t5-free", tmp_path / "tiny")
+    variables = {"cwd": tmp_path, "DATA_DIR": "rows", "CUDA_VISIBLE_DEVICES": ""}
+    short = ["--max_steps", "2", "--gradient_accumulation_steps", "1", "--shallow_exit_layer", "2"]
+    run_script("run_sum_samsum.sh", "train", "free", "--output_dir", "new", *short, **variables, MODEL="tiny")
+    assert json.loads((tmp_path / "new/trainer_state.json").read_text())["global_step"] == 2
+    assert json.loads((tmp_path / "new/exit_config.json").read_text())["shallow_exit_layer"] == 2
+    short = ["--max_eval_samples", "2", "--static_exit_layer", "3", "--max_target_length", "8", "--use_cpu"]
+    run_script("run_sum_samsum.sh", "eval", "static", "--output_dir", "out", *short, **variables, MODEL="new")
+    results = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert results["samples"] == 2 and results["average_layers"] == 3
+
+
+def in_experiment(command):
+    """What a command prints where scripts/experiment.sh was sourced."""
+    command = ["bash", "-euc", f"source scripts/experiment.sh; {command}"]
+    return subprocess.check_output(command, cwd=ROOT, env=ENVIRONMENT | {"OLDPWD": "."}, text=True)
+
+
+@pytest.mark.parametrize("model, layer", [("checkpoints/debian-t5-free", "2"), ("google-t5/t5-large", "6")])
+def test_lossless_exits_where_the_checkpoint_does(model, layer):
+    """After the checkpoint's own exit layer, and the script's where it has none."""
+    shown = in_experiment(f"choose_method lossless $(exit_layer {model} 6); echo ${{DECODING[@]}}")
+    assert shown.strip() == f"--use_shallow_deep True --shallow_exit_layer {layer} --lossless True"
+
+
+def test_lossless_decodes_the_model_of_free(tmp_path):
+    for name in ("toy-free", "toy-full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    take = f"output={tmp_path}/toy-$method; take_trained_model; basename $model"
+    shown = in_experiment(f"for method in lossless full calm; do model=hub; {take}; done")
+    assert shown.split() == ["toy-free", "toy-full", "hub"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["fly", "free"], ["eval", "greedy"]])
+def test_wrong_usage_is_one_line(arguments):
+    result = run_script("run_tr_debian.sh", *arguments, check=False)
+    assert result.returncode == 2 and "usage: bash scripts/run_tr_debian.sh" in result.stderr
+
+
+@pytest.mark.slow
+def test_eval_decodes_the_embedded_checkpoint(tmp_path):
+    flags = [
+        "--max_eval_samples",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--max_target_length",
+        "24",
     ]
+    run_script("run_tr_debian.sh", "eval", "free", *flags)
+    assert (tmp_path / "eval_results.json").is_file()
+
+
+@pytest.mark.parametrize("loss", ["none", "weighted_ce", "shallowdeep_kd_dyna"])
+def test_training_benchmark_measures(loss, monkeypatch):
+    from scripts import benchmark_training
+
+    tiny = {"num_layers": 6, "d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 4096}
+    monkeypatch.setattr(benchmark_training, "SMALL", tiny)
+    monkeypatch.setattr("sys.argv", ["benchmark_training.py", "--steps", "12", "--batch_size", "2"])
+    row = benchmark_training.measure(loss, 6, benchmark_training.parse_flags())
+    assert row["steps_per_second"] > 0 and 0 < row["memory_early"] <= row["memory_peak"]
