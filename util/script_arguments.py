@@ -44,6 +44,7 @@ class SweepArguments(PresetArgument):
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
     static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).")
+    calm_methods: list[str] = list_flag([], "Those that --calm decodes, if others than --methods.")
     calm_static_layers: list[int] = list_flag([], "Those on --calm, if others than --static_layers.")
     shallow_layers: list[int] = list_flag([], "FREE's exits (default: the checkpoint's own).")
     free_thresholds: list[float] = list_flag([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "FREE's.")
@@ -61,8 +62,9 @@ class SweepArguments(PresetArgument):
 
     def __post_init__(self) -> None:
         require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
-        unknown = sorted(set(self.methods) - set(SWEPT))
-        require(not unknown, f"--methods: there is no {', '.join(unknown)}; choose of {', '.join(SWEPT)}.")
+        for name in ("methods", "calm_methods"):
+            unknown = ", ".join(sorted(set(getattr(self, name)) - set(SWEPT)))
+            require(not unknown, f"--{name}: there is no {unknown}; choose of {', '.join(SWEPT)}.")
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
