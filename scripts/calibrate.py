@@ -86,7 +86,7 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments
 
 
 def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
-    """Decode the split at full depth and with every candidate, certify, save and report."""
+    """Decode the split at full depth and with every candidate, certify, save and print."""
     data, training = arguments.data, arguments.training
     require_split(data, flags.split)
     loaded, exit_flags = open_model(arguments)
@@ -111,7 +111,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
         environment=environment(loaded.model),
     )
     calibrated.save(folder / "calibrated_threshold.json")
-    report(calibrated, folder)
+    print_candidates(calibrated, folder)
 
 
 def decode_candidates(
@@ -217,7 +217,7 @@ def figure_name(method: str) -> str:
     return "p_value" if method == "ltt" else "bound"
 
 
-def report(calibrated: CalibratedThreshold, folder: Path) -> None:
+def print_candidates(calibrated: CalibratedThreshold, folder: Path) -> None:
     figure = figure_name(calibrated.method)
     columns = COLUMNS | {figure: figure.replace("_", "-"), "certified": "certified"}
     shown = [

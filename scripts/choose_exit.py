@@ -92,7 +92,7 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     expected = sum(cost.full_depth(len(trace.confidences), full.num_layers) for trace in traces)
     doubt = doubt_prediction(expected, full_seconds, " s")
     doubts = untrusted_timing([*rows, {"name": "full depth by the cost model", "timing_doubt": doubt}])
-    report(flags, cost, predictions, chosen, rows, doubts, environment(loaded.model))
+    write_choice(flags, cost, predictions, chosen, rows, doubts, environment(loaded.model))
 
 
 def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:
@@ -148,7 +148,7 @@ def beside(one: Prediction, row: dict[str, Any], quality: str) -> dict[str, Any]
     }
 
 
-def report(
+def write_choice(
     flags: ChooserArguments,
     cost: CostModel,
     predictions: list[Prediction],

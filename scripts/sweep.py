@@ -123,8 +123,8 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     write_figures(folder, settings, evaluation)
     write_report(read_folders([folder]), folder)
     print(
-        f"Wrote report.html, sweep.json, sweep.csv, records.jsonl and traces.jsonl to {folder}. Next: open "
-        f"{folder / 'report.html'}; other flags try other thresholds and layers"
+        f"Wrote sweep.json, sweep.csv, records.jsonl, traces.jsonl and report.html to {folder}. Next: open "
+        f"{folder / 'report.html'}; scripts/sweep.py --help lists what else can be compared"
     )
 
 
@@ -163,15 +163,17 @@ def describe_methods(
 ) -> Iterator[MethodRow]:
     """Every method with every parameter on one checkpoint."""
     yield BASELINE, BASELINE, FullDepth(), {}
-    if HF_GENERATE in flags.methods and loaded is next(iter(checkpoints.values())):
+    on_calm = checkpoint == "calm"
+    methods = (on_calm and flags.calm_methods) or flags.methods
+    if HF_GENERATE in methods:
         yield HF_GENERATE, HF_GENERATE, None, {}
-    if STATIC in flags.methods:
-        own = flags.calm_static_layers if checkpoint == "calm" else []
-        for layer in own or flags.static_layers or range(1, loaded.view.num_layers):
+    if STATIC in methods:
+        layers = (on_calm and flags.calm_static_layers) or flags.static_layers
+        for layer in layers or range(1, loaded.view.num_layers):
             yield f"{STATIC} {layer}", STATIC, StaticExit(layer), {"shallow_layer": layer}
     if checkpoint == "free":
         yield from describe_free(flags, loaded)
-    if CALM in flags.methods and (checkpoint == "calm" or "calm" not in checkpoints):
+    if CALM in methods and (on_calm or "calm" not in checkpoints):
         yield from describe_calm(flags, CALM, None)
         if flags.exit_layers:
             yield from describe_calm(

@@ -197,6 +197,11 @@ def test_output_dir_that_is_a_file_is_refused():
     [
         ([], "--free or --calm"),
         (["--free", "checkpoints/debian-t5-free", "--methods", "FRE"], "--methods: there is no FRE"),
+        (["--calm", "checkpoints/debian-t5-calm", "--calm_methods", "CALMER"], "--calm_methods: there is no"),
+        (
+            ["--calm", "checkpoints/debian-t5-calm", "--num_samples", "2", "--calm_static_layers", "8"],
+            "--calm_static_layers must lie in 1..7",
+        ),
         (["--free", "checkpoints/debian-t5-free", "--batch_sizes", "2", "3"], "--batch_sizes must divide"),
         (["--free", "checkpoints/debian-t5-calm", "--num_samples", "2"], "--shallow_layers"),
         (["--free", "checkpoints/debian-t5-free", "--num_samples", "0"], "--num_samples must be positive"),

@@ -61,6 +61,7 @@ class SweepArguments(PresetArgument):
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
     static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).", method=STATIC)
+    calm_methods: list[str] = list_flag([], "Those that --calm decodes, if others than --methods.")
     calm_static_layers: list[int] = list_flag(
         [], "Those on --calm, if others than --static_layers.", method=STATIC
     )
@@ -90,8 +91,11 @@ class SweepArguments(PresetArgument):
 
     def __post_init__(self) -> None:
         require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
-        require_known("methods", self.methods, SWEPT)
-        refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in SWEPT})
+        for name in ("methods", "calm_methods"):
+            require_known(name, getattr(self, name), SWEPT)
+        refuse_flags_without(
+            self, self.methods + self.calm_methods, {name: f"{name} to --methods" for name in SWEPT}
+        )
         if self.free is None:
             refuse_flags_without(self, (STATIC, CALM), dict.fromkeys(FREES, "--free CHECKPOINT"))
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
