@@ -123,11 +123,13 @@ def parse_command(description: str, argv: Sequence[str] | None = None) -> tuple[
     """
     name, *words = list(sys.argv[1:] if argv is None else argv) or [""]
     if name not in COMMANDS:
-        answer_help((*COMMANDS.values(),), description, argv=[name])
+        answer_help((*COMMANDS.values(),), description, argv=[name, *words])
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f": did you mean {near[0]}?" if near else "."
         raise UserError(f"The commands are {', '.join(COMMANDS)}, not {name or 'nothing'}{hint}")
-    return name, parse_groups((COMMANDS[name],), description, words)[0]
+    group = COMMANDS[name]
+    answer_help((group,), description, argv=words)
+    return name, parse_groups((group,), description, words)[0]
 
 
 def name_files(pairs: list[str]) -> dict[str, Path]:

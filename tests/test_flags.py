@@ -341,6 +341,10 @@ def test_wrong_flags_of_every_command_get_one_line(name, capsys, monkeypatch, tm
 def test_commands_of_the_judge(capsys):
     assert "The commands are make, run, score, not nothing." in complaint("gpt_eval.__main__", [], capsys)
     assert "did you mean score?" in complaint("gpt_eval.__main__", ["scores"], capsys)
+    for words in (["--wrong", "--help"], ["make", "--seed", "many", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module("gpt_eval.__main__").main(words)
+        assert stop.value.code == 0 and "--predictions TEXT ..." in capsys.readouterr().out
 
 
 HELP = """

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from real_rows import REAL_ROWS
 
+from util.script_arguments import TrainingBenchmarkArguments
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("scripts/run_*.sh"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -122,6 +124,5 @@ def test_training_benchmark_measures(loss, monkeypatch):
 
     tiny = {"num_layers": 6, "d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 4096}
     monkeypatch.setattr(benchmark_training, "SMALL", tiny)
-    monkeypatch.setattr("sys.argv", ["benchmark_training.py", "--steps", "12", "--batch_size", "2"])
-    row = benchmark_training.measure(loss, 6, benchmark_training.parse_flags())
+    row = benchmark_training.measure(loss, 6, TrainingBenchmarkArguments(steps=12, batch_size=2))
     assert row["steps_per_second"] > 0 and 0 < row["memory_early"] <= row["memory_peak"]
