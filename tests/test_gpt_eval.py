@@ -433,9 +433,7 @@ def test_retry_after_holds_everything_back(tmp_path, form):
     make(tmp_path, 1)
     with StandInServer(fault_rate=1.0, faults=("rate_limit",), retry_after=0.5) as server:
         if form == "date":
-            server.retry_after = format_datetime(
-                datetime.now(UTC) + timedelta(seconds=2), usegmt=True
-            )
+            server.retry_after = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
         assert main(run_flags(tmp_path, server, "--concurrency", "1")) == 0
         calls = server.calls
     assert [call["outcome"] for call in calls] == ["rate_limit", "answer"] * 4
