@@ -15,11 +15,14 @@ from gpt_eval.verdicts import Judged
 Rater = tuple[str, int]  # judge, repeat
 
 
+def rating_of(dimension: str) -> Callable[[Judged], Any]:
+    """What a judgement says of a dimension; None where it says nothing."""
+    return lambda row: row.verdict and row.verdict[dimension]
+
+
 def summarize_agreement(judged: list[Judged]) -> list[dict[str, Any]]:
     """A row for each two repeats of a judge, each two judges (same repeat), and each thing they judge."""
-    items: list[tuple[str, Callable[[Judged], Any]]] = [
-        (name, lambda row, name=name: row.verdict and row.verdict[name]) for name in DIMENSIONS
-    ]
+    items = [(name, rating_of(name)) for name in DIMENSIONS]
     rows = []
     for judgement, asked in (("likert", items), ("pairwise", [("preference", lambda row: row.preference)])):
         chosen = [row for row in judged if row.judgement == judgement]

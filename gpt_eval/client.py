@@ -107,7 +107,11 @@ class Sender:
 
     async def send(self, pending: dict[str, dict[str, Any]]) -> Outcome:
         """Ask everything, or stop early where going on is hopeless."""
-        options = {"base_url": self.endpoint.base_url, "timeout": self.endpoint.timeout, "max_retries": 0}
+        options: dict[str, Any] = {
+            "base_url": self.endpoint.base_url,
+            "timeout": self.endpoint.timeout,
+            "max_retries": 0,
+        }
         queue = iter(pending.items())
         progress_bar = Progress("Asking", len(pending), "request")
         with redacted_logs(self._redact), progress_bar as progress:
@@ -174,6 +178,7 @@ class Sender:
 
     def _choose_wait(self, state: RetryCallState) -> float:
         """Seconds to the next attempt: what the endpoint asks for, else random and doubling."""
+        assert state.outcome is not None  # an attempt has failed
         asked = retry_after(state.outcome.exception())
         if asked is None:
             return wait_random_exponential(self.endpoint.backoff, max=LONGEST_BACKOFF)(state)
@@ -184,8 +189,9 @@ class Sender:
         reason = describe_error(error, self._redact)
         self.outcome.failures[key] = reason
         self._failures_in_a_row += 1
-        named = isinstance(error, (openai.APIStatusError, ResponseError))
-        hopeless = named and is_hopeless(*status_and_codes(error))
+        hopeless = False
+        if isinstance(error, (openai.APIStatusError, ResponseError)):
+            hopeless = is_hopeless(*status_and_codes(error))
         if hopeless or self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.outcome.stopped = reason
 

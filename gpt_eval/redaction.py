@@ -7,7 +7,7 @@ redact("denied: Bearer sk%2Dmine")   # "denied: Bearer ***"
 from __future__ import annotations
 
 import base64
-import html
+import html.entities
 import logging
 import re
 from collections.abc import Iterator

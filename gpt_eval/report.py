@@ -123,7 +123,7 @@ def pairwise_figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_interval(mean: float | None, interval: list[float] | None) -> str | None:
-    return None if mean is None else f"{mean:.2f}\n({interval[0]:.2f}, {interval[1]:.2f})"
+    return None if mean is None or interval is None else f"{mean:.2f}\n({interval[0]:.2f}, {interval[1]:.2f})"
 
 
 def as_probability(value: float | None) -> str | None:

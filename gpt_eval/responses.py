@@ -122,7 +122,7 @@ def raise_error(error: Any, usage: dict[str, Any] | None) -> NoReturn:
     if not isinstance(error, dict):
         raise ResponseError(str(error), usage=usage)
     named = [error.get(name) for name in ("code", "type", "status")]
-    numbers = [int(value) for value in named if str(value).isdecimal() and 400 <= int(value) < 600]
+    numbers = [int(text) for text in map(str, named) if text.isdecimal() and 400 <= int(text) < 600]
     codes = frozenset(value for value in named if isinstance(value, str))
     reason = str(error.get("message") or json.dumps(error))
     raise ResponseError(reason, numbers[0] if numbers else None, codes, usage)

@@ -12,7 +12,7 @@ from models.errors import UserError
 
 def as_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a float; UserError if it is no number in [low, high]."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]  # of Real
         raise UserError(f"{name} must be a number{between(low, high)}, got {value!r}.")
     return float(value)
 

@@ -31,34 +31,35 @@ class DecoderState:
 
 
 class DecoderView(Protocol):
-    """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, V vocabulary."""
+    """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, V vocabulary.
+
+    `state` is what `begin` returned: each view has a kind of its own, which its methods may name.
+    """
 
     model: PreTrainedModel
     num_layers: int
 
-    def begin(self, cache: Cache | None, **model_kwargs: Any) -> DecoderState:
+    def begin(self, cache: Cache | None, *args: Any, **model_kwargs: Any) -> DecoderState:
         """Collect what every layer of this generation needs: encoder memory, masks, positions.
 
         A cache that holds tokens is continued. A view names the keywords that it reads, as others are
         refused.
         """
 
-    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
+    def embed(self, state: Any, token_ids: Tensor) -> Tensor:
         """Embed the token ids that follow those of layer 0: (B, Q) -> (B, Q, D)."""
 
-    def run_layers(
-        self, state: DecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
-    ) -> Tensor:
+    def run_layers(self, state: Any, hidden: Tensor, start: int, stop: int, *, causal: bool = True) -> Tensor:
         """Run layers `start`..`stop - 1` on (B, Q, D) un-normalized states and cache their keys/values.
 
         The Q tokens follow those that layer `start` has already cached. `causal=False` lets them see each
         other in both directions, which only the original's `--parallel_causal_mask False` asks for.
         """
 
-    def write_kv(self, state: DecoderState, hidden: Tensor, start: int, stop: int) -> None:
+    def write_kv(self, state: Any, hidden: Tensor, start: int, stop: int) -> None:
         """Cache what layers `start`..`stop - 1` make of (B, Q, D) as keys/values, without running them."""
 
-    def deliver_cache(self, state: DecoderState, cache: Cache | None) -> Cache:
+    def deliver_cache(self, state: Any, cache: Cache | None) -> Cache:
         """Put the keys/values of the tokens that every layer holds into `cache`, or into a new one."""
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:

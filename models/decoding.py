@@ -53,7 +53,7 @@ class DecodeStats:
     def exit_layers(self) -> list[list[int]]:
         """Layer after which each token stopped, counted from 1: [row][token]."""
         rows = range(self.batch_size)
-        return [[column[row] for column in self.columns if column[row] is not None] for row in rows]
+        return [[layer for column in self.columns if (layer := column[row]) is not None] for row in rows]
 
     @property
     def tokens(self) -> int:

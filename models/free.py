@@ -81,9 +81,10 @@ class Free:
         return isinstance(self.verification, Drafting)
 
     @property
-    def calibrates(self) -> bool:
-        """Whether deep passes feed an adaptive threshold that still learns."""
-        return isinstance(self.threshold, AdaptiveThreshold) and self.threshold.learning
+    def learner(self) -> AdaptiveThreshold | None:
+        """The threshold if it is adaptive and still learns, which deep passes then teach."""
+        threshold = self.threshold
+        return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
@@ -104,10 +105,10 @@ class Free:
         if self.max_pending is not None and len(state.waiting) >= self.max_pending:
             sure = [False] * len(sure)
         exits = all(row or not running for row, running in zip(sure, active, strict=True))
-        logits = measured.logits
-        if logits is None and (exits or any(sure) or self.calibrates):
+        logits, learns = measured.logits, self.learner is not None
+        if logits is None and (exits or any(sure) or learns):
             logits = view.project(normalized)
-        compared = logits if self.calibrates or self.retracts else None
+        compared = logits if learns or self.retracts else None
         token = WaitingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if exits:
@@ -120,7 +121,8 @@ class Free:
 
     def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
         """Catch up on the tokens still waiting, to verify them or to teach an adaptive threshold."""
-        learns = self.calibrates and not self.threshold.as_released
+        learner = self.learner
+        learns = learner is not None and not learner.as_released
         if not state.waiting or not (learns or self.drafts):
             return None
         return self._catch_up(view, state, state.waiting, closing=True)
@@ -140,11 +142,11 @@ class Free:
     ) -> StepResult:
         """Run layers S+1..L on the W tokens of a window in parallel: those that wait and, unless the
         sequence is `closing`, the one that is not sure."""
-        state.waiting = []
+        state.waiting, learner = [], self.learner
         shallow, deep = (0 if closing else self.shallow_layer), view.num_layers - self.shallow_layer
         # Step 1. Exact deep states of the whole window (section 4.2); nobody needs all logits but to compare.
         hidden = self._run_deep_layers(view, state, window)
-        compared = hidden if self.calibrates or self.retracts else hidden[:, -1:]
+        compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
         logits = view.project(view.normalize(compared, view.num_layers))  # (B, W or 1, V)
         result = StepResult(
             logits[:, -1],
@@ -155,8 +157,8 @@ class Free:
             deep_pass=True,
         )
         # Step 2. Where shallow and deep predictions agree, the threshold learns (section 4.3).
-        if self.calibrates:
-            result.calibration = self._calibrate(window, logits)
+        if learner is not None:
+            result.calibration = self._teach(learner, window, logits)
         # Step 3. Judge the shallow tokens of the window: all of them, or all but the unsure one's.
         if self.verification is not None:
             self.verification.judge(window if closing else window[:-1], logits, result, closing=closing)
@@ -175,12 +177,14 @@ class Free:
             state, hidden, self.shallow_layer, view.num_layers, causal=self.causal_catch_up
         )
 
-    def _calibrate(self, window: list[WaitingToken], deep_logits: Tensor) -> list[tuple[float, bool]]:
+    def _teach(
+        self, learner: AdaptiveThreshold, window: list[WaitingToken], deep_logits: Tensor
+    ) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
         alone = len(window) == 1 and not self.copy_skipped
-        if self.threshold.as_released and alone:  # the original counts only tokens that had company
+        if learner.as_released and alone:  # the original counts only tokens that had company
             return []
-        shallow = torch.stack([waiting.logits.argmax(-1) for waiting in window], dim=1)  # (B, W)
+        shallow = torch.stack([waiting.predicted for waiting in window], dim=1)  # (B, W)
         right = (shallow == deep_logits.argmax(-1)).tolist()
         pairs = [
             (waiting.confidence[row], right[row][index])
@@ -188,5 +192,5 @@ class Free:
             for row, running in enumerate(waiting.active)
             if running
         ]
-        self.threshold.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
+        learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
         return pairs

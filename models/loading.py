@@ -117,8 +117,9 @@ def load_weights(
     name_or_path: str, dtype: torch.dtype, merge_adapter: bool, **hub: Any
 ) -> tuple[PreTrainedModel, ExitConfig]:
     """The model, exit heads included, and its exit configuration."""
-    if find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub) is not None:
-        return load_adapted_weights(name_or_path, dtype, merge_adapter, **hub)
+    adapter = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub)
+    if adapter is not None:
+        return load_adapted_weights(name_or_path, adapter.parent, dtype, merge_adapter, **hub)
     check_config(name_or_path)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
@@ -175,10 +176,9 @@ def refuse_misspelt_folder(name_or_path: str) -> None:
 
 
 def load_adapted_weights(
-    name_or_path: str, dtype: torch.dtype, merge: bool, **hub: Any
+    name_or_path: str, folder: Path, dtype: torch.dtype, merge: bool, **hub: Any
 ) -> tuple[PreTrainedModel, ExitConfig]:
-    """The base model that an adapter names, with the adapter and the exit heads saved beside it."""
-    folder = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub).parent
+    """The base model that the adapter in `folder` names, with the adapter and the exit heads beside it."""
     find_file(name_or_path, ADAPTER_WEIGHTS_NAME, **hub)  # downloads them
     base = read_base_model(name_or_path, folder)
     model, _ = load_weights(base, dtype, True, **{**hub, "revision": "main"})

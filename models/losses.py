@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from models.choices import INTERMEDIATE_LOSSES as INTERMEDIATE_LOSSES
 from models.decoder_view import DecoderView
+from models.errors import UserError
 
 PADDING_LABEL = -100
 TOKENS_PER_CHUNK = 2048
@@ -54,7 +56,7 @@ def token_share(labels: Tensor, total: Total = own_total) -> Tensor:
 
 
 @contextmanager
-def without_logits(model: nn.Module) -> Iterator[None]:
+def without_logits(model: PreTrainedModel) -> Iterator[None]:
     """A forward pass whose LM head sees no position: logits are (B, 0, V).
 
     Losses project the states of their exits themselves, the last layer's too, in chunks.
@@ -122,7 +124,7 @@ class ExitCrossEntropy:
         states = view.training_states(outputs)
         weights = self.layer_weights
         losses = {layer: self._at(layer, view, states, tokens) for layer in weights}
-        total = sum(weight * losses[layer] for layer, weight in weights.items())
+        total = torch.stack([weight * losses[layer] for layer, weight in weights.items()]).sum()
         return LossTerms(total, {f"ce_layer_{layer}": loss.detach() for layer, loss in losses.items()})
 
     def _at(self, layer: int, view: DecoderView, states: tuple[Tensor, ...], tokens: TargetTokens) -> Tensor:
@@ -138,15 +140,23 @@ def exit_layer_weights(
     `ce` weighs all layers alike, `weighted_ce` layer i by i (CALM, eq. 6), every `shallowdeep_*` layers S
     and L by S and L (FREE, eq. 1), or by `shallow_weight` and the rest.
     """
+    raw: dict[int, float]
     if name == "ce":
         raw = dict.fromkeys(range(1, num_layers + 1), 1)
     elif name == "weighted_ce":
         raw = {layer: layer for layer in range(1, num_layers + 1)}
     elif shallow_weight is None:
-        raw = {layer: layer for layer in (shallow_layer, num_layers)}
+        raw = {layer: layer for layer in (require_layer(name, shallow_layer), num_layers)}
     else:
-        raw = {shallow_layer: shallow_weight, num_layers: 1 - shallow_weight}
+        raw = {require_layer(name, shallow_layer): shallow_weight, num_layers: 1 - shallow_weight}
     return {layer: weight / sum(raw.values()) for layer, weight in raw.items()}
+
+
+def require_layer(name: str, shallow_layer: int | None) -> int:
+    """The exit that a loss needs; UserError if there is none."""
+    if shallow_layer is None:
+        raise UserError(f"{name} needs a shallow_layer.")
+    return shallow_layer
 
 
 def uniform_teachers(num_layers: int, shallow_layer: int) -> list[int]:
@@ -281,7 +291,7 @@ class ConfidenceHeadLoss:
         for index, layer in enumerate(self.layers):
             logits = full_precision(view.model.cm_head(states[index]))
             losses[layer] = balanced_cross_entropy(logits, agreements[index], counts[index])
-        weighted = sum(layer * loss for layer, loss in losses.items()) / sum(losses)
+        weighted = torch.stack([layer * loss for layer, loss in losses.items()]).sum() / sum(losses)
         return LossTerms(weighted, {f"cm_layer_{layer}": loss.detach() for layer, loss in losses.items()})
 
     def _read(self, view: DecoderView, outputs: Any, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -322,16 +332,19 @@ def build_exit_loss(
     mask_padding: bool = True,
     shallow_weight: float | None = None,
 ) -> ExitLoss:
-    """The loss object of an `--intermediate_loss_fn` (one of `INTERMEDIATE_LOSSES`)."""
+    """The loss object of an `--intermediate_loss_fn` (one of `INTERMEDIATE_LOSSES`).
+
+    Raises:
+        UserError: it needs a `shallow_layer`, and there is none.
+    """
     weights = exit_layer_weights(name, view.num_layers, shallow_layer, shallow_weight)
     cross_entropy = ExitCrossEntropy(weights, label_smoothing)
     if not name.startswith("shallowdeep_kd_"):
         return ExitLoss(cross_entropy)
-    alignment = fixed_alignment(name.removeprefix("shallowdeep_kd_"), shallow_layer)
+    students = require_layer(name, shallow_layer)
+    alignment = fixed_alignment(name.removeprefix("shallowdeep_kd_"), students)
     transformation = getattr(view.model, "layer_transformation", None)
-    distillation = LayerwiseDistillation(
-        view.num_layers, shallow_layer, alignment, transformation, mask_padding
-    )
+    distillation = LayerwiseDistillation(view.num_layers, students, alignment, transformation, mask_padding)
     return ExitLoss(cross_entropy, distillation, alpha)
 
 

@@ -169,7 +169,7 @@ class TokenChooser:
 
     def _accepts(self, tokens: Tensor, proposed: Tensor | None, scores: Tensor, running: list[bool]) -> bool:
         finished = ~torch.tensor(running, device=tokens.device)
-        if self.config.do_sample:
+        if proposed is not None:  # sampled from
             return self._accepts_sampled(tokens, proposed.softmax(-1), scores.softmax(-1), finished)
         return bool(((scores.argmax(-1) == tokens) | finished).all())
 
@@ -192,9 +192,11 @@ class TokenChooser:
     def _keep(self, logits: Tensor, scores: Tensor, at: int | None = None) -> None:
         """Add what the output returns of a token, or replace what it has of the one `at` a place."""
         for kept, new in ((self.logits, logits.to(torch.float32)), (self.scores, scores)):
-            if kept is not None and at is None:
+            if kept is None:
+                continue
+            if at is None:
                 kept.append(new)
-            elif kept is not None:
+            else:
                 kept[at] = new
 
 
@@ -244,15 +246,17 @@ class TokenStream:
         self.shown = shown
 
     def show(self, input_ids: Tensor, deep_pass: bool) -> None:
-        if self.streamer is not None and (deep_pass or not self.retracts):
+        if deep_pass or not self.retracts:
             self._flush(input_ids)
 
     def end(self, input_ids: Tensor) -> None:
+        self._flush(input_ids)
         if self.streamer is not None:
-            self._flush(input_ids)
             self.streamer.end()
 
     def _flush(self, input_ids: Tensor) -> None:
+        if self.streamer is None:
+            return
         for position in range(self.shown, input_ids.shape[1]):
             self.streamer.put(input_ids[:, position].cpu())
         self.shown = input_ids.shape[1]

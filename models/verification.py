@@ -24,6 +24,12 @@ class WaitingToken(NamedTuple):
     active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
 
+    @property
+    def predicted(self) -> Tensor:
+        """The exit's own tokens, which a deep pass compares: (B,)."""
+        assert self.logits is not None
+        return self.logits.argmax(-1)
+
 
 class Verification(Protocol):
     def judge(
@@ -58,7 +64,7 @@ class Rollback:
         if not exited or closing:  # a finished sequence stands
             return
         # Step 1. Cross-entropy of each shallow token under the deep model.
-        shallow = torch.cat([token.logits.argmax(-1) for token in exited])  # (n,)
+        shallow = torch.cat([token.predicted for token in exited])  # (n,)
         surprise = F.cross_entropy(deep_logits[0, : len(exited)].float(), shallow, reduction="none")
         wrong = (surprise > self.threshold).tolist()
         # Step 2. From the first that exceeds the threshold on, tokens go; the deep logits there choose anew.

@@ -6,8 +6,8 @@ Each family has a file of its own; `register_view` adds one from outside.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderView
@@ -15,6 +15,9 @@ from models.errors import UserError
 from models.families.bart import BartView
 from models.families.t5 import T5View
 from models.families.umt5 import UMT5View
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {
     "bart": BartView,
@@ -29,7 +32,7 @@ VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {
 """The view of each `config.model_type`."""
 
 
-def view_for(model: nn.Module) -> DecoderView:
+def view_for(model: PreTrainedModel | PeftModel) -> DecoderView:
     """Return a view that serves `model`.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.errors import UserError
-from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, split_heads
+from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
 
 
 class BartView(EncoderDecoderView):
@@ -34,7 +34,7 @@ class BartView(EncoderDecoderView):
             raise UserError(f"The model has {limit} positions: generate at most that many tokens.")
         return self.embedding_norm(self.decoder.embed_tokens(token_ids) * self.embed_scale + positions)
 
-    def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalizes_before:
             hidden = layer.self_attn_layer_norm(hidden)
         attention = layer.self_attn

@@ -18,6 +18,10 @@ INITIAL_CAPACITY = 64
 class BufferLayer(DynamicLayer):
     """One layer's keys/values (B, H, N, W), of which the first `lengths[index]` count."""
 
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
     def __init__(self, lengths: list[int], index: int) -> None:
         super().__init__()
         self.lengths = lengths

@@ -18,6 +18,8 @@ from models.errors import UserError
 from models.families.buffers import as_dynamic_cache, make_buffers
 from models.families.masks import padding_mask, source_mask, step_mask
 
+Block = Any  # a decoder layer of Hugging Face's, whose parts no type declares
+
 
 class EncoderDecoderState(DecoderState):
     """S source tokens, P prompt tokens."""
@@ -32,18 +34,18 @@ class EncoderDecoderState(DecoderState):
     ) -> None:
         super().__init__(num_layers)
         refuse_other_caches(cache)
-        holds_tokens = cache is not None and cache.get_seq_length() > 0
-        given = cache.self_attention_cache if holds_tokens else None
+        given = cache if cache is not None and cache.get_seq_length() > 0 else None
         self.cache = EncoderDecoderCache(
-            make_buffers(self.lengths, given),
+            make_buffers(self.lengths, None if given is None else given.self_attention_cache),
             # An empty one that was built from a config is sized by the encoder's depth.
-            cache.cross_attention_cache if holds_tokens else DynamicCache(),
+            DynamicCache() if given is None else given.cross_attention_cache,
         )
         self.encoder_hidden = encoder_hidden  # (B, S, D)
         self.source_mask = source_mask(encoder_hidden, attention_mask)  # (B or 1, 1, 1, S)
         self.padding = None  # (B, 1, 1, P) additive, where prompts are padded
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             self.padding = padding_mask(encoder_hidden, decoder_attention_mask)
+        self.relative_bias: Tensor | None = None  # (1, H, N, N) of families that have one, N growing
 
 
 class EncoderDecoderView:
@@ -52,7 +54,7 @@ class EncoderDecoderView:
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[nn.Module], final_norm: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Iterable[Block], final_norm: nn.Module) -> None:
         self.model = model
         self.decoder = model.get_decoder()
         self.layers = list(layers)  # slicing a ModuleList would build a new module
@@ -84,7 +86,7 @@ class EncoderDecoderView:
             "encoder_attention_mask": state.source_mask,
         }
 
-    def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, split_heads
+from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
 
 INITIAL_BIAS_LENGTH = 64
 
@@ -32,7 +32,7 @@ class T5View(EncoderDecoderView):
         inputs["encoder_decoder_position_bias"] = inputs.pop("encoder_attention_mask")
         return inputs | {"position_bias": self._bias_rows(state, past, past + new)}
 
-    def project_kv(self, layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         normalized = layer.layer[0].layer_norm(hidden)
         attention = layer.layer[0].SelfAttention
         width = attention.key_value_proj_dim
@@ -46,7 +46,7 @@ class T5View(EncoderDecoderView):
     def _bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor:
         """Bias of queries `past`..`total - 1` over keys 0..`total - 1`: (1, H, Q, total). Block 0 owns it,
         all layers share it, and the state keeps it, (1, H, N, N), for the steps to come."""
-        bias = getattr(state, "relative_bias", None)
+        bias = state.relative_bias
         if bias is None or total > bias.shape[-1]:
             length = max(INITIAL_BIAS_LENGTH, 2 * total)
             attention = self.layers[0].layer[0].SelfAttention

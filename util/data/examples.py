@@ -43,12 +43,12 @@ def dataset_record(data_args: DataArguments) -> DatasetRecord:
     """
     columns = DEFAULT_COLUMNS[data_args.task]
     hub = DatasetRecord(data_args.task, *columns, hub_id=data_args.dataset_name)
-    record = DATASETS.get(data_args.dataset_name, hub)
+    record = DATASETS.get(data_args.dataset_name or "", hub)
     if record.task != data_args.task:
         raise UserError(f"--dataset_name {data_args.dataset_name} is for --task {record.task}.")
     known = record.languages or (None, None)
     languages = (data_args.source_lang or known[0], data_args.target_lang or known[1])
-    overrides = {
+    overrides: dict[str, Any] = {
         "source": data_args.source_column,
         "target": data_args.target_column,
         "prefix": data_args.source_prefix,

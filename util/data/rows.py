@@ -119,7 +119,8 @@ class RowReader:
 
     def _read(self, row: Row) -> Row:
         record = self.record
-        source, target = row.get(record.source), row.get(record.target)
+        source: Any = row.get(record.source)
+        target: Any = row.get(record.target)
         if record.task == "question_answering":
             answers = list_answers(target)
             parts = {"question": strip_left(source), "context": strip_left(row.get("context"))}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +66,7 @@ class RowFile:
         return columns_of(peek(self))
 
 
-Rows = RowFile | Dataset | IterableDataset
+Rows: TypeAlias = RowFile | Dataset | IterableDataset
 
 
 def peek(rows: Rows) -> list[Row]:
@@ -103,7 +103,7 @@ def load_rows(
         raise UserError(f"There is no {split} split: give --{SPLIT_FILES[split]} or --dataset_name.")
     origin = f"{record.hub_id} [{split}]"
     try:
-        return load_named(record, record.splits[split], data_args.hub, streaming), origin
+        return load_named(record.hub_id, record, record.splits[split], data_args.hub, streaming), origin
     except UserError:
         raise
     except READ_ERRORS as error:
@@ -131,9 +131,9 @@ def load_file(path: Path) -> RowFile:
     return RowFile((path,))
 
 
-def load_named(record: DatasetRecord, split: str, hub: dict[str, Any], streaming: bool) -> Rows:
+def load_named(name: str, record: DatasetRecord, split: str, hub: dict[str, Any], streaming: bool) -> Rows:
     """A split of a data set of the hub, or of a folder of files or of `save_to_disk`."""
-    folder = Path(record.hub_id)
+    folder = Path(name)
     if (folder / "dataset_dict.json").is_file():
         splits = load_from_disk(folder)
         if split not in splits:
@@ -143,13 +143,13 @@ def load_named(record: DatasetRecord, split: str, hub: dict[str, Any], streaming
     # The branch of converted files has a folder for each configuration, and no card that names them.
     config = {"data_dir" if record.revision == PARQUET else "name": record.config}
     source = config | {"revision": record.revision} | hub
-    builder = load_dataset_builder(record.hub_id, **source)
+    builder = load_dataset_builder(name, **source)
     files = (builder.config.data_files or {}).get(split, [])
     if folder.is_dir() and files and all(file_format(Path(name)) in FORMATS for name in files):
         return RowFile(tuple(map(Path, files)))
     if hasattr(builder.config, "keep_default_na"):  # CSV, whose cells would be taken for numbers and gaps
-        return load_cells(record.hub_id, split, source, streaming)
-    return load_dataset(record.hub_id, split=split, streaming=streaming, **source)
+        return load_cells(name, split, source, streaming)
+    return load_dataset(name, split=split, streaming=streaming, **source)
 
 
 def load_cells(name: str, split: str, source: dict[str, Any], streaming: bool) -> Dataset | IterableDataset:
@@ -178,7 +178,7 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from error
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,16 +24,19 @@ def split_by_measuring(text: str, tokenizer: PreTrainedTokenizerBase, length: in
     """`split_text` for tokenizers that do not say where their tokens lie: they are asked for the length of
     every piece that is tried. Neighbours share at most `stride` tokens."""
 
-    def count(piece: str) -> int:
-        return len(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+    def count(start: int, end: int) -> int:
+        return len(tokenizer(text[start:end], add_special_tokens=False, verbose=False).input_ids)
+
+    def room(end: int, start: int) -> int:  # rises with the start
+        return -count(start, end)
 
     pieces, start = [], 0
     while True:
         ends = range(start + 1, len(text) + 1)
-        fitting = bisect.bisect_right(ends, length, key=lambda end, start=start: count(text[start:end]))
+        fitting = bisect.bisect_right(ends, length, key=partial(count, start))
         end = start + max(1, fitting)
         pieces.append(text[start:end])
         if end >= len(text):
             return pieces
         starts = range(start + 1, end)
-        start += 1 + bisect.bisect_left(starts, -stride, key=lambda place, end=end: -count(text[place:end]))
+        start += 1 + bisect.bisect_left(starts, -stride, key=partial(room, end))

@@ -39,7 +39,10 @@ Reference = str | list[str]
 
 class Metric(Protocol):
     names: tuple[str, ...]
-    signatures: dict[str, str]
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """How scores were computed, by name."""
 
     def statistics(self, predictions: list[str], references: list[Reference]) -> np.ndarray:
         """Sufficient statistics: (N, K)."""
@@ -72,7 +75,7 @@ class SampleMean:
 class CorpusBleu:
     """sacreBLEU and chrF of a corpus (Post, 2018; Popović, 2015): n-gram counts are the statistics."""
 
-    names = ("bleu", "chrf")
+    names: tuple[str, ...] = ("bleu", "chrf")
 
     def __init__(self, language: str | None = None) -> None:
         tokenizer = bleu_tokenizer(language)

@@ -52,7 +52,7 @@ def paired_bootstrap(
     systems = (predictions, baseline)
     ours, theirs = (draw_scores(task, texts, references, seed, language) for texts in systems)
     our_score, their_score = (compute_scores(task, texts, references, language) for texts in systems)
-    results = {}
+    results: dict[str, dict[str, float | list[float]]] = {}
     for name in ours:
         differences = ours[name] - theirs[name]
         results[name] = {

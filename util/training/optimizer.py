@@ -6,7 +6,6 @@ scratch: see --use_muon.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # the trainer gives none
         for part in self.parts:
             part.step()
 
@@ -50,7 +49,8 @@ def build_muon(model: nn.Module, training: TrainingArguments) -> MuonWithAdamW:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             hidden = parameter.ndim == 2 and id(parameter) not in embeddings and "lm_head" not in name

@@ -25,8 +25,9 @@ def progress_callbacks(training: Seq2SeqTrainingArguments) -> list[TrainerCallba
 class TrainingProgress(TrainerCallback):
     """Counts steps, and the batches of evaluations between them."""
 
+    training: Progress  # from `on_train_begin` on
+
     def __init__(self) -> None:
-        self.training: Progress | None = None
         self.evaluation: Progress | None = None
 
     def on_train_begin(
@@ -49,10 +50,10 @@ class TrainingProgress(TrainerCallback):
         args: Seq2SeqTrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        eval_dataloader: DataLoader | None = None,
+        eval_dataloader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not has_length(eval_dataloader):
+        if eval_dataloader is None or not has_length(eval_dataloader):
             return
         if self.evaluation is None:
             self.evaluation = Progress("Evaluation", len(eval_dataloader), "batch")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import Seq2SeqTrainer
+from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from models.exit_heads import ExitConfig, load_exit_heads
@@ -37,6 +37,7 @@ from models.losses import (
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+AnyExitLoss = ExitLoss | ConfidenceHeadLoss
 
 
 class EarlyExitTrainer(Seq2SeqTrainer):
@@ -47,7 +48,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *args: Any,
-        exit_loss: ExitLoss | ConfidenceHeadLoss | None = None,
+        exit_loss: AnyExitLoss | None = None,
         exit_config: ExitConfig | None = None,
         score: Callable[[], dict[str, float]] | None = None,
         **kwargs: Any,
@@ -59,11 +60,11 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         self.score = score
         self.micro_batches: list[Batch] = []  # of the optimizer step to come
         self.totals: dict[str, Tensor] = {}  # what losses must know of all of them, if they are several
-        self.loss_parts: dict[str, Tensor | float] = defaultdict(float)  # sums since the last log
+        self.loss_parts: dict[str, Tensor] = {}  # sums since the last log
         self.steps_since_log = 0
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
         self.micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.totals = {}
@@ -88,10 +89,10 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             total = share * loss
         else:
-            outputs = self._forward(model, inputs, self._total)
+            outputs = self._forward(self.exit_loss, model, inputs, self._total)
             total = outputs.pop("total")
             for name, value in outputs.items():
-                self.loss_parts[name] += value.detach()
+                self.loss_parts[name] = self.loss_parts.get(name, 0) + value.detach()
         total = total * self.accelerator.num_processes  # over which gradients are averaged
         return (total, outputs) if return_outputs else total
 
@@ -111,13 +112,15 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         if self.exit_loss is not None and self.exit_loss.looks_around:
             with torch.no_grad(), fork_rng(self.args.device):
                 for batch in self.micro_batches:
-                    self._forward(model, self._prepare_inputs(batch), add)
+                    self._forward(self.exit_loss, model, self._prepare_inputs(batch), add)
         else:
             for batch in self.micro_batches:
                 token_share(batch["labels"].to(self.args.device), add)
         return {name: self.accelerator.reduce(own, "sum") for name, own in sums.items()}
 
-    def _forward(self, model: nn.Module, inputs: Batch, total: Total) -> dict[str, Tensor]:
+    def _forward(
+        self, exit_loss: AnyExitLoss, model: nn.Module, inputs: Batch, total: Total
+    ) -> dict[str, Tensor]:
         """The exit loss as `total` and its parts, computed in the forward pass: sharded weights are whole
         only there."""
         # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
@@ -125,9 +128,9 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         view = view_for(unwrapped)
 
-        def compute(module: nn.Module, arguments: tuple, outputs: Any) -> dict[str, Tensor]:
+        def compute(module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
             with self.accelerator.autocast():
-                terms = self.exit_loss(view, outputs, inputs["labels"], total)
+                terms = exit_loss(view, outputs, inputs["labels"], total)
             return {"total": terms.total, **terms.parts}
 
         handle = unwrapped.register_forward_hook(compute, prepend=True)  # before the weights are freed
@@ -179,7 +182,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
 
-def load_adapted_heads(model: nn.Module, checkpoint: str) -> None:
+def load_adapted_heads(model: PreTrainedModel, checkpoint: str) -> None:
     """Load the exit heads that lie beside an adapter, if it has any."""
     heads = Path(checkpoint, EXIT_HEADS_NAME)
     if heads.is_file():
