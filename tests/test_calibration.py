@@ -501,7 +501,7 @@ def test_a_calibration_does_not_continue_on_changed_data(inputs, calibrated, tmp
     first, *others = inputs["validation_file"].read_text().splitlines(keepends=True)
     rows.write_text("".join([*others, first]))  # the same rows in another order
     flags = inputs | GRID | {"output_dir": tmp_path, "resume_eval": True, "validation_file": rows}
-    assert "full_depth.jsonl was begun with other samples" in error_of(calibrate.main, flags, capsys)
+    assert "records.jsonl was begun with other samples" in error_of(calibrate.main, flags, capsys)
 
 
 BAD_FLAGS = {

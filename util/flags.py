@@ -311,12 +311,16 @@ def expand_argument_file(argv: Sequence[str] | None) -> list[str]:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
         return argv
-    path = Path(argv[0])
+    return [*as_flags(read_argument_file(Path(argv[0]))), *argv[1:]]
+
+
+def read_argument_file(path: Path) -> dict[str, Any]:
+    """The mapping of flags to values in a .json or .yaml file."""
     require(path.is_file(), f"There is no argument file {path}.")
     text = read_text(path)
     settings = decode_json(text, str(path)) if path.suffix == ".json" else decode_yaml(text, str(path))
     require(isinstance(settings, dict), f"{path} must hold one mapping of argument names to values.")
-    return [*as_flags(settings), *argv[1:]]
+    return settings
 
 
 def decode_yaml(text: str, place: str) -> Any:

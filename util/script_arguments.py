@@ -18,9 +18,11 @@ from util.evaluation.records import (
 )
 from util.flags import (
     Parser,
-    expand_argument_file,
+    as_flags,
     flag,
+    flags_in,
     list_flag,
+    read_argument_file,
     refuse_flags_without,
     require,
     require_file,
@@ -43,14 +45,6 @@ PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/p
 @dataclass
 class PresetArgument:
     preset: str | None = flag(None, "Flags to start from; those given override them.", tuple(sorted(PRESETS)))
-
-
-def expand_preset(argv: list[str]) -> list[str]:
-    """Replace --preset by the flags of scripts/presets/NAME.yaml, before all others, which override them."""
-    if {"-h", "--help"} & {*argv}:  # of all flags, not of this one
-        return argv
-    given, rest = Parser((PresetArgument,)).read(argv)
-    return expand_argument_file([str(PRESETS[given["preset"]]), *rest]) if "preset" in given else rest
 
 
 @dataclass
@@ -110,6 +104,26 @@ class SweepArguments(PresetArgument):
             f"--batch_sizes must divide the largest, {largest}: all settings decode the same blocks.",
         )
         require_file("conf_shortlist", self.conf_shortlist)
+
+
+def expand_preset(argv: list[str]) -> list[str]:
+    """Replace --preset by the flags of scripts/presets/NAME.yaml, before all others, which override them.
+
+    Where --methods are given, what only other methods read is left out.
+    """
+    if {"-h", "--help"} & {*argv}:  # of all flags, not of this one
+        return argv
+    given, rest = Parser((PresetArgument,)).read(argv)
+    if "preset" not in given:
+        return rest
+    settings = read_argument_file(PRESETS[given["preset"]])
+    chosen, _ = Parser((SweepArguments,)).read(rest)
+    if "methods" in chosen:
+        methods = {*chosen["methods"], *chosen.get("calm_methods", ())}
+        readers = {spec.name: spec.metadata["methods"] for spec in flags_in(SweepArguments)}
+        idle = {name for name, who in readers.items() if who and not methods & {*who}}
+        settings = {name: value for name, value in settings.items() if name not in {*idle, "calm_methods"}}
+    return [*as_flags(settings), *rest]
 
 
 @dataclass
