@@ -20,7 +20,7 @@ from models import UserError, load_model
 from models.exit_heads import ExitConfig, attach_exit_heads
 from scripts import calibrate, check_requirements, choose_exit, learn_shortlist, sweep, train_tokenizer
 from util import script_arguments
-from util.arguments import OUR_GROUPS, SCRATCH_SETTINGS, DataArguments, expand_scratch_settings, require_split
+from util.arguments import OUR_GROUPS, DataArguments, expand_scratch_settings, require_split
 from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
@@ -116,7 +116,10 @@ def test_too_large_vocabulary_gets_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, chosen",
     [
-        (["--config_name", "c", "--do_train"], SCRATCH_SETTINGS),
+        (
+            ["--config_name", "c", "--do_train"],
+            {"learning_rate": 0.001, "warmup_steps": 0.1, "logging_steps": 10},
+        ),
         (["--config_name=c", "--learning-rate", "3e-4"], {"warmup_steps": 0.1, "logging_steps": 10}),
         (["--config_name", "c", "--paper_settings", "True"], {}),
         (["--model_name_or_path", "m", "--do_train"], {}),
