@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint and test: makes .venv if need be, then runs ruff and pytest. Flags go to pytest.
+# Lint and test: makes .venv if need be, then runs ruff and pytest. Flags go to pytest: `-m "not slow"` leaves the
+# long tests out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

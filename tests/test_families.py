@@ -27,9 +27,7 @@ HEADS = {  # so that each kind of head is trained and reloaded by some loss
     "shallowdeep_kd_last": {"do_layer_transformation": True},
     "shallowdeep_kd_dyna": {"per_exit_head": "projection"},
 }
-
-
-WHOLE = ("t5-tied", "bart-tied")
+WHOLE = ("t5-tied", "bart-tied")  # with every loss
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -26,7 +26,7 @@ from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
 from util.flag_help import TRAINING_FLAGS
-from util.presets import SCRATCH_SETTINGS, expand_scratch_settings
+from util.presets import expand_scratch_settings
 from util.training.trainer import without_tied
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,10 @@ def test_too_large_vocabulary_gets_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, chosen",
     [
-        (["--config_name", "c", "--do_train"], SCRATCH_SETTINGS),
+        (
+            ["--config_name", "c", "--do_train"],
+            {"learning_rate": 0.001, "warmup_steps": 0.1, "logging_steps": 10},
+        ),
         (["--config_name=c", "--learning-rate", "3e-4"], {"warmup_steps": 0.1, "logging_steps": 10}),
         (["--config_name", "c", "--paper_settings", "True"], {}),
         (["--model_name_or_path", "m", "--do_train"], {}),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 from itertools import pairwise
 
 import pytest
 from real_rows import ROOT
+from script_commands import words_for_run
 
 from util.arguments import parse_arguments
 from util.data.examples import dataset_record, load_examples
@@ -43,17 +42,6 @@ def parse(name, *flags):
     )
 
 
-def flags_of_script(script, folder):
-    """The flags that a script trains FREE with: `torchrun` and `python` only show them."""
-    for name in ("torchrun", "python"):
-        (folder / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-        (folder / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "VIRTUAL_ENV": str(folder)}
-    command = ["bash", f"scripts/{script}", "train", "free"]
-    words = subprocess.check_output(command, cwd=ROOT, env=environment, text=True).splitlines()
-    return {word: value for word, value in pairwise(words) if word.startswith("--")}
-
-
 def test_the_page_has_all_experiments():
     assert [row[0] for row in EXPERIMENTS] == list(SCRIPTS)
 
@@ -71,7 +59,8 @@ def test_records_and_scripts_are_the_pages(row, tmp_path):
     assert record.prefix == prefix.strip("`") and (record.config or "") == config
     data = arguments.data
     assert f"{data.max_source_length} / {data.max_target_length}" == lengths
-    started = flags_of_script(SCRIPTS[name], tmp_path)
+    words = words_for_run(tmp_path, SCRIPTS[name], "train", "free")
+    started = dict(pairwise(words))
     assert started["--model_name_or_path"].split("/")[-1] == model
     assert (started["--dataset_name"], started["--task"]) == (name, DATASETS[name].task)
     assert started["--paper_settings"] == "True"

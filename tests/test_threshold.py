@@ -15,21 +15,31 @@ def fitted(confidences, right, **settings):
     return threshold
 
 
+# Before any data the posterior of being right is the confidence itself: 2c / (2c + 2(1 - c)). Of ten grid
+# points from 0.3 to 0.9, the first above zeta = 0.4 is 0.3 + 2 * 0.6 / 9.
+PRIOR = pytest.approx(13 / 30)
+ALIKE = np.linspace(0.99, 0.35, 60), [True, False] * 30  # confidence says nothing: the posterior is a half
+ONE_VALUE = [0.5] * 40, [True, False] * 20
+
+
 @pytest.mark.parametrize(
     ("confidences", "right", "expected"),
     [
-        ([0.7] * 50, [False] * 50, "high"),  # always wrong: exit as little as possible
-        (np.linspace(0.35, 0.99, 50), [True] * 50, "low"),  # always right: exit as much as possible
-        (np.linspace(0.99, 0.35, 60), [True, False] * 30, "finite"),
-        ([0.5] * 40, [True, False] * 20, "finite"),  # no variance
-        ([1.0] * 40, [True] * 40, "finite"),
-        ([0.0] * 40, [False] * 40, "finite"),
-        ([0.8], [True], "finite"),
+        ([0.7] * 50, [False] * 50, 0.9),  # always wrong: exit as little as possible
+        (np.linspace(0.35, 0.99, 50), [True] * 50, 0.3),  # always right: exit as much as possible
+        (*ALIKE, 0.3),
+        ([1.0] * 40, [True] * 40, PRIOR),  # no variance, at an end where a beta density has none either
+        ([0.8], [True], PRIOR),
     ],
 )
 def test_degenerate_data(confidences, right, expected):
-    value = fitted(confidences, right).value
-    assert {"high": value == 0.9, "low": value < 0.5, "finite": 0.3 <= value <= 0.9}[expected]
+    assert fitted(confidences, right).value == expected
+
+
+def test_what_confidence_does_not_tell_apart_passes_below_a_half():
+    assert fitted(*ALIKE, zeta=0.6).value == 0.9
+    assert fitted(*ONE_VALUE).value < 0.5 < fitted(*ONE_VALUE, zeta=0.6).value
+    assert fitted([0.0] * 40, [False] * 40).value > 13 / 30  # errors raise what was known before
 
 
 def test_threshold_separates_right_from_wrong():

@@ -123,15 +123,17 @@ def test_damaged_files_are_named_in_one_line(tmp_path, capsys, name, damage):
     path = place(tmp_path, name)
     path.write_bytes(DAMAGES[damage])
     if (name, damage) in SERVES:
+        READERS[name][0](path)
         return
     output = complaint(capsys, READERS[name][0], path)
     assert name in output and len(output) < 500
 
 
-@pytest.mark.parametrize("name", READERS)
+NEED_NOT_BE_THERE = {"exit_config.json", "config.json", "model_config.json", "sweep.json"}
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in NEED_NOT_BE_THERE])
 def test_missing_files_and_folders_in_their_place_are_named(tmp_path, capsys, name):
-    if name in ("exit_config.json", "config.json", "model_config.json", "sweep.json"):
-        return  # these need not be there
     path = place(tmp_path, name)
     path.unlink(missing_ok=True)
     for make in (lambda: None, path.mkdir):
