@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Lint and test: makes .venv if need be, then runs ruff and pytest. Flags go to pytest.
+# Lint and test: makes .venv if need be, then runs ruff, mypy and pytest. Flags go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 ruff check .
 ruff format --check .
+mypy
 python -m pytest "$@"
