@@ -144,12 +144,9 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, model_kwargs.get("decoder_attention_mask"))
-        decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids)
-        input_ids = decoding.run()
-    returned = None
-    if generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache)):
-        returned = view.deliver_cache(state, cache)
-    return chooser.output(input_ids, returned)
+        input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
+    wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
+    return chooser.output(input_ids, view.deliver_cache(state, cache) if wanted else None)
 
 
 def generate(
