@@ -1,4 +1,7 @@
-"""Checks of what a caller gives to a policy or a threshold: one line that names it, or the value itself."""
+"""Checks of what a caller gives to a policy or a threshold: one line that names it, or the value itself.
+
+self.shallow_layer = as_count("Free: shallow_layer", shallow_layer)
+"""
 
 from __future__ import annotations
 

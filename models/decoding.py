@@ -144,9 +144,8 @@ def early_exit_decode(
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, model_kwargs.get("decoder_attention_mask"))
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
-    returns_cache = generation_config.return_dict_in_generate or is_given(cache)
-    returns_cache = returns_cache and generation_config.use_cache
-    return chooser.output(input_ids, view.deliver_cache(state, cache) if returns_cache else None)
+    wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
+    return chooser.output(input_ids, view.deliver_cache(state, cache) if wanted else None)
 
 
 def generate(

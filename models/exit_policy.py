@@ -85,7 +85,11 @@ class FullDepth(SequencePolicy):
 
 
 class StaticExit(SequencePolicy):
-    """Static-Exiting: every token stops after `layer`; deeper layers are never run."""
+    """Static-Exiting: every token stops after `layer`; deeper layers are never run.
+
+    Raises:
+        UserError: no such layer; of the model, once a generation begins.
+    """
 
     def __init__(self, layer: int) -> None:
         self.layer = as_count("StaticExit: layer", layer)
@@ -104,6 +108,9 @@ class Calm(SequencePolicy):
 
     Deeper layers get keys/values copied from the exit state. Tests follow `exit_layers`, or else every layer
     from `min_layer` on; the last layer is never tested.
+
+    Raises:
+        UserError: options that contradict each other, or no such layer, as for `StaticExit`.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""What `generate` keeps from a custom loop: taken over where it can be, else refused by name."""
+"""What `generate` keeps from a custom loop: taken over where it can be, else refused by name.
+
+`early_exit_decode` asks at its start, so that nothing that a caller sets is ignored in silence.
+"""
 
 from __future__ import annotations
 

@@ -241,7 +241,11 @@ def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedModel:
-    """A model with random weights from a config (hub id, folder or .json file)."""
+    """A model with random weights from a config (hub id, folder or .json file).
+
+    Raises:
+        UserError: there is no such config or tokenizer, or it describes no encoder-decoder model.
+    """
     check_config(config_name)
     try:
         config = AutoConfig.from_pretrained(config_name, trust_remote_code=False, **hub)

@@ -2,6 +2,7 @@
 
 A threshold answers `at(position)`; `start_sequence()` is called before each new sequence. The adaptive one
 learns from `observe(...)`, outlives single generations on purpose, and can be saved, loaded and reset.
+Arguments out of range raise UserError.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models import losses
+from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
 from models.families import view_for
 from models.losses import (
@@ -154,6 +155,14 @@ def test_label_smoothing_matches_torch():
     logits = model(**batch).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.2)
     assert parts["ce_layer_6"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["shallowdeep_ce", "shallowdeep_kd_last"])
+def test_losses_of_an_exit_need_one(name):
+    view = view_for(tiny_model("t5"))
+    with pytest.raises(UserError, match=rf"^{name} needs a shallow_layer\.$"):
+        build_exit_loss(view, name)
+    assert build_exit_loss(view, "weighted_ce").distillation is None
 
 
 def test_layer_transformation_starts_as_identity():

@@ -1,4 +1,7 @@
-"""Additive attention masks: 0 where a key is seen, the smallest number of the type where it is not."""
+"""Additive attention masks: 0 where a key is seen, the smallest number of the type where it is not.
+
+`padding_mask` and `source_mask` are made once a generation, `step_mask` for each step from the lengths held.
+"""
 
 from __future__ import annotations
 

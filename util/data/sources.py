@@ -178,7 +178,7 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from error
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
+def open_file(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
