@@ -81,17 +81,17 @@ def list_flag(default: Iterable[Any], help: str, **facts: Any) -> Any:
 # What flags say of themselves
 
 
-def flags_in(group: Any) -> list[Field]:
+def flags_in(group: Any) -> list[Field[Any]]:
     """The flags of a group: a dataclass or one of its objects."""
     return [spec for spec in fields(group) if spec.init]
 
 
-def flags_of(group: Any, method: str) -> list[Field]:
+def flags_of(group: Any, method: str) -> list[Field[Any]]:
     """Those that a method reads."""
     return [spec for spec in flags_in(group) if method in spec.metadata["methods"]]
 
 
-def differs(group: Any, spec: Field) -> bool:
+def differs(group: Any, spec: Field[Any]) -> bool:
     """Whether a flag has another value than its default."""
     return getattr(group, spec.name) != default_of(spec)
 
@@ -195,7 +195,7 @@ class Parser(argparse.ArgumentParser):
             for spec in flags_in(group):
                 self.add_flag(spec, hints[spec.name])
 
-    def add_flag(self, spec: Field, hint: Any) -> None:
+    def add_flag(self, spec: Field[Any], hint: Any) -> None:
         kind, is_list = value_type(hint)
         options = {"type": CONVERTERS.get(kind, kind), "help": spec.metadata["help"].replace("%", "%%")}
         if "choices" in spec.metadata and not is_list:
