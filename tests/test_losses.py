@@ -159,7 +159,7 @@ def test_label_smoothing_matches_torch():
 
 @pytest.mark.parametrize("name", ["shallowdeep_ce", "shallowdeep_kd_last"])
 def test_losses_of_an_exit_need_one(name):
-    view = view_for(tiny_model("t5"))
+    view = view_for(tiny_model("t5-tied"))
     with pytest.raises(UserError, match=rf"^{name} needs a shallow_layer\.$"):
         build_exit_loss(view, name)
     assert build_exit_loss(view, "weighted_ce").distillation is None
