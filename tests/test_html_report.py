@@ -232,3 +232,14 @@ def test_long_sources_unfold(tmp_path):
     page = build(tmp_path, folder)
     (summary, *_) = re.findall(r"<dd><details><summary>(.*?) …</summary>", page.source)
     assert len(summary) == 400 and "Ende" in page.text
+
+
+def test_tokens_without_a_text_are_shown(tmp_path):
+    """Models have more tokens than their tokenizers."""
+    folder, _ = make_sweep(tmp_path / "sweep")
+    (folder / "traces.jsonl").unlink()
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    write_lines(
+        folder / "records.jsonl", [row | {"pieces": ["\u2581Text", None, "a", "</s>"]} for row in rows]
+    )
+    assert "\N{REPLACEMENT CHARACTER}" in build(tmp_path, folder).text

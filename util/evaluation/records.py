@@ -82,7 +82,7 @@ class Record(Output):
 
     reference: str | list[str]
     tokens: int  # T, end of sequence included
-    pieces: list[str]  # (T)
+    pieces: list[str | None]  # (T); None where the vocabulary ends before the model's
     exit_layers: list[int] | None  # (T); None where the layers are not seen
     seconds: float
     source: str | None = field(default=None, kw_only=True)
@@ -131,11 +131,11 @@ class Trace:
     setting: str
     row: int
     id: str
-    pieces: list[str]  # (T)
+    pieces: list[str | None]  # (T)
     exit_layers: list[int] | None  # (T)
     confidences: np.ndarray  # (T, L) as measured: files hold all digits of a 32-bit number
     agrees: np.ndarray  # (T, L) whether the layer's prediction is the last one's
-    deep: list[str]  # (T) the last layer's predictions
+    deep: list[str | None]  # (T) the last layer's predictions
 
     @classmethod
     def from_row(cls, row: dict[str, Any], num_layers: int | None, place: str) -> Trace:

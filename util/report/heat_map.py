@@ -177,8 +177,11 @@ def heat_token(setting: SettingResults, record: Record, trace: Trace | None, ind
     return Token(shown.lstrip(" "), space, shade_class(layer, setting.num_layers), differs, "; ".join(parts))
 
 
-def readable(piece: str) -> str:
-    """A piece of SentencePiece or byte-level BPE with its space as a space; a lone space stays visible."""
+def readable(piece: str | None) -> str:
+    """A piece of SentencePiece or byte-level BPE with its space as a space; a lone space stays visible, and so
+    does a token without a text."""
+    if piece is None:
+        return "\N{REPLACEMENT CHARACTER}"
     text = piece.replace("▁", " ").replace("Ġ", " ")
     return text if text.strip() else "␣"
 
