@@ -178,8 +178,8 @@ def heat_token(setting: SettingResults, record: Record, trace: Trace | None, ind
 
 
 def readable(piece: str | None) -> str:
-    """A piece of SentencePiece or byte-level BPE with its space as a space; a lone space stays visible, and so
-    does a token without a text."""
+    """A piece of SentencePiece or byte-level BPE, its space as a space; a lone space stays visible, as does a
+    token without a text."""
     if piece is None:
         return "\N{REPLACEMENT CHARACTER}"
     text = piece.replace("▁", " ").replace("Ġ", " ")
