@@ -28,7 +28,7 @@ def examples(loaded):
     from util.arguments import DataArguments
 
     flags = DataArguments(dataset_name="debian_de_en")
-    return load_examples(DATASETS["debian_de_en"], flags, "test", loaded.tokenizer, 24)
+    return load_examples(DATASETS["debian_de_en"], flags, "test", loaded.tokenizer, 8)
 
 
 def settings(**changes):
@@ -61,7 +61,7 @@ def test_padding_after_any_end_token_is_no_token(loaded, examples, generation_co
     plain = decode(loaded, examples, policy, 1)
     frequent = max((piece for record in plain for piece in record.pieces[1:-1]), key=len)
     generation_config.eos_token_id = [1, loaded.tokenizer.convert_tokens_to_ids(frequent)]
-    alone, together = (decode(loaded, examples, policy, size) for size in (1, 8))
+    alone, together = (decode(loaded, examples, policy, size) for size in (1, 4))
     assert sum(record.tokens for record in alone) < sum(record.tokens for record in plain)
     assert [record.tokens for record in together] == [record.tokens for record in alone]
     assert [record.prediction for record in together] == [record.prediction for record in alone]
