@@ -12,6 +12,7 @@ Exit codes: 0 all is well; 1 requests failed for good (run again to try them aga
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from gpt_eval.flags import MakeArguments, RunArguments, ScoreArguments, parse_command
@@ -34,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         command, flags = parse_command(__doc__, arguments)
-        return {"make": make, "run": run, "score": score_answers}[command](flags)
+        commands: dict[str, Callable[[Any], int]] = {"make": make, "run": run, "score": score_answers}
+        return commands[command](flags)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -94,7 +94,7 @@ def build_body(
         body["response_format"] = {"type": "json_schema", "json_schema": schema(judgement)}
     elif flags.structured_output == "json_object":
         body["response_format"] = {"type": "json_object"}
-    body |= flags.body
+    body |= flags.body or {}
     return {name: value for name, value in body.items() if value is not None}
 
 

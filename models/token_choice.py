@@ -8,6 +8,7 @@ been. State outside of their objects (globals, closures) cannot be seen and is n
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -209,13 +210,13 @@ def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
     return len(drafts.running)
 
 
-def is_stateless(items: list[Any]) -> bool:
-    return not any(may_keep_state(type(item)) for item in items)
+def is_stateless(items: Iterable[object]) -> bool:
+    return not any(may_keep_state(type(item).__module__, type(item).__name__) for item in items)
 
 
 @cache
-def may_keep_state(kind: type) -> bool:
-    return not kind.__module__.startswith("transformers.") or kind.__name__ not in STATELESS.split()
+def may_keep_state(module: str, name: str) -> bool:
+    return not module.startswith("transformers.") or name not in STATELESS.split()
 
 
 def snapshot(items: LogitsProcessorList | StoppingCriteriaList) -> LogitsProcessorList | StoppingCriteriaList:

@@ -105,18 +105,14 @@ class DataArguments:
         None, "Folder of local files, named <split> or <data set>.<split>, read instead of the hub."
     )
     streaming: bool = flag(False, "Read training rows as they are needed; needs --max_steps.")
-    max_source_length: int | None = flag(
-        None, "Sources are cut to this many tokens (default: the data set's)."
-    )
-    max_target_length: int | None = flag(
+    max_source_length: int = flag(None, "Sources are cut to this many tokens (default: the data set's).")
+    max_target_length: int = flag(
         None, "Training targets are cut to this many tokens (default: the data set's)."
     )
     doc_stride: int = flag(
         128, "Question answering: tokens that neighbouring windows of a long context share."
     )
-    val_max_target_length: int | None = flag(
-        None, "Longest output of an evaluation (default: --max_target_length)."
-    )
+    val_max_target_length: int = flag(None, "Longest output of an evaluation (default: --max_target_length).")
     drop_long_samples: bool = flag(False, "Leave out rows over these lengths instead of cutting them.")
     max_train_samples: int | None = flag(None, "Use only the first rows for training.")
     max_eval_samples: int | None = flag(None, "Use only the first rows for --do_eval.")
