@@ -41,12 +41,13 @@ from util.evaluation.comparison import LiveSetting, compare_speed, decode_rest, 
 from util.evaluation.decode import share_out
 from util.evaluation.identity import fingerprint
 from util.evaluation.prediction_log import PredictionLog
-from util.evaluation.records import BASELINE, EvaluationSettings, Record, best_windows
+from util.evaluation.records import EvaluationSettings, Record, best_windows
 from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir
 from util.flags import differs, expand_argument_file, require
+from util.methods import BASELINE
 from util.policies import build_policy, with_threshold
 from util.setup import read_split
 from util.tables import comparison_table, print_report

@@ -39,10 +39,11 @@ from util.console import prepare_console
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
-from util.evaluation.records import BASELINE, FREE, EvaluationSettings
+from util.evaluation.records import EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.files import locked_output_dir, write_json
 from util.flags import parse_groups, require
+from util.methods import BASELINE, FREE
 from util.policies import require_exits
 from util.progress import track
 from util.setup import comparison_settings, open_checkpoint, read_split

@@ -52,7 +52,11 @@ from util.evaluation.comparison import (
 )
 from util.evaluation.identity import hash_named_files, hash_rows, identify_model
 from util.evaluation.prediction_log import PredictionLog
-from util.evaluation.records import (
+from util.evaluation.records import EvaluationSettings, Trace, write_records
+from util.evaluation.timing_doubts import untrusted_timing
+from util.files import locked_output_dir, write_json
+from util.flags import expand_argument_file, non_default_settings, parse_groups, require
+from util.methods import (
     BASELINE,
     CALM,
     FREE,
@@ -61,13 +65,7 @@ from util.evaluation.records import (
     FREE_SHORTLIST,
     HF_GENERATE,
     STATIC,
-    EvaluationSettings,
-    Trace,
-    write_records,
 )
-from util.evaluation.timing_doubts import untrusted_timing
-from util.files import locked_output_dir, write_json
-from util.flags import expand_argument_file, non_default_settings, parse_groups, require
 from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import Field, dataclass
 from typing import Any
 
-from util.evaluation.records import CALM, FREE, FREE_ADAPTIVE, STATIC
 from util.flags import (
     flag,
     flags_of,
@@ -17,6 +16,7 @@ from util.flags import (
     require_positive,
     require_unit_interval,
 )
+from util.methods import CALM, FREE, FREE_ADAPTIVE, STATIC
 
 CONFIDENCE_TYPES = ("softmax", "meta")
 METHODS = (STATIC, CALM, FREE)

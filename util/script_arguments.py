@@ -6,16 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.choices import INTERMEDIATE_LOSSES
-from util.evaluation.records import (
-    BASELINE,
-    CALM,
-    FREE,
-    FREE_ADAPTIVE,
-    FREE_LOSSLESS,
-    FREE_SHORTLIST,
-    STATIC,
-    SWEPT,
-)
 from util.flags import (
     Parser,
     as_flags,
@@ -32,6 +22,7 @@ from util.flags import (
     require_unit_interval,
     required_flag,
 )
+from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, STATIC, SWEPT
 from util.tasks import DATASETS
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control

@@ -23,18 +23,11 @@ from models.trace import trace_layers
 from util.analysis import GOOD_SHARE, pareto_front
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
 from util.evaluation.prediction_log import PredictionLog
-from util.evaluation.records import (
-    BASELINE,
-    HF_GENERATE,
-    EvaluationSettings,
-    Record,
-    Setting,
-    Trace,
-    best_windows,
-)
+from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
 from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
 from util.evaluation.summary import summarize, texts_of
 from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
+from util.methods import BASELINE, HF_GENERATE
 from util.progress import track
 from util.tasks import TASKS
 

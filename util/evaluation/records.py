@@ -20,16 +20,6 @@ from models.errors import UserError
 from models.json_files import check_fields, fits
 from util.files import read_json_lines, write_json_lines
 
-BASELINE = "Full depth"
-HF_GENERATE = "HF generate"
-STATIC = "Static"
-FREE = "FREE"
-FREE_ADAPTIVE = "FREE adaptive"
-FREE_LOSSLESS = "FREE lossless"
-FREE_SHORTLIST = "FREE shortlist"
-CALM = "CALM"
-SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)
-
 SETTING_COLUMNS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
 TRACE_TABLES = {"confidences": list[list[float]], "agrees": list[list[int]]}  # as files hold a trace's arrays
 

@@ -15,20 +15,9 @@ from typing import Any, TypeVar
 
 from models.errors import UserError
 from models.json_files import check_fields, fits, read_mapping
-from util.evaluation.records import (
-    BASELINE,
-    CALM,
-    FREE,
-    FREE_ADAPTIVE,
-    FREE_LOSSLESS,
-    HF_GENERATE,
-    SETTING_COLUMNS,
-    STATIC,
-    Record,
-    Trace,
-    read_records,
-)
+from util.evaluation.records import SETTING_COLUMNS, Record, Trace, read_records
 from util.files import read_json_lines
+from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC
 from util.report.results import JudgeScores, Results, ResultSet, SettingResults
 from util.tasks import TASKS
 

@@ -11,7 +11,8 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from util.evaluation.records import BASELINE, HF_GENERATE, Record, Trace
+from util.evaluation.records import Record, Trace
+from util.methods import BASELINE, HF_GENERATE
 from util.report.results import ResultSet, SettingResults
 
 DEPTH_SHADES = 21  # colours between the first and the last layer

@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 
-from util.evaluation.records import BASELINE, HF_GENERATE
 from util.evaluation.timing_doubts import untrusted_timing
+from util.methods import BASELINE, HF_GENERATE
 from util.report.figures import CSS_NAMES
 from util.report.heat_map import depth_shades, heat_section
 from util.report.judge import judge_section

@@ -21,7 +21,7 @@ from util.analysis import (
     reliability,
     settled_layers,
 )
-from util.evaluation.records import BASELINE, FREE
+from util.methods import BASELINE, FREE
 from util.report.figures import (
     Line,
     Point,
