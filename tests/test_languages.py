@@ -251,7 +251,8 @@ def test_a_token_without_a_piece_is_unknown(marian):
     assert fast.convert_ids_to_tokens([1, 7]) == ["the", None]
     assert target_token_ids(fast, ["the", None]) == [1, 0]
     of_two = load_model(str(marian)).tokenizer
-    assert target_token_ids(of_two, ["▁the", None]) == [of_two.target_encoder[key] for key in ("▁the", "<unk>")]
+    expected = [of_two.target_encoder[piece] for piece in ("▁the", "<unk>")]
+    assert target_token_ids(of_two, ["▁the", None]) == expected
 
 
 def test_a_shortlist_counts_target_pieces(marian):

@@ -48,7 +48,6 @@ class LiveSetting(Setting):
 
     loaded: LoadedModel = field(kw_only=True)
     policy: ExitPolicy | None = field(kw_only=True)
-
     num_layers: int = field(init=False)
 
     def __post_init__(self) -> None:
