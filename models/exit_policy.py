@@ -45,8 +45,9 @@ class Drafts:
 
 
 class ExitPolicy(Protocol):
-    retracts: bool
-    """Whether steps may take tokens back."""
+    @property
+    def retracts(self) -> bool:
+        """Whether steps may take tokens back."""
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         """Get ready for a generation; raise UserError for what this decoder or batch cannot do."""

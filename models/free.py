@@ -40,7 +40,7 @@ class Free:
 
     def __init__(
         self,
-        shallow_layer: int,
+        shallow_layer: int | None,
         confidence: ConfidenceMeasure,
         threshold: Threshold | float,
         copy_skipped: bool = False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from nltk.langnames import iso639short
@@ -126,9 +127,11 @@ def mark_target(tokenizer: PreTrainedTokenizerBase | None, target: str | None, p
     return f">>{find_code(TARGET_FLAG, target, codes)}<< {prefix}"
 
 
-def target_token_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> list[int]:
-    """Ids of a target's pieces: a tokenizer with two vocabularies looks sources up by default."""
+def target_token_ids(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str | None]) -> list[int]:
+    """Ids of a target's pieces, None being unknown: a tokenizer with two vocabularies looks sources up by
+    default."""
+    known = [tokenizer.unk_token if piece is None else piece for piece in pieces]
     vocabulary = getattr(tokenizer, "target_encoder", None)
     if vocabulary is None:
-        return tokenizer.convert_tokens_to_ids(pieces)
-    return [vocabulary.get(piece, vocabulary[tokenizer.unk_token]) for piece in pieces]
+        return tokenizer.convert_tokens_to_ids(known)
+    return [vocabulary.get(piece, vocabulary[tokenizer.unk_token]) for piece in known]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import tiny_model
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
+from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.free import Free
 from models.loading import LoadedModel, load_model
@@ -26,9 +28,10 @@ from util.evaluation.comparison import (
     compare_quality,
     fastest_good,
     name_front,
+    restore,
 )
 from util.evaluation.cost_model import CostModel, Prediction, parallel_windows, predict_free, recommend
-from util.evaluation.records import Trace
+from util.evaluation.records import Record, Trace
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ["--dataset_name", "debian_de_en", "--drop_long_samples", "True", "--max_source_length", "28"]
@@ -155,6 +158,14 @@ def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
         assert all(record.get(name) == after[key].get(name) for name in same)
     other = [*SWEEP[:3], "5", "--resume_eval", "True"]
     assert "num_samples" in refuse(sweep, tmp_path, *other)
+
+
+@pytest.mark.parametrize("marks", [{}, {"setting": "Full depth"}, {"setting": "FREE", "row": 0}])
+def test_records_of_no_setting_are_not_continued(marks):
+    record = Record("1", "text", "text", 1, ["text"], [2], 0.5, **marks)
+    log = SimpleNamespace(path=Path("records.jsonl"), records=[record])
+    with pytest.raises(UserError, match=r"records\.jsonl: not the records of this comparison"):
+        restore([SimpleNamespace(name="Full depth", batch_size=1)], log, range(1))
 
 
 def test_sweep_does_not_trust_impossible_times(swept, tmp_path):

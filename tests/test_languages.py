@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_tokenizers import ENGLISH, GERMAN, MULTILINGUAL, marian_tokenizer
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import run
 from models.decoding import early_exit_decode
@@ -240,6 +242,17 @@ def test_targets_are_measured_by_their_own_vocabulary(marian, tmp_path):
     expected = [*(tokenizer.target_encoder[f"▁{word}"] for word in ENGLISH[:2]), 0]
     assert tokenize(kept, tokenizer, flags, 4)[0]["labels"] == expected
     assert target_token_ids(tokenizer, ["▁the", "▁package", "</s>"]) == expected
+
+
+def test_a_token_without_a_piece_is_unknown(marian):
+    """Models may have more ids than the vocabulary has pieces."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert fast.convert_ids_to_tokens([1, 7]) == ["the", None]
+    assert target_token_ids(fast, ["the", None]) == [1, 0]
+    of_two = load_model(str(marian)).tokenizer
+    expected = [of_two.target_encoder[piece] for piece in ("▁the", "<unk>")]
+    assert target_token_ids(of_two, ["▁the", None]) == expected
 
 
 def test_a_shortlist_counts_target_pieces(marian):

@@ -38,7 +38,7 @@ class Reliability:
 
 
 def reliability(
-    confidences: Sequence[float], agrees: Sequence[bool | int], num_bins: int = CALIBRATION_BINS
+    confidences: Sequence[float], agrees: Sequence[float], num_bins: int = CALIBRATION_BINS
 ) -> Reliability | None:
     """Reliability over bins of equal width on [0, 1], the last one closed; None without predictions."""
     values, right = np.asarray(confidences, dtype=float), np.asarray(agrees, dtype=float)

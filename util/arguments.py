@@ -138,9 +138,9 @@ class DataArguments:
         )
         for name in ("train_file", "validation_file", "test_file", "baseline_predictions"):
             require_file(name, getattr(self, name))
-        if not (self.data_dir or any(local)):
+        if self.dataset_name and not (self.data_dir or any(local)):
             refuse_misspelt_dataset(self.dataset_name)
-        known = DATASETS.get(self.dataset_name)
+        known = DATASETS.get(self.dataset_name or "")
         if self.max_source_length is None:
             self.max_source_length = known.max_source_length if known else 512
         if self.max_target_length is None:

@@ -164,7 +164,7 @@ class ExitArguments:
             f"--calibrated_threshold_file contradicts {' and '.join(found)}.",
         )
 
-    def uncertified(self) -> list[Field]:
+    def uncertified(self) -> list[Field[Any]]:
         """The flags of the method in use that a calibration chooses or that no certificate covers."""
         return [spec for spec in flags_of(self, self.method) if not spec.metadata["certifiable"]]
 

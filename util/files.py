@@ -102,6 +102,8 @@ class JsonLog:
             path.with_name(f".{path.name}.lock"), f"{path}: another run is writing to it."
         )
         self._file: int | None = None
+        self._size = 0  # bytes of whole lines
+        self._gap = b""  # the line break that the last of them lacks
         try:
             self.rows = [] if fresh else self._scan()
             if fresh:
@@ -148,7 +150,6 @@ class JsonLog:
 
     def _scan(self) -> list[dict[str, Any]]:
         rows, line = [], b"\n"
-        self._size = 0  # bytes of whole lines
         for _, row, line in scan_json_lines(self.path) if self.path.is_file() else ():
             rows.append(row)
             self._size += len(line)

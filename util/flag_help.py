@@ -41,7 +41,7 @@ COLUMN = 34  # where help texts begin
 
 
 def answer_help(
-    groups: Sequence[type], description: str, training: bool = False, argv: list[str] | None = None
+    groups: Sequence[type[Any]], description: str, training: bool = False, argv: list[str] | None = None
 ) -> None:
     """Print the help and exit if the command line (or `argv`) asks for it."""
     if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
@@ -49,7 +49,7 @@ def answer_help(
         sys.exit(0)
 
 
-def describe_flags(groups: Sequence[type], description: str, training: bool = False) -> str:
+def describe_flags(groups: Sequence[type[Any]], description: str, training: bool = False) -> str:
     """All flags of the dataclasses, group by group; `training` adds the usual flags of the Trainer."""
     sections = [description.strip()]
     for group in groups:
@@ -72,12 +72,12 @@ def describe_flag(name: str, kind: str, text: str) -> str:
     return "\n".join([f"{head:<{COLUMN}}{first}".rstrip(), *(" " * COLUMN + line for line in rest)])
 
 
-def spell(field: dataclasses.Field) -> str:
+def spell(field: dataclasses.Field[Any]) -> str:
     """A flag as it is written on the command line."""
     return field.name.upper() if field.metadata["positional"] else f"--{field.name}"
 
 
-def type_word(field: dataclasses.Field) -> str:
+def type_word(field: dataclasses.Field[Any]) -> str:
     """What kind of value a flag takes."""
     if field.metadata["positional"]:
         return "..."
@@ -89,7 +89,7 @@ def type_word(field: dataclasses.Field) -> str:
     return f"{word} ..." if "list" in kind else word
 
 
-def help_text(field: dataclasses.Field) -> str:
+def help_text(field: dataclasses.Field[Any]) -> str:
     """A field's help, with its default where that says something."""
     text, default = field.metadata["help"], default_of(field)
     if is_required(field):
@@ -100,11 +100,11 @@ def help_text(field: dataclasses.Field) -> str:
     return f"{text} (default: {shown})"
 
 
-def is_required(field: dataclasses.Field) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def default_of(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
     """A flag's default; None if it must be given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()

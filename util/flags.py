@@ -86,8 +86,8 @@ def flags_in(group: Any) -> list[Field[Any]]:
     return [spec for spec in fields(group) if spec.init]
 
 
-def flags_of(group: Any, method: str) -> list[Field[Any]]:
-    """Those that a method reads."""
+def flags_of(group: Any, method: str | None) -> list[Field[Any]]:
+    """Those that a method reads; full depth, None, reads none."""
     return [spec for spec in flags_in(group) if method in spec.metadata["methods"]]
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -92,7 +93,8 @@ def threshold_flag(flags: ExitArguments) -> str:
 
 def with_threshold(flags: ExitArguments, value: float) -> ExitArguments:
     """The same flags with another threshold of the method in use."""
-    return replace(flags, **{threshold_flag(flags): value})
+    changed: dict[str, Any] = {threshold_flag(flags): value}
+    return replace(flags, **changed)
 
 
 def with_calibrated_threshold(

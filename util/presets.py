@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import os
 
-from util.flags import as_flags, given_flags, require
+from models.errors import UserError
+from util.flags import as_flags, given_flags
 from util.tasks import DATASETS
 
 SCRATCH_SETTINGS = {"learning_rate": 1e-3, "warmup_steps": 0.1, "logging_steps": 10}  # with --config_name
@@ -16,11 +17,9 @@ logger = logging.getLogger(__name__)
 
 def expand_paper_settings(argv: list[str], dataset_name: str | None) -> list[str]:
     """Put the paper's hyper-parameters for a data set before the other flags."""
-    record = DATASETS.get(dataset_name)
-    require(
-        record is not None and bool(record.training),
-        f"--paper_settings: the paper has no data set {dataset_name!r}.",
-    )
+    record = DATASETS.get(dataset_name or "")
+    if record is None or not record.training:
+        raise UserError(f"--paper_settings: the paper has no data set {dataset_name!r}.")
     return as_flags(record.training) + argv
 
 

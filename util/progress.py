@@ -51,7 +51,7 @@ class Progress:
         self.done = self.before = done  # `before` an interruption
         self.start = self.last_report = time.monotonic()
         self.reports = 0
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._finished = threading.Event()
 
     def __enter__(self) -> Progress:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from models.errors import UserError
 from models.exit_policy import ExitPolicy
 from models.families import view_for
 from models.languages import target_token_ids
@@ -40,6 +41,7 @@ class LiveSetting(Setting):
 
     loaded: LoadedModel = field(kw_only=True)
     policy: ExitPolicy | None = field(kw_only=True)
+    num_layers: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_layers = view_for(self.loaded.model).num_layers
@@ -102,12 +104,16 @@ def restore(settings: list[LiveSetting], log: PredictionLog, samples: range) -> 
     block = largest_batch(settings)
     by_name: dict[str, list[Record]] = {setting.name: [] for setting in settings}
     for record in records:
+        if record.setting not in by_name or record.row is None:
+            raise UserError(
+                f"{log.path}: not the records of this comparison: start afresh, --resume_eval False."
+            )
         by_name[record.setting].append(record)
     done = min(map(len, by_name.values()))
     if done % block:  # only a finished comparison ends within a block
         done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
     rest = range(samples.start + done, samples.stop)
-    log.keep([record for record in records if record.row < rest.start])
+    log.keep([record for record in records if record.row is not None and record.row < rest.start])
     for setting in settings:
         setting.records = by_name[setting.name][:done]
         replay_calibration(setting.policy, setting.records)
@@ -129,13 +135,15 @@ def decode_rest(
 
 
 def trace_output(setting: LiveSetting, record: Record, source: str, evaluation: EvaluationSettings) -> Trace:
-    """What every layer predicts at each of an output's tokens."""
+    """What every layer predicts at each token of a comparison's record."""
+    assert record.row is not None  # as `mark_record` leaves it
     model, tokenizer = setting.loaded.model, setting.loaded.tokenizer
     inputs = tokenizer(source, max_length=evaluation.max_source_length, truncation=True, return_tensors="pt")
     start = model.generation_config.decoder_start_token_id
     sequence = torch.tensor([[start, *target_token_ids(tokenizer, record.pieces)]])  # (1, 1 + T)
     tensors = (inputs["input_ids"], inputs["attention_mask"], sequence)
-    trace = trace_layers(model, *(tensor.to(model.device) for tensor in tensors))
+    input_ids, mask, sequences = (tensor.to(model.device) for tensor in tensors)
+    trace = trace_layers(model, input_ids, mask, sequences)
     return Trace(
         setting.name,
         record.row,
@@ -220,7 +228,7 @@ def fastest_good(rows: list[dict[str, Any]]) -> dict[str, str | None]:
         good = row["quality_share"] is not None and row["quality_share"] >= GOOD_SHARE
         if good and (current is None or row["speedup"] > current["speedup"]):
             best[row["method"]] = row
-    return {method: row and row["name"] for method, row in best.items()}
+    return {method: None if row is None else row["name"] for method, row in best.items()}
 
 
 def name_front(rows: list[dict[str, Any]], quality: str) -> list[str]:

@@ -185,7 +185,7 @@ def decode_batch(
         return_tensors="pt",
     ).to(loaded.model.device)
     stats = DecodeStats()
-    options = SETTLED | {"max_length": settings.max_length, "num_beams": settings.num_beams}
+    options: dict[str, Any] = SETTLED | {"max_length": settings.max_length, "num_beams": settings.num_beams}
     competes = "window" in batch.column_names
     if competes:
         options |= {"return_dict_in_generate": True, "output_scores": True}
@@ -222,7 +222,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
     """One record a sample. Time and work of a batch are shared out evenly over its samples."""
     texts = loaded.tokenizer.batch_decode(decoded.sequences, skip_special_tokens=True)
     size, stats = len(batch), decoded.stats
-    shared = {
+    shared: dict[str, Any] = {
         "seconds": decoded.seconds / size,
         "layer_calls": stats.layer_calls / size,
         "layer_tokens": stats.layer_tokens / size,
@@ -259,5 +259,5 @@ def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None
     for record in records:
         if record.calibration is not None:
             threshold.start_sequence()
-            confidences, right = ([pair[which] for pair in record.calibration] for which in (0, 1))
-            threshold.observe(confidences, right)
+            confidences = [confidence for confidence, _ in record.calibration]
+            threshold.observe(confidences, [bool(right) for _, right in record.calibration])

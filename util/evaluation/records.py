@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -20,12 +20,15 @@ from models.errors import UserError
 from models.json_files import check_fields, fits
 from util.files import read_json_lines, write_json_lines
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 SETTING_COLUMNS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
 TRACE_TABLES = {"confidences": list[list[float]], "agrees": list[list[int]]}  # as files hold a trace's arrays
 
 AnyOutput = TypeVar("AnyOutput", bound="Output")
 AnySetting = TypeVar("AnySetting", bound="Setting")
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 @dataclass
@@ -102,6 +105,12 @@ class Setting:
     records: list[Record] = field(default_factory=list, kw_only=True)  # in files of their own
 
     @property
+    def depth(self) -> int:
+        """`num_layers`, where there are exit layers or traces: both are checked against it."""
+        assert self.num_layers is not None
+        return self.num_layers
+
+    @property
     def exit_layers(self) -> list[int]:
         """Of all tokens."""
         return [layer for record in self.records for layer in record.exit_layers or ()]
@@ -128,7 +137,7 @@ class Trace:
     deep: list[str | None]  # (T) the last layer's predictions
 
     @classmethod
-    def from_row(cls, row: dict[str, Any], num_layers: int | None, place: str) -> Trace:
+    def from_row(cls, row: dict[str, Any], num_layers: int, place: str) -> Trace:
         trace = parse_row(cls, row, place, TRACE_TABLES)
         count = len(trace.pieces)
         for name in ("exit_layers", "deep"):
@@ -216,6 +225,11 @@ def best_windows(outputs: Sequence[AnyOutput]) -> list[AnyOutput]:
     best: dict[str, AnyOutput] = {}
     for output in outputs:
         rival = best.get(output.id)
-        if rival is None or output.sequence_score > rival.sequence_score:
+        if rival is None or window_score(output) > window_score(rival):
             best[output.id] = output
     return list(best.values())
+
+
+def window_score(output: Output) -> float:
+    assert output.sequence_score is not None  # windows have one: see `Output.from_row`
+    return output.sequence_score

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
@@ -18,6 +19,9 @@ from matplotlib.figure import Figure
 
 from util.analysis import Oracle, Reliability
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 INK, GRID, PAPER = "#1f2328", "#d3d8de", "#fefefe"
 # Okabe and Ito's colour-blind safe palette, its yellow replaced by grey; the page has lighter ones for dark.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#7a52a8", "#6b7075", "#3a9bd6")
@@ -25,7 +29,7 @@ MARKERS = "os^DvP*X<>"
 CSS_NAMES = {INK: "ink", GRID: "grid", PAPER: "paper"} | {
     color: f"series-{index}" for index, color in enumerate(SERIES)
 }
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -68,7 +72,7 @@ class Line:
     """A named series of (x, y)."""
 
     name: str
-    points: list[tuple[float, float]]
+    points: Sequence[tuple[float, float]]
     counts: list[int] = field(default_factory=list)
 
 
@@ -125,14 +129,16 @@ def draw_trade_off(
 ) -> None:
     """One panel with those of the points that are `shown`; all of them number the series."""
     if line is not None:
-        place = {
-            "xycoords": ("axes fraction", "data"),
-            "ha": "right",
-            "va": "bottom",
-            "annotation_clip": True,
-        }
         axes.axhline(line, color=INK, linewidth=1, linestyle="--", zorder=1)
-        axes.annotate(f"{line:.0f}%", (1, line), fontsize=9, **place)
+        axes.annotate(
+            f"{line:.0f}%",
+            (1, line),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            annotation_clip=True,
+        )
     series: dict[str, list[tuple[str, Point]]] = {point.series: [] for point in points}
     for index, point in enumerate(points):
         if point in shown:
@@ -157,8 +163,10 @@ def draw_series(axes: Axes, number: int, name: str, members: list[tuple[str, Poi
         xs, ys = [point.x for _, point in members], [point.y for _, point in members]
         axes.plot(xs, ys, linewidth=1, alpha=0.6, zorder=2, **look)
     for gid, point in members:
-        bars = {"xerr": error_bar(point.x, point.x_interval), "yerr": error_bar(point.y, point.y_interval)}
-        axes.errorbar(point.x, point.y, color=look["color"], alpha=0.35, linewidth=1, zorder=2, **bars)
+        x_bar, y_bar = error_bar(point.x, point.x_interval), error_bar(point.y, point.y_interval)
+        axes.errorbar(
+            point.x, point.y, xerr=x_bar, yerr=y_bar, color=look["color"], alpha=0.35, linewidth=1, zorder=2
+        )
         label = name.lstrip("_") if gid == members[0][0] else None
         dot = axes.scatter(point.x, point.y, s=36, color=look["color"], marker=marker, label=label, zorder=4)
         dot.set_gid(gid)
@@ -166,7 +174,7 @@ def draw_series(axes: Axes, number: int, name: str, members: list[tuple[str, Poi
             axes.scatter(point.x, point.y, s=120, facecolors="none", edgecolors=INK, zorder=3)
 
 
-def series_look(number: int) -> dict[str, str]:
+def series_look(number: int) -> dict[str, Any]:
     """Colour, marker and line style; where colours run out, dashes tell lines apart."""
     return {
         "color": SERIES[number % len(SERIES)],
@@ -274,7 +282,7 @@ def inline_svg(figure: Figure, name: str, description: str, details: Sequence[st
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    view_box = re.search(r'viewBox="[^"]*"', text).group()
+    view_box = re.findall(r'viewBox="[^"]*"', text)[0]
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(
         r'<g id="(?:near-)?point-(\d+)">',

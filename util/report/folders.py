@@ -143,7 +143,7 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
         setting.records.append(record)
     for place, row in lines_of(folder / "traces.jsonl", read_json_lines):
         setting = known_setting(settings, row.get("setting"), place)
-        trace = Trace.from_row(row, setting.num_layers, place)
+        trace = Trace.from_row(row, setting.depth, place)
         check_place(trace, setting, place)
         setting.traces[trace.row] = trace
     result = ResultSet(
@@ -188,7 +188,7 @@ def check_place(found: Record | Trace, setting: SettingResults, place: str) -> N
     """Raise UserError unless a record or trace has a row, and exits among the setting's layers."""
     if found.row is None:
         raise UserError(f"{place}: lacks row.")
-    if not all(layer in range(1, setting.num_layers + 1) for layer in found.exit_layers or ()):
+    if not all(layer in range(1, setting.depth + 1) for layer in found.exit_layers or ()):
         raise UserError(f"{place}: exit_layers must lie in 1..{setting.num_layers}.")
 
 

@@ -96,7 +96,7 @@ def heat_samples(group: list[ResultSet]) -> list[HeatSample]:
     # Traced samples first, then those that most settings decoded at several depths; ties in order.
     places = {name: place for place, name in enumerate(scores)}
     best = sorted(scores, key=lambda name: (-scores[name][1], -scores[name][0], places[name]))[:HEAT_SAMPLES]
-    return [heat_sample(group[0].data, shown, name) for name in sorted(best, key=places.get)]
+    return [heat_sample(group[0].data, shown, name) for name in sorted(best, key=places.__getitem__)]
 
 
 def first_records(setting: SettingResults) -> dict[str, Record]:
@@ -155,18 +155,19 @@ def plain_rows(pairs: list[tuple[SettingResults, Record]]) -> list[HeatRow]:
 
 def heat_row(setting: SettingResults, record: Record) -> HeatRow:
     """Tokens of a record, with what its trace knows of them; the trace must be of the same tokens."""
-    trace = setting.traces.get(record.row)
+    trace = None if record.row is None else setting.traces.get(record.row)
     if not record.exit_layers or not setting.num_layers:
         return HeatRow(setting.name, [], text=record.prediction)
     if trace is not None and trace.pieces != record.pieces:
         trace = None
-    count = min(len(record.pieces), len(record.exit_layers), HEAT_TOKENS)
-    tokens = [heat_token(setting, record, trace, index) for index in range(count)]
-    return HeatRow(setting.name, tokens, len(record.pieces) > count)
+    pairs = list(zip(record.pieces, record.exit_layers, strict=False))[:HEAT_TOKENS]
+    tokens = [heat_token(setting, trace, index, *pair) for index, pair in enumerate(pairs)]
+    return HeatRow(setting.name, tokens, len(record.pieces) > len(pairs))
 
 
-def heat_token(setting: SettingResults, record: Record, trace: Trace | None, index: int) -> Token:
-    layer, piece = record.exit_layers[index], record.pieces[index]
+def heat_token(
+    setting: SettingResults, trace: Trace | None, index: int, piece: str | None, layer: int
+) -> Token:
     parts = [f"“{readable(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
     if trace is not None:
         layers = sorted({layer, setting.shallow_layer or layer})
@@ -175,7 +176,7 @@ def heat_token(setting: SettingResults, record: Record, trace: Trace | None, ind
     differs = trace is not None and trace.deep[index] != piece
     shown = readable(piece)
     space = shown.startswith(" ") and index > 0
-    return Token(shown.lstrip(" "), space, shade_class(layer, setting.num_layers), differs, "; ".join(parts))
+    return Token(shown.lstrip(" "), space, shade_class(layer, setting.depth), differs, "; ".join(parts))
 
 
 def readable(piece: str | None) -> str:

@@ -102,7 +102,9 @@ def cards_of(result: ResultSet, several: bool) -> list[dict[str, str]]:
     if result.kind == "run":
         return [run_card(result, where)]
     by_name = {setting.name: setting for setting in result.settings}
-    chosen = {method: by_name.get(name) for method, name in result.fastest_99.items()}
+    chosen = {
+        method: None if name is None else by_name.get(name) for method, name in result.fastest_99.items()
+    }
     cards = [
         speed_card(result, method + where, setting)
         for method, setting in chosen.items()

@@ -43,10 +43,10 @@ MAX_CURVES = 6  # in one calibration plot
 
 @dataclass
 class Measure:
-    """What an axis shows: a key of the figures, its interval's key, its label, and the unit of a value."""
+    """What an axis shows: a key of the figures, its interval's key or "", its label, the unit of a value."""
 
     key: str
-    interval: str | None
+    interval: str
     label: str
     unit: str
 
@@ -102,7 +102,7 @@ def choose_measures(
         qualities += [Measure(key, "interval", name, f" {name}") for name, key in scores.items()]
     speeds = [
         Measure("speedup", "speedup_interval", "speed-up over full depth (measured)", "× speed-up"),
-        Measure("ideal_speedup", None, "ideal speed-up (by layers run, not by time)", "× ideal speed-up"),
+        Measure("ideal_speedup", "", "ideal speed-up (by layers run, not by time)", "× ideal speed-up"),
     ]
     for x, y in product(speeds, qualities):
         chosen = [
@@ -184,7 +184,7 @@ def depth_bar(setting: SettingResults, layers: list[int]) -> dict[str, Any]:
         {
             "layer": layer,
             "percent": 100 * share,
-            "shade": shade_class(layer, setting.num_layers),
+            "shade": shade_class(layer, setting.depth),
             "detail": f"layer {layer}: {100 * share:.1f}% of {len(layers)} tokens",
         }
         for layer, share in exit_shares(layers).items()
@@ -234,8 +234,7 @@ def calibration_pairs(result: ResultSet) -> dict[str, tuple[list[float], list[fl
     for setting in result.main_settings:
         own = [pair for record in setting.records for pair in record.calibration or ()]
         if own:
-            confidences, agrees = zip(*own, strict=True)
-            pairs[f"{setting.name}, its own pairs"] = (list(confidences), list(agrees))
+            pairs[f"{setting.name}, its own pairs"] = ([pair[0] for pair in own], [pair[1] for pair in own])
     return pairs
 
 
@@ -251,9 +250,9 @@ def traced_baselines(result: ResultSet) -> list[SettingResults]:
 def possible_exits(result: ResultSet, baseline: SettingResults) -> list[int]:
     """FREE's shallow layers on this checkpoint; without FREE a quarter, half and three quarters deep."""
     mine = [setting for setting in result.settings if setting.checkpoint == baseline.checkpoint]
-    shallow = {setting.shallow_layer for setting in mine if setting.method.startswith(FREE)} - {None}
-    depth = baseline.num_layers
-    return sorted(shallow or {max(1, depth * quarter // 4) for quarter in (1, 2, 3)})
+    shallow = {setting.shallow_layer for setting in mine if setting.method.startswith(FREE)}
+    known = {layer for layer in shallow if layer is not None}
+    return sorted(known or {max(1, baseline.depth * quarter // 4) for quarter in (1, 2, 3)})
 
 
 def stack_traces(setting: SettingResults) -> tuple[np.ndarray, np.ndarray]:
@@ -269,11 +268,11 @@ def threshold_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     lines = []
     for result in sets:
         for setting in result.main_settings:
-            points = [
+            points = sorted(
                 (record.row + 1, record.threshold)
-                for record in sorted(setting.records, key=lambda record: record.row)
-                if record.threshold is not None
-            ]
+                for record in setting.records
+                if record.row is not None and record.threshold is not None
+            )
             if len({value for _, value in points}) > 1:
                 lines.append(Line(setting.name, points))
     if not lines:
@@ -297,7 +296,7 @@ def oracle_section(sets: list[ResultSet]) -> dict[str, Any] | None:
                 ("from there on", settled_layers(agrees)),
                 ("at all", first_agreeing_layers(agrees)),
             ):
-                found = oracle(layers, setting.num_layers)
+                found = oracle(layers, setting.depth)
                 name = f"{place}, {kind}" if place else kind
                 bars[name] = found
                 figures = (len(layers), found.mean, found.ideal_speedup, found.counts[-1] / len(layers))

@@ -102,7 +102,7 @@ def notes_on(pairs: list[tuple[ResultSet, SettingResults]]) -> list[str]:
 def figure_cell(result: ResultSet, setting: SettingResults, key: str) -> Cell:
     """A figure; the threshold, exit layer, batch size and checkpoint are the setting's own."""
     value = getattr(setting, key) if hasattr(setting, key) else setting.figures.get(key)
-    bounds = setting.figures.get("interval" if key == result.main_score else INTERVALS.get(key))
+    bounds = setting.figures.get("interval" if key == result.main_score else INTERVALS.get(key, ""))
     cell = Cell(format_figure(value), format_interval(bounds), value)
     if key == "speedup" and value is not None:
         cell.text, cell.kind, cell.hint = describe_speedup(setting.figures)
