@@ -77,8 +77,9 @@ class TokenChooser:
         self, input_ids: Tensor, logits: Tensor, active: list[bool], *, provisional: bool = False
     ) -> tuple[Tensor, list[bool]]:
         """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
-        if provisional:
-            self.provisional.append(BeforeToken(snapshot(self.processor), snapshot(self.criteria)))
+        if provisional:  # copies go on, so that the caller's own objects are what is restored
+            self.provisional.append(BeforeToken(self.processor, self.criteria))
+            self.processor, self.criteria = snapshot(self.processor), snapshot(self.criteria)
         else:
             self.provisional = []
         return self.pick(input_ids, logits, self._process(input_ids, logits), active)

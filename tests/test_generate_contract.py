@@ -274,6 +274,7 @@ def test_a_processor_that_keeps_state_sees_each_token_once():
         for policy in (FullDepth(), lossless(), lossless(max_pending=1)):
             processors = LogitsProcessorList([CountCalls()])
             assert torch.equal(decode(model, inputs, policy, logits_processor=processors), expected)
+            assert processors[0].calls == expected.shape[1] - 1  # the caller's own, not a copy
 
 
 def test_a_processor_that_cannot_be_copied_is_named():
