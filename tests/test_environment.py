@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 CODE = [ROOT / "run.py", *(path for name in ("models", "util", "gpt_eval", "scripts", "tests")
                            for path in ROOT.glob(f"{name}/**/*.py"))]  # fmt: skip
 OWN = {"models", "util", "gpt_eval", "scripts", "run", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OF_TYPES = {"_typeshed"}  # there for type checkers alone
 OF_TORCH = ("nvidia-", "cuda-", "triton", "pytorch-triton")  # each build of torch names its own
 WITH_PYTHON = {"pip", "setuptools"}
 STUB = """#!/usr/bin/env bash
@@ -57,7 +58,7 @@ def needed_by(names):
 
 def test_every_library_that_is_imported_is_required_at_one_version():
     homes, required = packages_distributions(), read_versions("requirements.txt")
-    modules = set(imported_modules()) - set(sys.stdlib_module_names) - OWN
+    modules = set(imported_modules()) - set(sys.stdlib_module_names) - OWN - OF_TYPES
     assert {"torch", "transformers", "markupsafe"} <= modules
     lacking = {name for name in modules if not {*map(canonicalize_name, homes[name])} & set(required)}
     assert not lacking
