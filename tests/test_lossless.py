@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from models import AdaptiveThreshold, DecodeStats, FixedThreshold, Free, SoftmaxGap, UserError, view_for
 
 # LOSSLESS_EXAMPLES=6000 pytest tests/test_lossless.py -k no_setting  compares about 20,000 sequences.
-MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 30))
+MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 60))
 DRAWS = 300
 THRESHOLDS = {"always": FixedThreshold(-1.0), "third": EveryThirdDeep(), "never": FixedThreshold(2.0)}
 OPTIONS = {

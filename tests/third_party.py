@@ -56,7 +56,7 @@ class PebbleEncoder(PreTrainedModel):
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, **_):
+    def forward(self, input_ids, attention_mask=None, **output_options):  # how outputs are returned
         return BaseModelOutput(torch.tanh(self.words(input_ids)))
 
 
@@ -86,7 +86,7 @@ class PebbleForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids=None, attention_mask=None, decoder_input_ids=None, encoder_outputs=None, labels=None,
-        output_hidden_states=False, use_cache=False, **_,
+        output_hidden_states=False, use_cache=False, **output_options,
     ):  # fmt: skip
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
