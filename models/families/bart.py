@@ -7,6 +7,8 @@ normalize before and have one.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +25,10 @@ class BartView(EncoderDecoderView):
         # BART and mBART scale inside `embed_tokens`; Pegasus and Marian in the decoder.
         self.embed_scale = getattr(decoder, "embed_scale", 1.0)
         self.embedding_norm = getattr(decoder, "layernorm_embedding", nn.Identity())
+        attention = self.layers[0].self_attn
+        self.key_value_shape = (attention.num_heads, attention.head_dim)
+        self.encoder_layers = list(model.get_encoder().layers)
+        self.encoder_heads = self.encoder_layers[0].self_attn.num_heads
         self.output_bias = model.final_logits_bias
         self.position_offset = getattr(decoder.embed_positions, "offset", 0)
 
@@ -41,5 +47,23 @@ class BartView(EncoderDecoderView):
         width = attention.head_dim
         return split_heads(attention.k_proj(hidden), width), split_heads(attention.v_proj(hidden), width)
 
+    def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention = layer.encoder_attn
+        width = attention.head_dim
+        keys, values = attention.k_proj(encoder_hidden), attention.v_proj(encoder_hidden)
+        return split_heads(keys, width), split_heads(values, width)
+
     def project(self, normalized: Tensor) -> Tensor:
         return self.model.lm_head(normalized) + self.output_bias
+
+    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        return {"attention_mask": None, "encoder_hidden_states": hidden}
+
+    def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
+        return layer(hidden, None)
+
+    def distance_bias(self, index: int, length: int) -> None:
+        """None: positions are embedded."""
+
+    def source_bias(self, index: int, length: int) -> None:
+        """None: positions are embedded."""

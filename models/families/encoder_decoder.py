@@ -51,6 +51,7 @@ class EncoderDecoderState(DecoderState):
 class EncoderDecoderView:
     """Base of the views: a family adds `embed`, `project_kv` and `project`."""
 
+    has_memory = True  # of the source, which layers attend to
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output
 
@@ -60,6 +61,7 @@ class EncoderDecoderView:
         self.layers = list(layers)  # slicing a ModuleList would build a new module
         self.num_layers = len(self.layers)
         self.final_norm = final_norm
+        self.width = model.config.hidden_size
 
     def begin(
         self,
@@ -88,6 +90,10 @@ class EncoderDecoderView:
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
+        raise NotImplementedError
+
+    def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, D / H)."""
         raise NotImplementedError
 
     def run_layers(

@@ -21,6 +21,9 @@ class T5View(EncoderDecoderView):
         decoder = model.get_decoder()
         super().__init__(model, decoder.block, nn.Sequential(decoder.final_layer_norm, decoder.dropout))
         # mT5 has no such setting: it never scales.
+        self.key_value_shape = (model.config.num_heads, model.config.d_kv)
+        self.encoder_heads = model.config.num_heads
+        self.encoder_layers = list(model.get_encoder().block)
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         self.output_scale = model.config.d_model**-0.5 if scaled else None
 
@@ -38,6 +41,12 @@ class T5View(EncoderDecoderView):
         width = attention.key_value_proj_dim
         return split_heads(attention.k(normalized), width), split_heads(attention.v(normalized), width)
 
+    def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention = layer.layer[1].EncDecAttention
+        width = attention.key_value_proj_dim
+        keys, values = attention.k(encoder_hidden), attention.v(encoder_hidden)
+        return split_heads(keys, width), split_heads(values, width)
+
     def project(self, normalized: Tensor) -> Tensor:
         if self.output_scale is not None:
             normalized = normalized * self.output_scale
@@ -52,3 +61,29 @@ class T5View(EncoderDecoderView):
             attention = self.layers[0].layer[0].SelfAttention
             bias = state.relative_bias = attention.compute_bias(length, length)
         return bias[:, :, past:total, :total]
+
+    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        unread = hidden.new_zeros(1)
+        return {
+            "attention_mask": None,
+            "position_bias": unread,
+            "encoder_hidden_states": hidden,
+            "encoder_decoder_position_bias": unread,
+        }
+
+    def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
+        return layer(hidden, position_bias=hidden.new_zeros(1))[0]
+
+    def distance_bias(self, index: int, length: int) -> Tensor:
+        """Bias of a key so many positions before its query in decoder layer `index`: (H, length)."""
+        attention = self.bias_owner(self.layers, index).layer[0].SelfAttention
+        return attention.compute_bias(1, length, past_seen_tokens=length - 1)[0, :, 0].flip(-1)
+
+    def source_bias(self, index: int, length: int) -> Tensor:
+        """Bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""
+        attention = self.bias_owner(self.encoder_layers, index).layer[0].SelfAttention
+        return attention.compute_bias(length, length)
+
+    def bias_owner(self, layers: list[Block], index: int) -> Block:
+        """The layer whose relative biases layer `index` uses: the first."""
+        return layers[0]

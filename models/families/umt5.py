@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
+from torch import Tensor
+
+from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView
 from models.families.t5 import T5View
 
 
 class UMT5View(T5View):
     def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
         return EncoderDecoderView.step_inputs(self, state, start, new, causal)
+
+    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        return {"attention_mask": None, "encoder_hidden_states": hidden}
+
+    def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
+        return layer(hidden)
+
+    def bias_owner(self, layers: list[Block], index: int) -> Block:
+        return layers[index]

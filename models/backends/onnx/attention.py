@@ -1,0 +1,142 @@
+"""What attention becomes in an exported graph: one operator of ONNX Runtime's, chosen by what is attended to.
+
+Hugging Face's layers call the attention function that their config names. While a layer is traced, it names
+`attend`, which writes the operator instead of computing anything. Keys/values live in buffers of a fixed
+capacity N that the operator itself appends to.
+
+Source of the operators: github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
+
+NAME = "exitlm_export"
+GROUP_QUERY, MULTI_HEAD = "GroupQueryAttention", "MultiHeadAttention"
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Attended:
+    """What the attentions of one traced layer read besides its input. B batch, R query rows, S source
+    tokens, H heads, W their width, N capacity."""
+
+    source_mask: Tensor | None = None  # (B, S) int32, 0 at padding
+    memory: Pair | None = None  # (B, H, S, W) keys, values of the source
+    past: Pair | None = None  # (B, H, N, W) buffers of the layer's own keys, values
+    bias: Tensor | None = None  # (B or 1, H or 1, R, N), added to scores
+    last: Tensor | None = None  # (B,) int32, position of the last row
+    capacity: Tensor | None = None  # () int32
+    rows: Tensor | None = None  # (B,) int32, R
+    written: list[Tensor] = field(default_factory=list)  # the buffers with the new keys, values
+
+
+ATTENDED: ContextVar[Attended] = ContextVar("attended")
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of (B, H, Q, W) queries as one operator: (B, Q, H, W).
+
+    Masks and biases that the layer passes are not read: the operators mask by position, and biases are
+    those of `Attended`.
+    """
+    attended = ATTENDED.get()
+    heads, width = query.shape[1], query.shape[3]
+    merged = [states.transpose(1, 2).flatten(2) for states in (query, key, value)]  # (B, Q, H * W)
+    attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling)}
+    if attended.memory is not None and key is attended.memory[0]:
+        output = multi_head(merged[0], [key, value, None, attended.source_mask], attributes)
+    elif attended.past is None:  # an encoder's
+        output = multi_head(merged[0], [*merged[1:], None, attended.source_mask, attended.bias], attributes)
+    else:
+        attributes |= {"kv_num_heads": key.shape[1]}
+        attributes |= {
+            name: value
+            for name, value in (
+                ("softcap", options.get("softcap")),
+                ("local_window_size", options.get("sliding_window")),
+            )
+            if value is not None
+        }
+        output = group_query(merged, attended, attributes)
+    return output.unflatten(-1, (heads, width)), None
+
+
+def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str, Any]) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"com.microsoft::{MULTI_HEAD}",
+        [query, *others],
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+def group_query(merged: list[Tensor], attended: Attended, attributes: dict[str, Any]) -> Tensor:
+    assert attended.past is not None
+    query, unused = merged[0], None
+    output, *attended.written = torch.onnx.ops.symbolic_multi_out(
+        f"com.microsoft::{GROUP_QUERY}",
+        [
+            *(*merged, *attended.past, attended.last, attended.capacity),
+            *(unused, unused, unused),  # rotation, which the layers do themselves
+            *(attended.bias, unused, unused, unused, unused, unused, attended.rows),
+        ],
+        attributes,
+        dtypes=[query.dtype] * 3,
+        shapes=[query.shape, attended.past[0].shape, attended.past[1].shape],
+        version=1,
+    )
+    return output
+
+
+class NewOnly:
+    """Under Hugging Face's cache interface: keys/values as they come, as the operator appends them itself."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+
+@dataclass
+class MemoryLayer:
+    keys: Tensor
+    values: Tensor
+
+
+class ExportCache(EncoderDecoderCache):
+    """The cache that layer `index` sees while it is traced."""
+
+    def __init__(self, index: int, memory: Pair | None) -> None:
+        self.self_attention_cache = cast(Cache, NewOnly())
+        self.cross_attention_cache = cast(Cache, self)
+        self.layers = {} if memory is None else {index: MemoryLayer(*memory)}
+        self.is_updated = {index: True}
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+@contextmanager
+def exported_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model's layers write operators while inside."""
+    AttentionInterface.register(NAME, attend)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,121 @@
+"""Exported layers against the modules they come from, and their bits alone and in windows."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from models.backends.onnx.attention import exported_attention
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory
+from models.backends.onnx.tracing import Kinds
+from models.families import view_for
+
+CAPACITY, SOURCE, TOKENS = 32, 9, 12
+
+
+def session(kinds, piece):
+    model = ir.to_proto(kinds.model(piece)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def bias_rows(view, index, start, new):
+    """(1, H, new, CAPACITY) scores that the keys of each position get from how far away they are."""
+    heads = view.key_value_shape[0]
+    rows = np.zeros((1, heads, new, CAPACITY), np.float32)
+    by_distance = view.distance_bias(index, CAPACITY)
+    for row in range(new if by_distance is not None else 0):
+        for key in range(start + row + 1):
+            rows[0, :, row, key] = by_distance[:, start + row - key].detach().numpy()
+    return rows
+
+
+def run_exported(layer, view, index, hidden, memory, source_mask, windows):
+    """Feed the tokens in windows; a lone token runs with a copy of itself, thrown away."""
+    batch, past = (
+        len(hidden),
+        [np.zeros((len(hidden), view.key_value_shape[0], CAPACITY, view.key_value_shape[1]), np.float32)] * 2,
+    )
+    start, outputs = 0, []
+    for new in windows:
+        rows = max(new, 2)
+        window = hidden[:, [min(start + row, start + new - 1) for row in range(rows)]]
+        feeds = {
+            "hidden": np.ascontiguousarray(window),
+            "bias": bias_rows(view, index, start, rows),
+            "last": np.full(batch, start + rows - 1, np.int32),
+            "capacity": np.array(CAPACITY, np.int32),
+            "row_count": np.full(batch, rows, np.int32),
+            "past_keys": past[0],
+            "past_values": past[1],
+            "source_mask": source_mask,
+            "memory_keys": memory[0],
+            "memory_values": memory[1],
+        }
+        output, *past = layer.run(None, feeds)
+        outputs.append(output[:, :new])
+        start += new
+    return np.concatenate(outputs, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_window(family):
+    torch.manual_seed(0)
+    model = tiny_model(family).eval()
+    for weight in model.parameters():  # else all norms and biases are equal
+        weight.data += 0.02 * torch.randn_like(weight)
+    view, kinds = view_for(model), Kinds()
+    with exported_attention(model):
+        layers = [session(kinds, DecoderLayer(view, index)) for index in (0, 1)]
+        memories = [session(kinds, Memory(view, index)) for index in (0, 1)]
+        keys_values = session(kinds, KeysValues(view, 1))
+        head = session(kinds, Head(view, 1))
+    source, hidden = torch.randn(2, SOURCE, view.width), torch.randn(2, TOKENS, view.width)
+    mask = torch.ones(2, SOURCE, dtype=torch.int64)
+    mask[0, 6:] = 0
+    state = view.begin(None, encoder_outputs=(source,), attention_mask=mask)
+    with torch.no_grad():
+        expected = [view.run_layers(state, hidden, index, index + 1).numpy() for index in (0, 1)]
+        memory = [run.run(None, {"hidden": source.numpy()}) for run in memories]
+        made = keys_values.run(None, {"hidden": hidden.numpy()})
+        logits = head.run(None, {"hidden": hidden.numpy()})[0]
+        for ours, theirs in zip(made, view.project_kv(view.layers[1], hidden), strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            logits, view.project(view.normalize(hidden, 1)).numpy(), rtol=1e-4, atol=1e-5
+        )
+    for index in (0, 1):
+        alone, *others = [
+            run_exported(
+                layers[index], view, index, hidden.numpy(), memory[index], mask.int().numpy(), windows
+            )
+            for windows in ([1] * 12, [2] * 6, [3] * 4, [4, 8], [12], [5, 1, 6])
+        ]
+        np.testing.assert_allclose(alone, expected[index], rtol=1e-4, atol=1e-4)
+        assert all((other == alone).all() for other in others)
+
+
+def test_an_exported_encoder_layer_equals_the_module():
+    model = tiny_model("t5-tied").eval()
+    view, hidden = view_for(model), torch.randn(2, SOURCE, model.config.d_model)
+    mask = torch.ones(2, SOURCE, dtype=torch.int64)
+    mask[1, 5:] = 0
+    with exported_attention(model):
+        layer = session(Kinds(), EncoderLayer(view, 0))
+    bias = view.source_bias(0, SOURCE).detach()
+    blocked = torch.where(mask == 0, torch.finfo(torch.float32).min, 0.0)[:, None, None]
+    with torch.no_grad():
+        expected = view.encoder_layers[0](hidden, blocked, bias)[0].numpy()
+    feeds = {"hidden": hidden.numpy(), "source_mask": mask.int().numpy(), "bias": bias.numpy()}
+    np.testing.assert_allclose(layer.run(None, feeds)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_attends_as_before_once_it_is_exported():
+    model = tiny_model("t5-tied").eval()
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), exported_attention(model):
+        raise KeyError
+    assert model.config._attn_implementation == before
