@@ -7,8 +7,6 @@ normalize before and have one.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,15 +53,3 @@ class BartView(EncoderDecoderView):
 
     def project(self, normalized: Tensor) -> Tensor:
         return self.model.lm_head(normalized) + self.output_bias
-
-    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        return {"attention_mask": None, "encoder_hidden_states": hidden}
-
-    def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
-        return layer(hidden, None)
-
-    def distance_bias(self, index: int, length: int) -> None:
-        """None: positions are embedded."""
-
-    def source_bias(self, index: int, length: int) -> None:
-        """None: positions are embedded."""

@@ -49,9 +49,11 @@ class EncoderDecoderState(DecoderState):
 
 
 class EncoderDecoderView:
-    """Base of the views: a family adds `embed`, `project_kv` and `project`."""
+    """Base of the views: a family adds `embed`, `project_kv`, `project_memory` and `project`."""
 
-    has_memory = True  # of the source, which layers attend to
+    encoder_layers: list[Block]
+    encoder_heads: int
+    key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output
 
@@ -92,9 +94,36 @@ class EncoderDecoderView:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
         raise NotImplementedError
 
+    def project(self, normalized: Tensor) -> Tensor:
+        """Logits of normalized states: (..., D) -> (..., V)."""
+        raise NotImplementedError
+
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, D / H)."""
         raise NotImplementedError
+
+    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        """`step_inputs` of an export, which masks by itself and has memory and biases from elsewhere: what
+        layers insist on being called with."""
+        return {"attention_mask": None, "encoder_hidden_states": hidden}
+
+    def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
+        """`layer` of the encoder on (B, S, D), exported likewise.
+
+        Raises:
+            UserError: an encoder whose attention cannot be exported.
+        """
+        output = layer(hidden, None)
+        return output[0] if isinstance(output, tuple) else output
+
+    def distance_bias(self, index: int, length: int) -> Tensor | None:
+        """Relative bias of a key so many positions before its query in decoder layer `index`: (H, length);
+        None of families that embed positions."""
+        return None
+
+    def source_bias(self, index: int, length: int) -> Tensor | None:
+        """Relative bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""
+        return None
 
     def run_layers(
         self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True

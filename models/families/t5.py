@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.errors import UserError
 from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
 
 INITIAL_BIAS_LENGTH = 64
@@ -20,10 +21,10 @@ class T5View(EncoderDecoderView):
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = model.get_decoder()
         super().__init__(model, decoder.block, nn.Sequential(decoder.final_layer_norm, decoder.dropout))
-        # mT5 has no such setting: it never scales.
         self.key_value_shape = (model.config.num_heads, model.config.d_kv)
         self.encoder_heads = model.config.num_heads
         self.encoder_layers = list(model.get_encoder().block)
+        # mT5 has no such setting: it never scales.
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         self.output_scale = model.config.d_model**-0.5 if scaled else None
 
@@ -63,24 +64,22 @@ class T5View(EncoderDecoderView):
         return bias[:, :, past:total, :total]
 
     def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        unread = hidden.new_zeros(1)
-        return {
-            "attention_mask": None,
+        unread = hidden.new_zeros(1)  # lest layers compute biases
+        return super().traced_inputs(hidden) | {
             "position_bias": unread,
-            "encoder_hidden_states": hidden,
             "encoder_decoder_position_bias": unread,
         }
 
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
+        if hasattr(self.model.config, "encoder_attention_type"):
+            raise UserError("LongT5's sparse encoder attention cannot be exported: run its encoder in torch.")
         return layer(hidden, position_bias=hidden.new_zeros(1))[0]
 
     def distance_bias(self, index: int, length: int) -> Tensor:
-        """Bias of a key so many positions before its query in decoder layer `index`: (H, length)."""
         attention = self.bias_owner(self.layers, index).layer[0].SelfAttention
         return attention.compute_bias(1, length, past_seen_tokens=length - 1)[0, :, 0].flip(-1)
 
     def source_bias(self, index: int, length: int) -> Tensor:
-        """Bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""
         attention = self.bias_owner(self.encoder_layers, index).layer[0].SelfAttention
         return attention.compute_bias(length, length)
 

@@ -15,10 +15,10 @@ class UMT5View(T5View):
         return EncoderDecoderView.step_inputs(self, state, start, new, causal)
 
     def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        return {"attention_mask": None, "encoder_hidden_states": hidden}
+        return EncoderDecoderView.traced_inputs(self, hidden)
 
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
-        return layer(hidden)
+        return EncoderDecoderView.apply_encoder_layer(self, layer, hidden)
 
     def bias_owner(self, layers: list[Block], index: int) -> Block:
         return layers[index]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
 
 NAME = "exitlm_export"
-GROUP_QUERY, MULTI_HEAD = "GroupQueryAttention", "MultiHeadAttention"
 Pair = tuple[Tensor, Tensor]
 
 
@@ -42,6 +41,16 @@ class Attended:
 ATTENDED: ContextVar[Attended] = ContextVar("attended")
 
 
+@contextmanager
+def attending(attended: Attended) -> Iterator[None]:
+    """Trace a layer whose attentions read `attended`."""
+    token = ATTENDED.set(attended)
+    try:
+        yield
+    finally:
+        ATTENDED.reset(token)
+
+
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float, **options: Any
 ) -> tuple[Tensor, None]:
@@ -59,22 +68,13 @@ def attend(
     elif attended.past is None:  # an encoder's
         output = multi_head(merged[0], [*merged[1:], None, attended.source_mask, attended.bias], attributes)
     else:
-        attributes |= {"kv_num_heads": key.shape[1]}
-        attributes |= {
-            name: value
-            for name, value in (
-                ("softcap", options.get("softcap")),
-                ("local_window_size", options.get("sliding_window")),
-            )
-            if value is not None
-        }
-        output = group_query(merged, attended, attributes)
+        output = group_query(merged, attended, attributes | {"kv_num_heads": key.shape[1]})
     return output.unflatten(-1, (heads, width)), None
 
 
 def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str, Any]) -> Tensor:
     return torch.onnx.ops.symbolic(
-        f"com.microsoft::{MULTI_HEAD}",
+        "com.microsoft::MultiHeadAttention",
         [query, *others],
         attributes,
         dtype=query.dtype,
@@ -87,7 +87,7 @@ def group_query(merged: list[Tensor], attended: Attended, attributes: dict[str, 
     assert attended.past is not None
     query, unused = merged[0], None
     output, *attended.written = torch.onnx.ops.symbolic_multi_out(
-        f"com.microsoft::{GROUP_QUERY}",
+        "com.microsoft::GroupQueryAttention",
         [
             *(*merged, *attended.past, attended.last, attended.capacity),
             *(unused, unused, unused),  # rotation, which the layers do themselves
@@ -120,10 +120,10 @@ class MemoryLayer:
 class ExportCache(EncoderDecoderCache):
     """The cache that layer `index` sees while it is traced."""
 
-    def __init__(self, index: int, memory: Pair | None) -> None:
+    def __init__(self, index: int, memory: Pair) -> None:
         self.self_attention_cache = cast(Cache, NewOnly())
         self.cross_attention_cache = cast(Cache, self)
-        self.layers = {} if memory is None else {index: MemoryLayer(*memory)}
+        self.layers = {index: MemoryLayer(*memory)}
         self.is_updated = {index: True}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -132,11 +132,11 @@ class ExportCache(EncoderDecoderCache):
 
 @contextmanager
 def exported_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's layers write operators while inside."""
+    """Let the model's layers write operators while inside, without dropout."""
     AttentionInterface.register(NAME, attend)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    before, training = model.config._attn_implementation, model.training
+    model.eval().set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.train(training).set_attn_implementation(before)

@@ -62,7 +62,7 @@ def describe(piece: Piece) -> tuple[Any, ...]:
     ]
     shapes = {name: tuple(weight.shape) for name, weight in piece.layer.named_parameters()}
     weights = [(name, shape) for name, shape in shapes.items() if UNREAD not in name]
-    return type(piece), str(getattr(piece, "exit", None)), tuple(modules), tuple(weights)
+    return type(piece), piece.key, tuple(modules), tuple(weights)
 
 
 def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -77,7 +77,7 @@ def trace(piece: Piece) -> ir.Model:
     axes = {name: dict(varying) for name, (_, varying) in piece.inputs.items()}
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            piece.eval(),
+            piece,
             kwargs=examples,
             dynamo=True,
             dynamic_shapes=axes,
@@ -88,12 +88,11 @@ def trace(piece: Piece) -> ir.Model:
             verbose=False,
         )
     assert program is not None
-    model = program.model
-    for name, value in list(model.graph.initializers.items()):
-        if name in piece.state_dict():
-            model.graph.initializers.pop(name)
-            value.const_value = None
-            model.graph.inputs.append(value)
+    model, weights = program.model, piece.state_dict()
+    for name in [name for name in model.graph.initializers if name in weights]:
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
     optimizer.optimize(model)
     return model
 
