@@ -53,7 +53,8 @@ class StandInServer:
         self.lock = threading.Lock()
         self._seen: set[str] = set()
         self._http = QuietServer(("127.0.0.1", 0), type("Handler", (Handler,), {"stand_in": self}))
-        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
+        waits = {"poll_interval": 0.01}  # to be shut down
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs=waits, daemon=True)
 
     @property
     def base_url(self) -> str:

@@ -29,7 +29,7 @@ fi
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-PROCESSES=$((GPUS > 0 ? GPUS : $(nproc)))
+PROCESSES=$((GPUS > 0 ? GPUS : $(env -u OMP_NUM_THREADS nproc)))  # nproc takes the variable for its answer
 
 launch() {
   if [ "$GPUS" -gt 0 ]; then
