@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from real_rows import REAL_ROWS
 from script_commands import words_for_run
 
@@ -93,6 +94,13 @@ def in_experiment(command):
     """What a command prints where scripts/experiment.sh was sourced."""
     command = ["bash", "-euc", f"source scripts/experiment.sh; {command}"]
     return subprocess.check_output(command, cwd=ROOT, env=ENVIRONMENT | {"OLDPWD": "."}, text=True)
+
+
+def test_training_takes_every_core():
+    """Although each process has one thread only."""
+    assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
+    cores = len(os.sched_getaffinity(0))
+    assert int(in_experiment("echo $PROCESSES")) == (torch.cuda.device_count() or cores)
 
 
 @pytest.mark.parametrize("model, layer", [("checkpoints/debian-t5-free", "2"), ("google-t5/t5-large", "6")])
