@@ -20,23 +20,20 @@ class BartView(EncoderDecoderView):
         final_norm = getattr(decoder, "layer_norm", None)
         super().__init__(model, decoder.layers, final_norm or nn.Identity())
         self.normalizes_before = final_norm is not None
-        # BART and mBART scale inside `embed_tokens`; Pegasus and Marian in the decoder.
-        self.embed_scale = getattr(decoder, "embed_scale", 1.0)
-        self.embedding_norm = getattr(decoder, "layernorm_embedding", nn.Identity())
         attention = self.layers[0].self_attn
         self.key_value_shape = (attention.num_heads, attention.head_dim)
         self.encoder_layers = list(model.get_encoder().layers)
         self.encoder_heads = self.encoder_layers[0].self_attn.num_heads
         self.output_bias = model.final_logits_bias
-        self.position_offset = getattr(decoder.embed_positions, "offset", 0)
 
     def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
-        start = state.lengths[0] + self.position_offset
-        positions = self.decoder.embed_positions.weight[start : start + token_ids.shape[1]]
-        if len(positions) < token_ids.shape[1]:
-            limit = len(self.decoder.embed_positions.weight) - self.position_offset
-            raise UserError(f"The model has {limit} positions: generate at most that many tokens.")
-        return self.embedding_norm(self.decoder.embed_tokens(token_ids) * self.embed_scale + positions)
+        return embed_tokens(self.decoder, token_ids, state.lengths[0])
+
+    def embed_source(self, token_ids: Tensor) -> Tensor:
+        return embed_tokens(self.model.get_encoder(), token_ids, 0)
+
+    def finish_source(self, hidden: Tensor) -> Tensor:
+        return getattr(self.model.get_encoder(), "layer_norm", nn.Identity())(hidden)
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalizes_before:
@@ -53,3 +50,16 @@ class BartView(EncoderDecoderView):
 
     def project(self, normalized: Tensor) -> Tensor:
         return self.model.lm_head(normalized) + self.output_bias
+
+
+def embed_tokens(stack: nn.Module, token_ids: Tensor, start: int) -> Tensor:
+    """What the first layer of an encoder or decoder reads, the first token standing at position `start`."""
+    positions, offset = stack.embed_positions.weight, getattr(stack.embed_positions, "offset", 0)
+    stop = start + offset + token_ids.shape[1]
+    if stop > len(positions):
+        raise UserError(
+            f"The model has {len(positions) - offset} positions: cut sources and outputs to that many tokens."
+        )
+    # BART and mBART scale inside `embed_tokens`; Pegasus and Marian scale here.
+    embedded = stack.embed_tokens(token_ids) * getattr(stack, "embed_scale", 1.0)
+    return getattr(stack, "layernorm_embedding", nn.Identity())(embedded + positions[start + offset : stop])

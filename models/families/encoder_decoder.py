@@ -49,7 +49,8 @@ class EncoderDecoderState(DecoderState):
 
 
 class EncoderDecoderView:
-    """Base of the views: a family adds `embed`, `project_kv`, `project_memory` and `project`."""
+    """Base of the views: a family adds `embed`, `project_kv` and `project`, and for exports
+    `project_memory`, `embed_source` and `finish_source`."""
 
     encoder_layers: list[Block]
     encoder_heads: int
@@ -98,6 +99,18 @@ class EncoderDecoderView:
         """Logits of normalized states: (..., D) -> (..., V)."""
         raise NotImplementedError
 
+    def embed_source(self, token_ids: Tensor) -> Tensor:
+        """What the encoder's first layer reads: (B, S) -> (B, S, D)."""
+        raise NotImplementedError
+
+    def finish_source(self, hidden: Tensor) -> Tensor:
+        """What the encoder makes of its last layer's output, (B, S, D)."""
+        raise NotImplementedError
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        """The encoder's output for (B, S) ids and a mask that is 0 at padding."""
+        return self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, D / H)."""
         raise NotImplementedError
@@ -115,6 +128,10 @@ class EncoderDecoderView:
         """
         output = layer(hidden, None)
         return output[0] if isinstance(output, tuple) else output
+
+    def bias_owner(self, index: int) -> int:
+        """The layer, of encoder or decoder, whose relative biases layer `index` uses."""
+        return 0
 
     def distance_bias(self, index: int, length: int) -> Tensor | None:
         """Relative bias of a key so many positions before its query in decoder layer `index`: (H, length);

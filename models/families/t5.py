@@ -42,6 +42,12 @@ class T5View(EncoderDecoderView):
         width = attention.key_value_proj_dim
         return split_heads(attention.k(normalized), width), split_heads(attention.v(normalized), width)
 
+    def embed_source(self, token_ids: Tensor) -> Tensor:
+        return self.model.get_encoder().embed_tokens(token_ids)
+
+    def finish_source(self, hidden: Tensor) -> Tensor:
+        return self.model.get_encoder().final_layer_norm(hidden)
+
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.layer[1].EncDecAttention
         width = attention.key_value_proj_dim
@@ -76,13 +82,9 @@ class T5View(EncoderDecoderView):
         return layer(hidden, position_bias=hidden.new_zeros(1))[0]
 
     def distance_bias(self, index: int, length: int) -> Tensor:
-        attention = self.bias_owner(self.layers, index).layer[0].SelfAttention
+        attention = self.layers[self.bias_owner(index)].layer[0].SelfAttention
         return attention.compute_bias(1, length, past_seen_tokens=length - 1)[0, :, 0].flip(-1)
 
     def source_bias(self, index: int, length: int) -> Tensor:
-        attention = self.bias_owner(self.encoder_layers, index).layer[0].SelfAttention
+        attention = self.encoder_layers[self.bias_owner(index)].layer[0].SelfAttention
         return attention.compute_bias(length, length)
-
-    def bias_owner(self, layers: list[Block], index: int) -> Block:
-        """The layer whose relative biases layer `index` uses: the first."""
-        return layers[0]

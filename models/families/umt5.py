@@ -20,5 +20,5 @@ class UMT5View(T5View):
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
         return EncoderDecoderView.apply_encoder_layer(self, layer, hidden)
 
-    def bias_owner(self, layers: list[Block], index: int) -> Block:
-        return layers[index]
+    def bias_owner(self, index: int) -> int:
+        return index

@@ -25,8 +25,13 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass
 class Attended:
-    """What the attentions of one traced layer read besides its input. B batch, R query rows, S source
-    tokens, H heads, W their width, N capacity."""
+    """What the attentions of one traced layer read besides its input. B batch, Q new tokens, R query rows, S
+    source tokens, H heads, W their width, N capacity.
+
+    Attention multiplies a lone query row by another kernel than several, and its bits differ: where they must
+    not, it gets a copy of the row beside it. `queries` says which tokens make the R rows, `kept` which rows
+    are the Q tokens'.
+    """
 
     source_mask: Tensor | None = None  # (B, S) int32, 0 at padding
     memory: Pair | None = None  # (B, H, S, W) keys, values of the source
@@ -34,7 +39,9 @@ class Attended:
     bias: Tensor | None = None  # (B or 1, H or 1, R, N), added to scores
     last: Tensor | None = None  # (B,) int32, position of the last row
     capacity: Tensor | None = None  # () int32
-    rows: Tensor | None = None  # (B,) int32, R
+    row_count: Tensor | None = None  # (B,) int32, R
+    queries: Tensor | None = None  # (R,)
+    kept: Tensor | None = None  # (Q,)
     written: list[Tensor] = field(default_factory=list)  # the buffers with the new keys, values
 
 
@@ -64,12 +71,18 @@ def attend(
     merged = [states.transpose(1, 2).flatten(2) for states in (query, key, value)]  # (B, Q, H * W)
     attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling)}
     if attended.memory is not None and key is attended.memory[0]:
-        output = multi_head(merged[0], [key, value, None, attended.source_mask], attributes)
+        others = [key, value, None, attended.source_mask]
+        output = multi_head(select(merged[0], attended.queries), others, attributes)
     elif attended.past is None:  # an encoder's
         output = multi_head(merged[0], [*merged[1:], None, attended.source_mask, attended.bias], attributes)
     else:
-        output = group_query(merged, attended, attributes | {"kv_num_heads": key.shape[1]})
-    return output.unflatten(-1, (heads, width)), None
+        packed = select(torch.cat(merged, -1), attended.queries)
+        output = group_query(packed, heads * width, attended, attributes | {"kv_num_heads": key.shape[1]})
+    return select(output, attended.kept).unflatten(-1, (heads, width)), None
+
+
+def select(states: Tensor, rows: Tensor | None) -> Tensor:
+    return states if rows is None else states.index_select(1, rows)
 
 
 def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str, Any]) -> Tensor:
@@ -83,19 +96,20 @@ def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str,
     )
 
 
-def group_query(merged: list[Tensor], attended: Attended, attributes: dict[str, Any]) -> Tensor:
+def group_query(packed: Tensor, width: int, attended: Attended, attributes: dict[str, Any]) -> Tensor:
+    """Self-attention of (B, R, 3 * `width`) queries, keys and values."""
     assert attended.past is not None
-    query, unused = merged[0], None
+    unused = None
     output, *attended.written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         [
-            *(*merged, *attended.past, attended.last, attended.capacity),
+            *(packed, unused, unused, *attended.past, attended.last, attended.capacity),
             *(unused, unused, unused),  # rotation, which the layers do themselves
-            *(attended.bias, unused, unused, unused, unused, unused, attended.rows),
+            *(attended.bias, unused, unused, unused, unused, unused, attended.row_count),
         ],
         attributes,
-        dtypes=[query.dtype] * 3,
-        shapes=[query.shape, attended.past[0].shape, attended.past[1].shape],
+        dtypes=[packed.dtype] * 3,
+        shapes=[(*packed.shape[:2], width), attended.past[0].shape, attended.past[1].shape],
         version=1,
     )
     return output

@@ -47,13 +47,15 @@ class DecoderLayer(Piece):
 
     outputs = ("hidden_out", "written_keys", "written_values")
 
-    def __init__(self, view: EncoderDecoderView, index: int) -> None:
+    def __init__(self, view: EncoderDecoderView, index: int, exact: bool = False) -> None:
+        """`exact`: a token has the same bits alone and in a window."""
         super().__init__(view.layers[index])
         self.view, self.index = view, index
+        self.key = exact
         heads, width = view.key_value_shape
         self.inputs = {
             "hidden": hidden_example(view.width),
-            "bias": (torch.zeros(1, heads, NEW, CAPACITY), {2: "new", 3: "capacity"}),
+            "bias": (torch.zeros(BATCH, heads, NEW + exact, CAPACITY), {0: "biases", 2: "rows", 3: "capacity"}),
             "last": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "capacity": (torch.tensor(CAPACITY, dtype=torch.int32), {}),
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
@@ -63,6 +65,9 @@ class DecoderLayer(Piece):
             "memory_keys": keys_example(heads, SOURCE, width, "source"),
             "memory_values": keys_example(heads, SOURCE, width, "source"),
         }
+        if exact:
+            self.inputs["queries"] = (torch.tensor([0, 1, 2, 2]), {0: "rows"})
+            self.inputs["kept"] = (torch.arange(NEW), {0: "new"})
 
     def forward(
         self,
@@ -76,9 +81,11 @@ class DecoderLayer(Piece):
         source_mask: Tensor,
         memory_keys: Tensor,
         memory_values: Tensor,
+        queries: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         memory, past = (memory_keys, memory_values), (past_keys, past_values)
-        attended = Attended(source_mask, memory, past, bias, last, capacity, row_count)
+        attended = Attended(source_mask, memory, past, bias, last, capacity, row_count, queries, kept)
         inputs, cache = self.view.traced_inputs(hidden), ExportCache(self.index, memory)
         with attending(attended):
             hidden = self.view.apply_layers(hidden, inputs, cache, self.index, self.index + 1)
@@ -134,16 +141,15 @@ class KeysValues(Piece):
         return self.view.project_kv(self.layer, hidden)
 
 
-class Head(Piece):
-    """Logits of the exit after `layer`, from un-normalized states."""
+class Projection(Piece):
+    """Logits of normalized states."""
 
     outputs = ("logits",)
 
-    def __init__(self, view: EncoderDecoderView, layer: int) -> None:
+    def __init__(self, view: EncoderDecoderView) -> None:
         super().__init__(view.model)
-        self.view, self.exit = view, layer
-        self.key = layer
+        self.view = view
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.view.project(self.view.normalize(hidden, self.exit))
+        return self.view.project(hidden)

@@ -1,0 +1,94 @@
+"""Sessions of ONNX Runtime over the pieces of one model: made when they are first asked for, then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from threading import Lock
+
+import onnx_ir as ir
+import onnxruntime
+
+from models.backends.onnx.attention import exported_attention
+from models.backends.onnx.fusion import fuse
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Piece, Projection
+from models.backends.onnx.quantization import quantize
+from models.backends.onnx.segments import bundle, chain
+from models.backends.onnx.store import Store
+from models.backends.onnx.tracing import Kinds
+from models.families.encoder_decoder import EncoderDecoderView
+
+Session = onnxruntime.InferenceSession
+EXACT = ("fp32", "w8")  # precisions in which products give a row the same bits in every window
+PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
+    "layer": DecoderLayer,
+    "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
+    "keys-values": KeysValues,
+    "memory": Memory,
+    "encoder": EncoderLayer,
+    "projection": lambda view, index: Projection(view),
+}
+EXPORTER_WARNINGS = 3  # ONNX Runtime's severity "error"
+
+
+class Engine:
+    """Graphs of `view`'s model in one precision, run by `threads` threads."""
+
+    def __init__(self, view: EncoderDecoderView, store: Store, precision: str, threads: int) -> None:
+        self.view = view
+        self.store = store
+        self.precision = precision
+        self.threads = threads
+        self.exact = precision in EXACT
+        self.kinds = Kinds()
+        self.sessions: dict[tuple[str, int, int], Session] = {}
+        self.lock = Lock()
+
+    def layers(self, start: int, stop: int) -> Session:
+        """Decoder layers `start`..`stop - 1`."""
+        return self._session("exact-layer" if self.exact else "layer", start, stop)
+
+    def keys_values(self, start: int, stop: int) -> Session:
+        """What those layers make of states as keys/values, without running."""
+        return self._session("keys-values", start, stop)
+
+    def memory(self) -> Session:
+        """Keys/values that all decoder layers make of the source."""
+        return self._session("memory", 0, self.view.num_layers)
+
+    def encoder(self) -> Session:
+        """All layers of the encoder."""
+        return self._session("encoder", 0, len(self.view.encoder_layers))
+
+    def projection(self) -> Session:
+        return self._session("projection", 0, 1)
+
+    def _session(self, kind: str, start: int, stop: int) -> Session:
+        key = (kind, start, stop)
+        if key not in self.sessions:
+            with self.lock:
+                if key not in self.sessions:
+                    self.sessions[key] = self._open(self._assemble(kind, range(start, stop)))
+        return self.sessions[key]
+
+    def _assemble(self, kind: str, indices: Iterable[int]) -> ir.Model:
+        pieces = ((index, self._piece(kind, index)) for index in indices)
+        if kind in ("layer", "exact-layer", "encoder"):
+            return chain(pieces, self.view.bias_owner)
+        return bundle(pieces)
+
+    def _piece(self, kind: str, index: int) -> ir.Model:
+        return self.store.piece(f"{kind}-{index}", lambda: self._export(PIECES[kind](self.view, index)))
+
+    def _export(self, piece: Piece) -> ir.Model:
+        with exported_attention(self.view.model):
+            return quantize(fuse(self.kinds.model(piece)), self.precision)
+
+    def _open(self, model: ir.Model) -> Session:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = EXPORTER_WARNINGS
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.store.folder)
+        )
+        serialized = ir.to_proto(model).SerializeToString()
+        return Session(serialized, options, providers=["CPUExecutionProvider"])

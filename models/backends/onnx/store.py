@@ -1,0 +1,127 @@
+"""Exported pieces on disk: a second run starts without exporting anything.
+
+A store is the folder of one model in one precision, named by a fingerprint of all that the pieces depend on;
+each piece is a folder in it. Weights lie in files of their own, which sessions map into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.errors import UserError
+
+FORMAT = "1"  # of the pieces; another number makes all stores afresh
+LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+GRAPH, WEIGHTS, SUMS = "graph.onnx", "weights.bin", "sums.json"
+EMBEDDED = 1024  # bytes; smaller tensors stay in the graph
+
+logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "exitlm" / "onnx"
+
+
+def fingerprint(model: PreTrainedModel, precision: str) -> str:
+    """A name for what is exported: libraries, configuration, every weight, precision."""
+    digest = hashlib.sha256()
+    described = [FORMAT, precision, *(f"{name} {version(name)}" for name in LIBRARIES)]
+    digest.update("\n".join([*described, model.config.to_json_string()]).encode())
+    seen: set[int] = set()
+    for name, weight in model.state_dict(keep_vars=True).items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.data_ptr() not in seen:  # tied weights once
+            digest.update(as_bytes(weight))
+        seen.add(weight.data_ptr())
+    return digest.hexdigest()[:32]
+
+
+def as_bytes(weight: Tensor) -> memoryview:
+    return memoryview(weight.detach().contiguous().numpy()).cast("B")
+
+
+class Store:
+    """Pieces by name, in `folder`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--onnx_cache_dir: cannot write exported graphs to {folder} ({error}); name another folder."
+            ) from error
+
+    def piece(self, name: str, build: Callable[[], ir.Model]) -> ir.Model:
+        """The piece `name` as stored, or else as `build` makes it, which is then stored."""
+        path = self.folder / name
+        if not path.exists() or not is_whole(path):
+            if path.exists():
+                logger.warning("%s is damaged or foreign: it is made again.", path)
+            self._write(path, build())
+        return self._read(path)
+
+    def _read(self, path: Path) -> ir.Model:
+        """A stored piece; where its weights lie is told relative to the store, as segments need it."""
+        model = ir.load(path / GRAPH)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.ExternalTensor(
+                    f"{path.name}/{WEIGHTS}",
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=str(value.name),
+                    base_dir=self.folder,
+                )
+        return model
+
+    def _write(self, path: Path, model: ir.Model) -> None:
+        """Write a piece aside, then give it its name; one that another process has just made is kept."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
+            made = Path(aside) / "piece"
+            made.mkdir()
+            ir.save(model, made / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
+            (made / SUMS).write_text(json.dumps(sums(made)))
+            if path.exists() and not is_whole(path):
+                path.rename(Path(aside) / "damaged")
+            try:
+                made.rename(path)
+            except OSError:
+                if not is_whole(path):
+                    raise
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """Checksums of a piece's files."""
+    digests = {}
+    for name in (GRAPH, WEIGHTS):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a stored piece are those that were written."""
+    try:
+        return json.loads((folder / SUMS).read_text()) == sums(folder)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,148 @@
+"""A decoder run by ONNX Runtime: `OnnxView` serves loop, policies and measures as a family's own view does.
+
+Embeddings, final norms and exit heads stay modules of torch; layers, encoder, cross-attention memory and the
+projection onto the vocabulary run as exported graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from models.backends.onnx.engine import Engine
+from models.backends.onnx.state import Biases, BoundSegment, OnnxState, Window
+from models.errors import UserError
+from models.families.encoder_decoder import refuse_other_caches
+from models.families.masks import padding_mask
+
+
+class OnnxView:
+    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D model width."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.eager = engine.view
+        self.model = self.eager.model
+        self.num_layers = self.eager.num_layers
+        self.biases: dict[int, Biases] = {}  # by capacity
+        self.source_biases: dict[int, Tensor] = {}  # (1, H, N, N) by owner, N growing
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        """The encoder's output for (B, S) ids and a mask that is 0 at padding."""
+        with torch.no_grad():
+            hidden, length = self.eager.embed_source(input_ids), input_ids.shape[1]
+            session = self.engine.encoder()
+            feeds = {"hidden": hidden.numpy(), "source_mask": attention_mask.int().numpy()}
+            for node in session.get_inputs():
+                if node.name.startswith("bias."):
+                    feeds[node.name] = self._source_bias(int(node.name.removeprefix("bias.")), length).numpy()
+            hidden = torch.from_numpy(session.run(None, feeds)[0])
+            return BaseModelOutput(last_hidden_state=self.eager.finish_source(hidden))
+
+    def begin(
+        self,
+        cache: Cache | None,
+        *,
+        encoder_outputs: BaseModelOutput,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> OnnxState:
+        refuse_other_caches(cache)
+        hidden = encoder_outputs[0]
+        mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
+        made = [torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})]
+        padding = None
+        if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
+            padding = padding_mask(hidden, decoder_attention_mask).numpy()
+        memory = list(zip(made[::2], made[1::2], strict=True))
+        state = OnnxState(memory, mask.int().contiguous().numpy(), padding)
+        own = getattr(cache, "self_attention_cache", None)
+        if own is not None and own.get_seq_length() > 0:
+            state.reserve(own.get_seq_length() + 1)
+            for index in range(self.num_layers):
+                state.write(index, own.layers[index].keys, own.layers[index].values)
+        return state
+
+    def embed(self, state: OnnxState, token_ids: Tensor) -> Tensor:
+        return self.eager.embed(state, token_ids)
+
+    def run_layers(
+        self, state: OnnxState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
+    ) -> Tensor:
+        if not causal:
+            raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
+        past, new = state.lengths[start], hidden.shape[1]
+        window = self._window(state, past, new)
+        window.move(past)
+        segment = state.segments.get((start, stop))
+        if segment is None:
+            segment = BoundSegment(self.engine.layers(start, stop), state, start, stop)
+            state.segments[start, stop] = segment
+        state.lengths[start:stop] = [past + new] * (stop - start)
+        return segment.run(hidden, window)
+
+    def write_kv(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> None:
+        state.reserve(state.lengths[start] + hidden.shape[1] + 1)
+        made = self.engine.keys_values(start, stop).run(None, {"hidden": hidden.numpy()})
+        for index in range(start, stop):
+            keys, values = made[2 * (index - start) : 2 * (index - start) + 2]
+            state.write(index, torch.from_numpy(keys), torch.from_numpy(values))
+
+    def deliver_cache(self, state: OnnxState, cache: Cache | None) -> EncoderDecoderCache:
+        held, own, memory = min(state.lengths), DynamicCache(), DynamicCache()
+        for index, (keys, values) in enumerate(state.buffers if held > 0 else ()):
+            own.update(keys[:, :, :held].clone(), values[:, :, :held].clone(), index)
+            memory.update(*state.memory[index], index)
+        delivered = EncoderDecoderCache(own, memory)
+        if cache is None:
+            return delivered
+        vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
+        return cache
+
+    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.eager.normalize(hidden, layer)
+
+    def project(self, normalized: Tensor) -> Tensor:
+        flat = normalized.reshape(1, -1, normalized.shape[-1]).numpy()
+        logits = torch.from_numpy(self.engine.projection().run(None, {"hidden": flat})[0])
+        return logits.view(*normalized.shape[:-1], -1)
+
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return self.eager.projection_onto(token_ids)
+
+    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
+        return self.eager.training_states(outputs)
+
+    def keep_all_layers(self) -> bool:
+        return self.eager.keep_all_layers()
+
+    def _window(self, state: OnnxState, past: int, new: int) -> Window:
+        state.reserve(past + max(new, 2))
+        window = state.windows.get(new)
+        if window is None:
+            biases = self._biases(state.capacity)
+            window = state.windows[new] = Window(state, biases, new, self.engine.exact)
+        return window
+
+    def _biases(self, capacity: int) -> Biases:
+        if capacity not in self.biases:
+            owners = {self.eager.bias_owner(index) for index in range(self.num_layers)}
+            by_distance = {owner: self.eager.distance_bias(owner, capacity) for owner in sorted(owners)}
+            self.biases[capacity] = Biases(by_distance, self.eager.key_value_shape[0], capacity)
+        return self.biases[capacity]
+
+    def _source_bias(self, owner: int, length: int) -> Tensor:
+        """(1, H, S, S)"""
+        bias = self.source_biases.get(owner)
+        if bias is None or bias.shape[-1] < length:
+            bias = self.eager.source_bias(owner, 2 * length)
+            if bias is None:
+                bias = torch.zeros(1, self.eager.encoder_heads, 2 * length, 2 * length)
+            self.source_biases[owner] = bias.detach()
+        return self.source_biases[owner][:, :, :length, :length].contiguous()
