@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     # ruff: noqa: F401
     from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
     from models.decoder_view import DecoderState, DecoderView
-    from models.decoding import DecodeStats, early_exit_decode, generate
+    from models.decoding import DecodeStats, early_exit_decode
     from models.errors import UserError
     from models.exit_heads import ExitConfig
     from models.exit_policy import Calm, ExitPolicy, FullDepth, SequencePolicy, StaticExit, StepResult
     from models.families import BartView, T5View, UMT5View, register_view, view_for
     from models.free import Free
+    from models.generation import generate
     from models.loading import LoadedModel, create_model, load_model
     from models.losses import build_exit_loss
     from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 HOMES = {  # of the names above, once more for run time
     "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
     "models.decoder_view": ("DecoderState", "DecoderView"),
-    "models.decoding": ("DecodeStats", "early_exit_decode", "generate"),
+    "models.decoding": ("DecodeStats", "early_exit_decode"),
     "models.errors": ("UserError",),
     "models.exit_heads": ("ExitConfig",),
     "models.exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
     "models.families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
     "models.free": ("Free",),
+    "models.generation": ("generate",),
     "models.loading": ("LoadedModel", "create_model", "load_model"),
     "models.losses": ("build_exit_loss",),
     "models.threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),

@@ -39,6 +39,9 @@ class DecoderView(Protocol):
     model: PreTrainedModel
     num_layers: int
 
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """What `begin` reads as `encoder_outputs`, of (B, S) source ids and a mask that is 0 at padding."""
+
     def begin(self, cache: Cache | None, *args: Any, **model_kwargs: Any) -> DecoderState:
         """Collect what every layer of this generation needs: encoder memory, masks, positions.
 

@@ -19,9 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
 
@@ -146,25 +144,6 @@ def early_exit_decode(
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
     return chooser.output(input_ids, view.deliver_cache(state, cache) if wanted else None)
-
-
-def generate(
-    model: PreTrainedModel,
-    inputs: Tensor | None = None,
-    *,
-    stop_strings: str | list[str] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    stopping_criteria: list[Any] | None = None,
-    **options: Any,
-) -> Tensor | GenerateEncoderDecoderOutput:
-    """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
-    tokenizer `generate` keeps from custom loops."""
-    criteria = StoppingCriteriaList(stopping_criteria or [])
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise UserError("stop_strings need a tokenizer=.")
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    return model.generate(inputs, custom_generate=early_exit_decode, stopping_criteria=criteria, **options)
 
 
 def is_given(cache: Cache | None) -> bool:

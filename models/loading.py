@@ -42,6 +42,7 @@ from models.exit_heads import (
     load_exit_heads,
 )
 from models.families import view_for
+from models.generation import Generation, Output
 from models.json_files import LARGEST, fits, read_mapping
 from models.lora import (
     ADAPTER_CONFIG_NAME,
@@ -78,6 +79,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     exit_config: ExitConfig
     _view: DecoderView | None = field(default=None, init=False, repr=False)
+    _generation: Generation | None = field(default=None, init=False, repr=False)
 
     @property
     def view(self) -> DecoderView:
@@ -86,6 +88,13 @@ class LoadedModel:
         if self._view is None or self._view.model is not base:
             self._view = view_for(base)
         return self._view
+
+    def generate(self, inputs: Tensor | None = None, **options: Any) -> Output:
+        """`model.generate(inputs, custom_generate=early_exit_decode, **options)`, which prepares a call only
+        once for the same options: (B, S) source ids -> (B, P + T) ids, or the usual output object."""
+        if self._generation is None or self._generation.view is not self.view:
+            self._generation = Generation(self.view)
+        return self._generation(inputs, **options)
 
 
 def load_model(

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     Cache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
@@ -71,6 +73,7 @@ class TokenChooser:
         self.logits: list[Tensor] | None = [] if returns and config.output_logits else None
         self.scores: list[Tensor] | None = [] if returns and config.output_scores else None
         self.provisional: list[BeforeToken] = []  # one for each newest token that may be taken back
+        self.ends = host_criteria(criteria)
         self.residual: Tensor | None = None  # (B, V) probabilities that replace those of rejected drafts
 
     def choose(
@@ -162,10 +165,14 @@ class TokenChooser:
         return not (self.processor or self.config.do_sample or keeps) and is_stateless(self.criteria)
 
     def _process(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        if not self.processor and self.logits is None:
+            return logits.float()
         return self.processor(input_ids, logits.to(torch.float32, copy=True))  # they may write into it
 
     def _unfinished(self, input_ids: Tensor, active: list[bool]) -> list[bool]:
         """Which of the active rows no criterion stops; the step's one wait besides the exit test."""
+        if self.ends is not None:
+            return self.ends.unfinished(input_ids, active)
         stopped = self.criteria(input_ids, None if self.scores is None else tuple(self.scores)).tolist()
         return [row and not stop for row, stop in zip(active, stopped, strict=True)]
 
@@ -200,6 +207,33 @@ class TokenChooser:
                 kept.append(new)
             else:
                 kept[at] = new
+
+
+@dataclass
+class HostCriteria:
+    """The two criteria of nearly every call, with one wait for the device instead of a kernel for each."""
+
+    max_length: int | None
+    end_tokens: frozenset[int]
+
+    def unfinished(self, input_ids: Tensor, active: list[bool]) -> list[bool]:
+        if self.max_length is not None and input_ids.shape[1] >= self.max_length:
+            return [False] * len(active)
+        tokens = input_ids[:, -1].tolist()
+        return [row and token not in self.end_tokens for row, token in zip(active, tokens, strict=True)]
+
+
+def host_criteria(criteria: StoppingCriteriaList) -> HostCriteria | None:
+    """Those of the list, if it has no others."""
+    max_length, end_tokens = None, frozenset[int]()
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria and max_length is None:
+            max_length = criterion.max_length
+        elif type(criterion) is EosTokenCriteria:
+            end_tokens |= set(criterion.eos_token_id.tolist())
+        else:
+            return None
+    return HostCriteria(max_length, end_tokens)
 
 
 def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:

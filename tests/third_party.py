@@ -128,6 +128,9 @@ class PebbleView:
     def __init__(self, model):
         self.model, self.num_layers = model, len(model.pile)
 
+    def encode(self, input_ids, attention_mask):
+        return self.model.reader(input_ids, attention_mask)
+
     def begin(self, cache, *, encoder_outputs, attention_mask=None):
         source = encoder_outputs[0]
         mask = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask

@@ -1,0 +1,158 @@
+"""`generate` for early exits: `generate(model, ...)` once, or `Generation(view)(...)` again and again.
+
+Hugging Face's `generate` takes milliseconds to prepare a call, as long as a small model takes for several
+tokens. `Generation` keeps what depends on the options alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateEncoderDecoderOutput
+
+from models.decoder_view import DecoderView
+from models.decoding import DecodeStats, early_exit_decode
+from models.errors import UserError
+from models.exit_policy import ExitPolicy
+from models.generate_contract import NEUTRAL
+from models.token_choice import is_stateless
+
+Output = Tensor | GenerateEncoderDecoderOutput
+PLAIN = (bool, int, float, str, type(None))
+OF_ONE_CALL = (  # though stateless: they know the source, or when the call began
+    "EncoderRepetitionPenaltyLogitsProcessor EncoderNoRepeatNGramLogitsProcessor MaxTimeCriteria "
+    "StopStringCriteria WatermarkLogitsProcessor"
+).split()
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    *,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[Any] | None = None,
+    custom_generate: Any = early_exit_decode,
+    **options: Any,
+) -> Output:
+    """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
+    tokenizer `generate` keeps from custom loops."""
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise UserError("stop_strings need a tokenizer=.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return model.generate(inputs, custom_generate=custom_generate, stopping_criteria=criteria, **options)
+
+
+class Prepared(NamedTuple):
+    """What `generate` makes of options, whatever the source."""
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    prompt: Tensor  # (1, P) ids that every output starts with
+
+
+class Generation:
+    """`generate` of one view's model, whose encoder the view runs too."""
+
+    def __init__(self, view: DecoderView) -> None:
+        self.view = view
+        self.model = view.model
+        self.prepared: dict[Any, Prepared] = {}  # by options
+        self.defaults: dict[str, Any] = {}  # the model's generation config that those were prepared with
+
+    def __call__(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        exit_policy: ExitPolicy | None = None,
+        decode_stats: DecodeStats | None = None,
+        **options: Any,
+    ) -> Output:
+        """As `generate`: (B, S) source ids -> (B, P + T) ids, or the usual output object."""
+        source = input_ids if inputs is None else inputs
+        own = {"exit_policy": exit_policy, "decode_stats": decode_stats, "decoder_view": self.view}
+        if source is None or "encoder_outputs" in options:
+            return generate(self.model, source, attention_mask=attention_mask, **own, **options)
+        mask = self._mask(source, options) if attention_mask is None else attention_mask
+        key = self._key(options)
+        prepared = self.prepared.get(key)
+        with torch.no_grad():
+            encoder_outputs = self.view.encode(source, mask)
+            if prepared is None or attention_mask is None:
+                loop = functools.partial(self._keep, key)
+                functools.update_wrapper(loop, early_exit_decode)  # whose parameters `generate` asks for
+                read = {"attention_mask": mask, "encoder_outputs": encoder_outputs}
+                return generate(self.model, source, custom_generate=loop, **read, **own, **options)
+            return early_exit_decode(
+                self.model,
+                prepared.prompt.repeat(len(source), 1),
+                prepared.processors,
+                prepared.criteria,
+                prepared.config,
+                encoder_outputs=encoder_outputs,
+                attention_mask=mask,
+                **own,
+            )
+
+    def _key(self, options: dict[str, Any]) -> Any:
+        """What tells options apart; None if they say more than plain settings."""
+        if not all(isinstance(value, PLAIN) for value in options.values()):
+            return None
+        if vars(self.model.generation_config) != self.defaults:
+            self.defaults = copy.deepcopy(vars(self.model.generation_config))
+            self.prepared.clear()
+        settings = ((name, type(value), value) for name, value in options.items())
+        return (self.model.device, *sorted(settings, key=lambda setting: setting[0]))
+
+    def _keep(
+        self,
+        key: Any,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **others: Any,
+    ) -> Output:
+        """`early_exit_decode`, keeping what it is called with if that suits other sources too."""
+        items = [*logits_processor, *stopping_criteria]
+        settings = (logits_processor, stopping_criteria, generation_config)
+        known = {*NEUTRAL, "cache", "attention_mask", "encoder_outputs"}
+        known |= {"exit_policy", "decode_stats", "decoder_view"}
+        reusable = (
+            key is not None
+            and is_stateless(items)
+            and not any(type(item).__name__ in OF_ONE_CALL for item in items)
+            and generation_config.num_return_sequences in (None, 1)
+            and all(value is None or name in known for name, value in others.items())
+            and bool((input_ids == input_ids[:1]).all())
+        )
+        if reusable:
+            self.prepared[key] = Prepared(*settings, input_ids[:1].clone())
+        return early_exit_decode(model, input_ids, *settings, **others)
+
+    def _mask(self, source: Tensor, options: dict[str, Any]) -> Tensor:
+        """0 at padding, as `generate` infers it."""
+        config = options.get("generation_config") or self.model.generation_config
+        pad, ends = options.get("pad_token_id", config.pad_token_id), config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if pad is None or pad in ends:
+            return torch.ones_like(source)
+        return (source != pad).long()
