@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
+    from models.backends import prepare
     from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
     from models.decoder_view import DecoderState, DecoderView
     from models.decoding import DecodeStats, early_exit_decode
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from models.trace import LayerTrace, trace_layers
 
 HOMES = {  # of the names above, once more for run time
+    "models.backends": ("prepare",),
     "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
     "models.decoder_view": ("DecoderState", "DecoderView"),
     "models.decoding": ("DecodeStats", "early_exit_decode"),

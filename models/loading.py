@@ -78,7 +78,9 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     exit_config: ExitConfig
-    _view: DecoderView | None = field(default=None, init=False, repr=False)
+    backend: str = "torch"  # what runs it: see models.backends.prepare
+    precision: str = "fp32"  # of its weights, where that is not the model's dtype
+    _view: DecoderView | None = field(default=None, repr=False)
     _generation: Generation | None = field(default=None, init=False, repr=False)
 
     @property

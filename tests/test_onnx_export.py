@@ -8,7 +8,8 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from models.backends.onnx.attention import exported_attention
-from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Projection
+from models.backends.onnx.store import Store
 from models.backends.onnx.tracing import Kinds
 from models.errors import UserError
 from models.families import view_for
@@ -21,11 +22,16 @@ EXPORTED = [
 ]
 
 
-def session(kinds, piece):
-    model = ir.to_proto(kinds.model(piece)).SerializeToString()
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return Kinds(Store(tmp_path_factory.mktemp("kinds")))
+
+
+def session(model):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    serialized = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
 def bias_rows(view, index, start, new):
@@ -48,9 +54,8 @@ def run_exported(layer, view, index, hidden, memory, source_mask, windows):
     start, outputs = 0, []
     for new in windows:
         rows = max(new, 2)
-        window = hidden[:, [min(start + row, start + new - 1) for row in range(rows)]]
         feeds = {
-            "hidden": np.ascontiguousarray(window),
+            "hidden": np.ascontiguousarray(hidden[:, start : start + new]),
             "bias": bias_rows(view, index, start, rows),
             "last": np.full(batch, start + rows - 1, np.int32),
             "capacity": np.array(CAPACITY, np.int32),
@@ -60,9 +65,11 @@ def run_exported(layer, view, index, hidden, memory, source_mask, windows):
             "source_mask": source_mask,
             "memory_keys": memory[0],
             "memory_values": memory[1],
+            "queries": np.minimum(np.arange(rows), new - 1),
+            "kept": np.arange(new),
         }
         output, *past = layer.run(None, feeds)
-        outputs.append(output[:, :new])
+        outputs.append(output)
         start += new
     return np.concatenate(outputs, 1)
 
@@ -75,15 +82,14 @@ def perturbed(model):
 
 
 @pytest.mark.parametrize("family", [*EXPORTED, pytest.param("longt5-tglobal", marks=pytest.mark.slow)])
-def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_window(family):
+def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_window(family, kinds):
     torch.manual_seed(0)
     model = perturbed(tiny_model(family))
-    view, kinds = view_for(model), Kinds()
-    with exported_attention(model):
-        layers = [session(kinds, DecoderLayer(view, index)) for index in (0, 1)]
-        memories = [session(kinds, Memory(view, index)) for index in (0, 1)]
-        keys_values = session(kinds, KeysValues(view, 1))
-        head = session(kinds, Head(view, 1))
+    view = view_for(model)
+    layers = [session(kinds.model(DecoderLayer(view, index, exact=True))) for index in (0, 1)]
+    memories = [session(kinds.model(Memory(view, index))) for index in (0, 1)]
+    keys_values = session(kinds.model(KeysValues(view, 1)))
+    projection = session(kinds.model(Projection(view)))
     source, hidden = torch.randn(2, SOURCE, view.width), torch.randn(2, TOKENS, view.width)
     mask = torch.ones(2, SOURCE, dtype=torch.int64)
     mask[0, 6:] = 0
@@ -92,12 +98,10 @@ def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_windo
         expected = [view.run_layers(state, hidden, index, index + 1).numpy() for index in (0, 1)]
         memory = [run.run(None, {"hidden": source.numpy()}) for run in memories]
         made = keys_values.run(None, {"hidden": hidden.numpy()})
-        logits = head.run(None, {"hidden": hidden.numpy()})[0]
+        logits = projection.run(None, {"hidden": hidden.numpy()})[0]
         for ours, theirs in zip(made, view.project_kv(view.layers[1], hidden), strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(
-            logits, view.project(view.normalize(hidden, 1)).numpy(), rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(logits, view.project(hidden).numpy(), rtol=1e-4, atol=1e-5)
     for index in (0, 1):
         alone, *others = [
             run_exported(
@@ -110,10 +114,10 @@ def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_windo
 
 
 @pytest.mark.parametrize("family", EXPORTED)
-def test_exported_encoder_layers_equal_the_modules(family):
+def test_exported_encoder_layers_equal_the_modules(family, kinds):
     torch.manual_seed(0)
     model = perturbed(tiny_model(family))
-    view, kinds, hidden = view_for(model), Kinds(), torch.randn(2, SOURCE, model.config.d_model)
+    view, hidden = view_for(model), torch.randn(2, SOURCE, model.config.d_model)
     mask = torch.ones(2, SOURCE, dtype=torch.int64)
     mask[1, 5:] = 0
     encoder = model.get_encoder()
@@ -121,8 +125,7 @@ def test_exported_encoder_layers_equal_the_modules(family):
     with torch.no_grad():
         encoder(inputs_embeds=hidden, attention_mask=mask)
     for index in (0, 1):
-        with exported_attention(model):
-            layer = session(kinds, EncoderLayer(view, index))
+        layer = session(kinds.model(EncoderLayer(view, index)))
         given, expected = calls[index]
         bias = view.source_bias(index, SOURCE)
         bias = torch.zeros(1, view.encoder_heads, SOURCE, SOURCE) if bias is None else bias.detach()

@@ -1,1 +1,84 @@
-"""Other ways to run a decoder's layers than as the modules they are."""
+"""What runs a model's layers: `fast = prepare(loaded, backend="onnx", precision="w8")`, then `fast.generate(...)`.
+
+- torch: the unmodified modules; every model and device, and training;
+- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from models.errors import UserError
+from models.families.encoder_decoder import EncoderDecoderView
+from models.loading import LoadedModel
+from models.lora import is_adapted
+
+if TYPE_CHECKING:
+    from models.backends.onnx.view import OnnxView
+
+BACKENDS = ("torch", "onnx")
+PRECISIONS = ("fp32", "w8", "w4", "int8")
+
+
+def prepare(
+    loaded: LoadedModel,
+    backend: str = "onnx",
+    precision: str = "fp32",
+    *,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> LoadedModel:
+    """The same model, run by another backend; `loaded` itself stays as it is.
+
+    Weights are copied as they are now: prepare again after changing them.
+
+    Args:
+        precision: of weights, backend onnx: fp32 gives torch's tokens; w8 (8 bits, a scale for each 32
+            weights) and fp32 decode the same bits alone, in windows and in batches, which `lossless` needs;
+            w4 has 4 bits; int8 is dynamic quantization, activations included.
+        threads: that onnx uses; default: as many as torch.
+        cache_dir: where onnx keeps what it has exported; default: ~/.cache/exitlm/onnx.
+
+    Raises:
+        UserError: a backend or precision that does not exist, or cannot run this model.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}.")
+    if backend == "torch":
+        if precision != "fp32":
+            raise UserError(f"precision {precision} needs backend onnx; torch computes in the model's dtype.")
+        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config)
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
+    reason = why_not_onnx(loaded)
+    if reason is not None:
+        raise UserError(f"backend onnx: {reason}; use backend torch.")
+    view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir)
+    return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, view)
+
+
+def why_not_onnx(loaded: LoadedModel) -> str | None:
+    """What keeps the model from being exported; None if nothing does."""
+    if is_adapted(loaded.model):
+        return "the adapter is kept apart from the weights (merge_adapter=False)"
+    if loaded.model.device.type != "cpu":
+        return f"the model is on {loaded.model.device}, and onnx runs on the CPU"
+    if loaded.model.dtype != torch.float32:
+        return f"the model is in {loaded.model.dtype}, and float32 is what is exported"
+    if not isinstance(loaded.view, EncoderDecoderView):
+        return f"there is no export for model family {loaded.model.config.model_type!r}"
+    return None
+
+
+def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
+    try:
+        from models.backends.onnx.engine import Engine
+        from models.backends.onnx.store import default_cache_dir
+        from models.backends.onnx.view import OnnxView
+    except ImportError as error:
+        raise UserError(f"backend onnx needs onnxruntime, onnx and onnxscript ({error}): install them.") from error
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    return OnnxView(Engine(loaded.view, folder, precision, threads))

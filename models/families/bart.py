@@ -49,7 +49,7 @@ class BartView(EncoderDecoderView):
         return split_heads(keys, width), split_heads(values, width)
 
     def project(self, normalized: Tensor) -> Tensor:
-        return self.model.lm_head(normalized) + self.output_bias
+        return self.model.lm_head(normalized) + self.model.final_logits_bias
 
 
 def embed_tokens(stack: nn.Module, token_ids: Tensor, start: int) -> Tensor:

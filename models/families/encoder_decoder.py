@@ -54,6 +54,7 @@ class EncoderDecoderView:
 
     encoder_layers: list[Block]
     encoder_heads: int
+    exports_encoder = True
     key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output

@@ -24,6 +24,7 @@ class T5View(EncoderDecoderView):
         self.key_value_shape = (model.config.num_heads, model.config.d_kv)
         self.encoder_heads = model.config.num_heads
         self.encoder_layers = list(model.get_encoder().block)
+        self.exports_encoder = not hasattr(model.config, "encoder_attention_type")  # LongT5's is sparse
         # mT5 has no such setting: it never scales.
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         self.output_scale = model.config.d_model**-0.5 if scaled else None
@@ -77,7 +78,7 @@ class T5View(EncoderDecoderView):
         }
 
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
-        if hasattr(self.model.config, "encoder_attention_type"):
+        if not self.exports_encoder:
             raise UserError("LongT5's sparse encoder attention cannot be exported: run its encoder in torch.")
         return layer(hidden, position_bias=hidden.new_zeros(1))[0]
 

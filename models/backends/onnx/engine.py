@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from threading import Lock
 
 import onnx_ir as ir
 import onnxruntime
 
-from models.backends.onnx.attention import exported_attention
-from models.backends.onnx.fusion import fuse
 from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Piece, Projection
 from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store
+from models.backends.onnx.store import Store, fingerprint, kinds_name
 from models.backends.onnx.tracing import Kinds
 from models.families.encoder_decoder import EncoderDecoderView
 
@@ -33,13 +32,13 @@ EXPORTER_WARNINGS = 3  # ONNX Runtime's severity "error"
 class Engine:
     """Graphs of `view`'s model in one precision, run by `threads` threads."""
 
-    def __init__(self, view: EncoderDecoderView, store: Store, precision: str, threads: int) -> None:
+    def __init__(self, view: EncoderDecoderView, cache_dir: Path, precision: str, threads: int) -> None:
         self.view = view
-        self.store = store
+        self.store = Store(cache_dir / fingerprint(view.model, precision))
         self.precision = precision
         self.threads = threads
         self.exact = precision in EXACT
-        self.kinds = Kinds()
+        self.kinds = Kinds(Store(cache_dir / kinds_name()))
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
@@ -80,8 +79,7 @@ class Engine:
         return self.store.piece(f"{kind}-{index}", lambda: self._export(PIECES[kind](self.view, index)))
 
     def _export(self, piece: Piece) -> ir.Model:
-        with exported_attention(self.view.model):
-            return quantize(fuse(self.kinds.model(piece)), self.precision)
+        return quantize(self.kinds.model(piece), self.precision)
 
     def _open(self, model: ir.Model) -> Session:
         options = onnxruntime.SessionOptions()

@@ -1,20 +1,10 @@
-"""What ONNX Runtime runs faster and neither exporter nor optimizer fuses: a few passes over one piece."""
+"""What ONNX Runtime runs faster and neither exporter nor optimizer fuses: a few passes over one graph."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-
-def fuse(model: ir.Model) -> ir.Model:
-    """Apply all passes in place."""
-    drop_reshapes(model.graph)
-    for node in list(model.graph):
-        if node.op_type == "Concat":
-            pack_products(model.graph, node)
-    RemoveUnusedNodesPass()(model)
-    return model
 
 
 def drop_reshapes(graph: ir.Graph) -> None:
@@ -36,8 +26,46 @@ def same_shape(first: ir.Shape, second: ir.Shape) -> bool:
     return len(first) == len(second) <= equal + 1
 
 
-def pack_products(graph: ir.Graph, concat: ir.Node) -> None:
-    """Compute queries, keys and values, products of the same states side by side, as one product."""
+def remove_unused(model: ir.Model) -> ir.Model:
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def fold_transposes(graph: ir.Graph) -> None:
+    """Transpose constant matrices for good: layers keep them the other way round than products read them."""
+    for node in list(graph):
+        result = node.outputs[0]
+        if node.op_type == "Transpose" and is_constant(node.inputs[0]):
+            result.replace_all_uses_with(transposed(graph, node.inputs[0]))
+        elif node.op_type == "FusedMatMul" and is_constant(node.inputs[1]) and only_transposes(node):
+            product = ir.node("MatMul", [node.inputs[0], transposed(graph, node.inputs[1])])
+            product.outputs[0].name, result.name = result.name, f"{result.name}.fused"
+            graph.insert_before(node, product)
+            result.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+
+
+def only_transposes(product: ir.Node) -> bool:
+    """Whether a product does nothing else to its operands than to transpose the second."""
+    settings = {name: attribute.value for name, attribute in product.attributes.items()}
+    return settings.pop("transB", 0) == 1 and all(
+        value == (1 if name == "alpha" else 0) for name, value in settings.items()
+    )
+
+
+def transposed(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    name = f"{value.name}.transposed"
+    return graph.initializers.get(name) or initializer(graph, name, constant(value).T)
+
+
+def pack_products(graph: ir.Graph) -> None:
+    """Compute products of the same states that lie side by side (queries, keys, values) as one product."""
+    for node in list(graph):
+        if node.op_type == "Concat":
+            pack(graph, node)
+
+
+def pack(graph: ir.Graph, concat: ir.Node) -> None:
     products = [product for value in concat.inputs if (product := product_of(value)) is not None]
     if len(products) < len(concat.inputs) or len({node.inputs[0] for node, _ in products}) > 1:
         return

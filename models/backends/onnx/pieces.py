@@ -24,8 +24,9 @@ class Piece(nn.Module):
     outputs: tuple[str, ...]
     key: object = None  # what else the graph depends on
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, view: EncoderDecoderView, layer: nn.Module) -> None:
         super().__init__()
+        self.view = view
         self.layer = layer
 
 
@@ -49,8 +50,8 @@ class DecoderLayer(Piece):
 
     def __init__(self, view: EncoderDecoderView, index: int, exact: bool = False) -> None:
         """`exact`: a token has the same bits alone and in a window."""
-        super().__init__(view.layers[index])
-        self.view, self.index = view, index
+        super().__init__(view, view.layers[index])
+        self.index = index
         self.key = exact
         heads, width = view.key_value_shape
         self.inputs = {
@@ -99,8 +100,7 @@ class EncoderLayer(Piece):
     outputs = ("hidden_out",)
 
     def __init__(self, view: EncoderDecoderView, index: int) -> None:
-        super().__init__(view.encoder_layers[index])
-        self.view = view
+        super().__init__(view, view.encoder_layers[index])
         heads = view.encoder_heads
         self.inputs = {
             "hidden": hidden_example(view.width, SOURCE, "source"),
@@ -119,8 +119,7 @@ class Memory(Piece):
     outputs = ("memory_keys", "memory_values")
 
     def __init__(self, view: EncoderDecoderView, index: int) -> None:
-        super().__init__(view.layers[index])
-        self.view = view
+        super().__init__(view, view.layers[index])
         self.inputs = {"hidden": hidden_example(view.width, SOURCE, "source")}
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +132,7 @@ class KeysValues(Piece):
     outputs = ("keys", "values")
 
     def __init__(self, view: EncoderDecoderView, index: int) -> None:
-        super().__init__(view.layers[index])
-        self.view = view
+        super().__init__(view, view.layers[index])
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +145,7 @@ class Projection(Piece):
     outputs = ("logits",)
 
     def __init__(self, view: EncoderDecoderView) -> None:
-        super().__init__(view.model)
-        self.view = view
+        super().__init__(view, view.model)
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-PRECISIONS = ("fp32", "w8", "w4", "int8")
 BITS = {"w8": 8, "w4": 4}
 BLOCK = 32
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower

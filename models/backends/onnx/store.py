@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from models.errors import UserError
 
-FORMAT = "1"  # of the pieces; another number makes all stores afresh
+FORMAT = "2"  # of the pieces; another number makes all stores afresh
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, SUMS = "graph.onnx", "weights.bin", "sums.json"
 EMBEDDED = 1024  # bytes; smaller tensors stay in the graph
@@ -33,11 +33,20 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "exitlm" / "onnx"
 
 
+def libraries() -> str:
+    """What makes the graphs."""
+    return "\n".join([FORMAT, *(f"{name} {version(name)}" for name in LIBRARIES)])
+
+
+def kinds_name() -> str:
+    """A name for graphs without weights."""
+    return f"kinds-{hashlib.sha256(libraries().encode()).hexdigest()[:32]}"
+
+
 def fingerprint(model: PreTrainedModel, precision: str) -> str:
     """A name for what is exported: libraries, configuration, every weight, precision."""
     digest = hashlib.sha256()
-    described = [FORMAT, precision, *(f"{name} {version(name)}" for name in LIBRARIES)]
-    digest.update("\n".join([*described, model.config.to_json_string()]).encode())
+    digest.update("\n".join([libraries(), precision, model.config.to_json_string()]).encode())
     seen: set[int] = set()
     for name, weight in model.state_dict(keep_vars=True).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,33 +14,36 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
-from onnxscript.rewriter.ort_fusions import optimize_for_ort
 from torch import nn
 
+from models.backends.onnx.attention import exported_attention
+from models.backends.onnx.fusion import drop_reshapes, fold_transposes, pack_products, remove_unused
 from models.backends.onnx.pieces import Piece
+from models.backends.onnx.store import Store
 
 OPSET = 21
 UNREAD = "relative_attention_bias"  # biases are inputs of a graph
 PER_LAYER = ("layer_idx", "has_relative_attention_bias")  # attributes that change nothing in a graph
+SCALAR = 1
 
 
 class Kinds:
-    """The kinds of pieces traced so far, their weights being inputs."""
+    """The kinds of pieces traced so far, their weights being inputs; on disk, too, for other weights."""
 
-    def __init__(self) -> None:
-        self.models: dict[Any, ir.Model] = {}
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.models: dict[str, ir.Model] = {}
 
     def model(self, piece: Piece) -> ir.Model:
-        """The piece with its weights. Trace inside `exported_attention`."""
-        signature = describe(piece)
-        if signature not in self.models:
-            self.models[signature] = trace(piece)
-        return with_weights(self.models[signature].clone(), piece)
+        """The piece with its weights."""
+        name = hashlib.sha256(repr(describe(piece)).encode()).hexdigest()[:32]
+        if name not in self.models:
+            self.models[name] = self.store.piece(name, lambda: trace(piece))
+        return with_weights(self.models[name].clone(), piece)
 
 
 def with_weights(model: ir.Model, piece: Piece) -> ir.Model:
-    """Turn the inputs that are named as weights of the piece into initializers, and fuse what can be."""
+    """Turn the inputs that are named as weights of the piece into initializers."""
     state, inputs = piece.state_dict(), model.graph.inputs
     for value in list(inputs):
         name = value.name or ""
@@ -48,13 +52,14 @@ def with_weights(model: ir.Model, piece: Piece) -> ir.Model:
         inputs.remove(value)
         value.const_value = ir.tensor(state[name].detach().numpy(), name=name)
         model.graph.register_initializer(value)
-    optimizer.optimize(model)
-    model, _ = optimize_for_ort(model)
-    return model
+    fold_transposes(model.graph)
+    pack_products(model.graph)
+    return remove_unused(model)
 
 
 def describe(piece: Piece) -> tuple[Any, ...]:
-    """What a piece's graph depends on: kinds of modules, their plain attributes, shapes of weights."""
+    """What a piece's graph depends on: configuration, kinds of modules, their plain attributes, shapes of
+    weights."""
     modules = [
         (name, type(module).__qualname__, *sorted((key, repr(value)) for key, value in plain(module)))
         for name, module in piece.layer.named_modules()
@@ -62,7 +67,8 @@ def describe(piece: Piece) -> tuple[Any, ...]:
     ]
     shapes = {name: tuple(weight.shape) for name, weight in piece.layer.named_parameters()}
     weights = [(name, shape) for name, shape in shapes.items() if UNREAD not in name]
-    return type(piece), piece.key, tuple(modules), tuple(weights)
+    settings = piece.view.model.config.to_json_string()
+    return settings, type(piece).__name__, piece.key, tuple(modules), tuple(weights)
 
 
 def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -73,9 +79,12 @@ def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def trace(piece: Piece) -> ir.Model:
     """Trace one piece with torch's exporter; its weights become the graph's last inputs."""
+    from onnxscript import optimizer
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
     examples = {name: example for name, (example, _) in piece.inputs.items()}
     axes = {name: dict(varying) for name, (_, varying) in piece.inputs.items()}
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), exported_attention(piece.view.model):
         program = torch.onnx.export(
             piece,
             kwargs=examples,
@@ -94,7 +103,18 @@ def trace(piece: Piece) -> ir.Model:
         value.const_value = None
         model.graph.inputs.append(value)
     optimizer.optimize(model)
-    return model
+    model, _ = optimize_for_ort(model)
+    drop_reshapes(model.graph)
+    check_constants(model.graph)
+    return remove_unused(model)
+
+
+def check_constants(graph: ir.Graph) -> None:
+    """A kind serves other weights too: it must have none inside."""
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > SCALAR:
+            raise AssertionError(f"{name} {tensor.shape} is no weight of the piece and no scalar.")
 
 
 @contextmanager

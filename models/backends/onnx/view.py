@@ -35,6 +35,8 @@ class OnnxView:
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """The encoder's output for (B, S) ids and a mask that is 0 at padding."""
+        if not self.eager.exports_encoder:
+            return self.eager.encode(input_ids, attention_mask)
         with torch.no_grad():
             hidden, length = self.eager.embed_source(input_ids), input_ids.shape[1]
             session = self.engine.encoder()
