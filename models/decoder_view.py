@@ -38,6 +38,7 @@ class DecoderView(Protocol):
 
     model: PreTrainedModel
     num_layers: int
+    mixes_windows: bool  # tokens of a window change each other by more than rounding: no lossless decoding
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """What `begin` reads as `encoder_outputs`, of (B, S) source ids and a mask that is 0 at padding."""

@@ -87,6 +87,11 @@ class Free:
         return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
+        if self.drafts and view.mixes_windows:
+            raise UserError(
+                "Free: lossless needs tokens that do not depend on their window: prepare the model with "
+                "precision fp32 or w8."
+            )
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.

@@ -21,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import DataArguments
+from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
 from util.script_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
-    answer_help((SweepArguments, DataArguments), __doc__)  # before torch is imported
+    answer_help((SweepArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
 
-import torch
 from datasets import Dataset
 from rich.text import Text
 
@@ -38,6 +38,7 @@ from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, require_split
+from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
 from util.evaluation.comparison import (
@@ -94,17 +95,16 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
-        flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
+        flags, data, backend = parse_groups((SweepArguments, DataArguments, BackendArguments), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)):
-            sweep(flags, data)
+            sweep(flags, data, backend)
 
 
-def sweep(flags: SweepArguments, data: DataArguments) -> None:
+def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments) -> None:
     require_split(data, flags.split)
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
+    limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
-    checkpoints = {name: open_checkpoint(path, data) for name, path in paths.items() if path}
+    checkpoints = {name: open_checkpoint(path, data, backend) for name, path in paths.items() if path}
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
     folder = Path(flags.output_dir)
     evaluation = comparison_settings(data, folder / "records.jsonl")
@@ -228,7 +228,7 @@ def write_settings(
     named = data.dataset_name or data.test_file or data.validation_file
     content = {
         "arguments": asdict(flags) | non_default_settings(data),
-        "environment": environment(settings[0].loaded.model),
+        "environment": environment(settings[0].loaded),
         "dataset": named,
         "split": flags.split,
         "task": data.task,

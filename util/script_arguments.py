@@ -71,7 +71,6 @@ class SweepArguments(PresetArgument):
     trace_samples: int = flag(
         8, "Samples of each setting that are traced, for the report's heat maps.", changes_outputs=False
     )
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
     output_dir: str = flag("save/sweep", "Where results go.", changes_outputs=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +86,6 @@ class SweepArguments(PresetArgument):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
         require_positive("num_samples", self.num_samples)
-        require_positive("threads", self.threads)
         require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
         largest = max(self.batch_sizes)
         require(
@@ -128,13 +126,11 @@ class ChooserArguments:
     thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "Candidates.")
     min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
     measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
     output_dir: str = flag("save/choose_exit", "Gets choice.json.", changes_outputs=False)
 
     def __post_init__(self) -> None:
         require(bool(self.thresholds), "--thresholds: name at least one.")
         require_positive("num_samples", self.num_samples)
-        require_positive("threads", self.threads)
         require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
         require_unit_interval("min_agreement", self.min_agreement)
         for value in self.thresholds:

@@ -55,6 +55,7 @@ class EncoderDecoderView:
     encoder_layers: list[Block]
     encoder_heads: int
     exports_encoder = True
+    mixes_windows = False
     key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output
@@ -81,6 +82,10 @@ class EncoderDecoderView:
         if len(set(state.lengths)) > 1:
             raise UserError(f"The given cache holds {state.lengths} tokens in its layers: not of one call.")
         return state
+
+    def embed(self, state: Any, token_ids: Tensor) -> Tensor:
+        """What the decoder's first layer reads: (B, Q) -> (B, Q, D)."""
+        raise NotImplementedError
 
     def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
         """What every layer is called with besides states and cache, for `new` tokens after those that layer

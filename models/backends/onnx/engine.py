@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import onnxruntime
@@ -12,11 +13,11 @@ import onnxruntime
 from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Piece, Projection
 from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, kinds_name
+from models.backends.onnx.store import Store, fingerprint, makers
 from models.backends.onnx.tracing import Kinds
 from models.families.encoder_decoder import EncoderDecoderView
 
-Session = onnxruntime.InferenceSession
+Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
 EXACT = ("fp32", "w8")  # precisions in which products give a row the same bits in every window
 PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "layer": DecoderLayer,
@@ -26,7 +27,7 @@ PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "encoder": EncoderLayer,
     "projection": lambda view, index: Projection(view),
 }
-EXPORTER_WARNINGS = 3  # ONNX Runtime's severity "error"
+ERRORS_ONLY = 3  # of ONNX Runtime's severities
 
 
 class Engine:
@@ -38,7 +39,7 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.exact = precision in EXACT
-        self.kinds = Kinds(Store(cache_dir / kinds_name()))
+        self.kinds = Kinds(Store(cache_dir / f"kinds-{makers()}"))
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
@@ -84,9 +85,9 @@ class Engine:
     def _open(self, model: ir.Model) -> Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = EXPORTER_WARNINGS
+        options.log_severity_level = ERRORS_ONLY
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.store.folder)
         )
         serialized = ir.to_proto(model).SerializeToString()
-        return Session(serialized, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])

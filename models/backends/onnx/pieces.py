@@ -56,7 +56,10 @@ class DecoderLayer(Piece):
         heads, width = view.key_value_shape
         self.inputs = {
             "hidden": hidden_example(view.width),
-            "bias": (torch.zeros(BATCH, heads, NEW + exact, CAPACITY), {0: "biases", 2: "rows", 3: "capacity"}),
+            "bias": (
+                torch.zeros(BATCH, heads, NEW + exact, CAPACITY),
+                {0: "biases", 2: "rows", 3: "capacity"},
+            ),
             "last": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "capacity": (torch.tensor(CAPACITY, dtype=torch.int32), {}),
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),

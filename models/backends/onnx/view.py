@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -23,13 +22,14 @@ from models.families.masks import padding_mask
 
 
 class OnnxView:
-    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D model width."""
+    """See `models.decoder_view.DecoderView`. B batch, Q new tokens, S source tokens, D model width."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.eager = engine.view
         self.model = self.eager.model
         self.num_layers = self.eager.num_layers
+        self.mixes_windows = not engine.exact
         self.biases: dict[int, Biases] = {}  # by capacity
         self.source_biases: dict[int, Tensor] = {}  # (1, H, N, N) by owner, N growing
 
@@ -58,7 +58,9 @@ class OnnxView:
         refuse_other_caches(cache)
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        made = [torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})]
+        made = [
+            torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})
+        ]
         padding = None
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             padding = padding_mask(hidden, decoder_attention_mask).numpy()
