@@ -85,4 +85,6 @@ def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str 
         ) from error
     assert isinstance(loaded.view, EncoderDecoderView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    return OnnxView(Engine(loaded.view, folder, precision, threads))
+    engine = Engine(loaded.view, folder, precision, threads)
+    engine.export_all()
+    return OnnxView(engine)

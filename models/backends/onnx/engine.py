@@ -27,6 +27,7 @@ PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "encoder": EncoderLayer,
     "projection": lambda view, index: Projection(view),
 }
+KINDS = f"kinds-{makers()}"
 ERRORS_ONLY = 3  # of ONNX Runtime's severities
 
 
@@ -39,13 +40,24 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.exact = precision in EXACT
-        self.kinds = Kinds(Store(cache_dir / f"kinds-{makers()}"))
+        self.layer_kind = "exact-layer" if self.exact else "layer"
+        self.kinds = Kinds(Store(cache_dir / KINDS))
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
+    def export_all(self) -> None:
+        """Export every piece that decoding may need, unless it is stored already."""
+        decoder, encoder = range(self.view.num_layers), range(len(self.view.encoder_layers))
+        for kind in (self.layer_kind, "memory", "keys-values"):
+            for index in decoder:
+                self._piece(kind, index)
+        for index in encoder if self.view.exports_encoder else ():
+            self._piece("encoder", index)
+        self._piece("projection", 0)
+
     def layers(self, start: int, stop: int) -> Session:
         """Decoder layers `start`..`stop - 1`."""
-        return self._session("exact-layer" if self.exact else "layer", start, stop)
+        return self._session(self.layer_kind, start, stop)
 
     def keys_values(self, start: int, stop: int) -> Session:
         """What those layers make of states as keys/values, without running."""

@@ -65,6 +65,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.whole: set[str] = set()  # pieces whose files were checked, or written, by this process
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,10 +76,11 @@ class Store:
     def piece(self, name: str, build: Callable[[], ir.Model]) -> ir.Model:
         """The piece `name` as stored, or else as `build` makes it, which is then stored."""
         path = self.folder / name
-        if not path.exists() or not is_whole(path):
+        if name not in self.whole and not (path.exists() and is_whole(path)):
             if path.exists():
                 logger.warning("%s is damaged or foreign: it is made again.", path)
             self._write(path, build())
+        self.whole.add(name)
         return self._read(path)
 
     def _read(self, path: Path) -> ir.Model:

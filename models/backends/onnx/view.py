@@ -6,6 +6,7 @@ projection onto the vocabulary run as exported graphs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from models.errors import UserError
 from models.families.encoder_decoder import refuse_other_caches
 from models.families.masks import padding_mask
 
+SMALLEST_BLOCK = 64  # query rows that attention takes at once, with 256 KiB of second-level cache
+
 
 class OnnxView:
     """See `models.decoder_view.DecoderView`. B batch, Q new tokens, S source tokens, D model width."""
@@ -30,6 +33,10 @@ class OnnxView:
         self.model = self.eager.model
         self.num_layers = self.eager.num_layers
         self.mixes_windows = not engine.exact
+        # Attention multiplies query rows in blocks, and a lone row in the last block by another kernel: where
+        # a token must have the same bits in every window, none has more rows than the smallest block.
+        width = self.eager.key_value_shape[1]
+        self.most_rows = min(2 * width, SMALLEST_BLOCK) if engine.exact else sys.maxsize
         self.biases: dict[int, Biases] = {}  # by capacity
         self.source_biases: dict[int, Tensor] = {}  # (1, H, N, N) by owner, N growing
 
@@ -81,6 +88,12 @@ class OnnxView:
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
+        if hidden.shape[1] <= self.most_rows:
+            return self._run_window(state, hidden, start, stop)
+        parts = hidden.split(self.most_rows, dim=1)
+        return torch.cat([self._run_window(state, part, start, stop) for part in parts], dim=1)
+
+    def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> Tensor:
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, new)
         window.move(past)
