@@ -136,7 +136,7 @@ def evaluation_settings(
         num_beams=data.num_beams,
         synchronize=exit_flags.use_synchronize,
         predictions_file=Path(training.output_dir, predictions),
-        arguments=non_default_settings(arguments.model, data, exit_flags) | sizes,
+        arguments=non_default_settings(arguments.model, data, exit_flags, arguments.backend) | sizes,
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
         language=target_language(data),

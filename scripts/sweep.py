@@ -112,10 +112,11 @@ def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments)
     for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
         require_exits(name, getattr(flags, name), depth)
     settings = build_settings(flags, checkpoints)
-    identity = identify_sweep(flags, data, checkpoints, examples)
+    given = non_default_settings(flags, data, backend)
+    identity = identify_sweep(given, checkpoints, examples)
     with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
         rest = restore(settings, log, range(len(examples)))
-        write_settings(folder, flags, data, settings, len(examples))
+        write_settings(folder, flags, given, data, settings, len(examples))
         decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
     write_figures(folder, settings, evaluation)
@@ -127,16 +128,15 @@ def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments)
 
 
 def identify_sweep(
-    flags: SweepArguments, data: DataArguments, checkpoints: dict[str, LoadedModel], examples: Dataset
+    settings: dict[str, Any], checkpoints: dict[str, LoadedModel], examples: Dataset
 ) -> dict[str, Any]:
     """All that the records depend on."""
-    arguments = non_default_settings(flags, data)
     models = {
         f"{part} of --{name}": value
         for name, loaded in checkpoints.items()
         for part, value in identify_model(loaded).items()
     }
-    return arguments | hash_named_files(arguments) | models | {"samples": hash_rows(examples)}
+    return settings | hash_named_files(settings) | models | {"samples": hash_rows(examples)}
 
 
 def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[LiveSetting]:
@@ -222,12 +222,17 @@ def free_policies(
 
 
 def write_settings(
-    folder: Path, flags: SweepArguments, data: DataArguments, settings: list[LiveSetting], samples: int
+    folder: Path,
+    flags: SweepArguments,
+    given: dict[str, Any],
+    data: DataArguments,
+    settings: list[LiveSetting],
+    samples: int,
 ) -> None:
     """What was run, for reports."""
     named = data.dataset_name or data.test_file or data.validation_file
     content = {
-        "arguments": asdict(flags) | non_default_settings(data),
+        "arguments": asdict(flags) | given,
         "environment": environment(settings[0].loaded),
         "dataset": named,
         "split": flags.split,

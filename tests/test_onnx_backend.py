@@ -34,6 +34,8 @@ from models.backends.onnx import engine as engine_module
 from models.backends.onnx import tracing
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import Store, default_cache_dir
+from models.families import VIEWS
+from models.families.t5 import T5View
 
 # LOSSLESS_EXAMPLES=5000 pytest tests/test_onnx_backend.py -k lossless  decodes as many sequences.
 MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 40))
@@ -338,6 +340,16 @@ def test_what_onnx_cannot_run_is_refused_by_name():
     for precision in ("w4", "int8"):
         with pytest.raises(UserError, match="precision fp32 or w8"):
             decode(prepare(torch_model, precision=precision), padded_inputs(), policies()["lossless"])
+
+
+def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path):
+    class Mistaken(T5View):
+        def embed_source(self, token_ids):
+            return super().embed_source(token_ids) * 2
+
+    monkeypatch.setitem(VIEWS, "t5", Mistaken)
+    with pytest.raises(UserError, match="differs from its modules"):
+        prepare(loaded(tiny_model()), cache_dir=tmp_path)
 
 
 def test_calls_with_other_options_are_prepared_anew():

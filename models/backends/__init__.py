@@ -76,6 +76,7 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
 
 def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
     try:
+        from models.backends.onnx.check import check_export
         from models.backends.onnx.engine import Engine
         from models.backends.onnx.store import default_cache_dir
         from models.backends.onnx.view import OnnxView
@@ -86,5 +87,7 @@ def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str 
     assert isinstance(loaded.view, EncoderDecoderView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     engine = Engine(loaded.view, folder, precision, threads)
-    engine.export_all()
-    return OnnxView(engine)
+    view = OnnxView(engine)
+    if engine.export_all():
+        check_export(view)
+    return view

@@ -45,8 +45,9 @@ class Engine:
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
-    def export_all(self) -> None:
-        """Export every piece that decoding may need, unless it is stored already."""
+    def export_all(self) -> bool:
+        """Export every piece that decoding may need, unless it is stored already; whether any was not."""
+        before = self.store.made
         decoder, encoder = range(self.view.num_layers), range(len(self.view.encoder_layers))
         for kind in (self.layer_kind, "memory", "keys-values"):
             for index in decoder:
@@ -54,6 +55,7 @@ class Engine:
         for index in encoder if self.view.exports_encoder else ():
             self._piece("encoder", index)
         self._piece("projection", 0)
+        return self.store.made > before
 
     def layers(self, start: int, stop: int) -> Session:
         """Decoder layers `start`..`stop - 1`."""

@@ -65,6 +65,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made = 0
         self.whole: set[str] = set()  # pieces whose files were checked, or written, by this process
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,7 @@ class Store:
             if path.exists():
                 logger.warning("%s is damaged or foreign: it is made again.", path)
             self._write(path, build())
+            self.made += 1
         self.whole.add(name)
         return self._read(path)
 
