@@ -148,10 +148,10 @@ class Calm(SequencePolicy):
         undecided = list(active)
         exit_layers = [num_layers] * len(active)
         logits, tests = None, []
-        for layer in range(1, num_layers):
-            hidden = run_undecided(view, state, hidden, layer, undecided)
-            if not self.tests(layer):
-                continue
+        ran = 0
+        for layer in filter(self.tests, range(1, num_layers)):
+            hidden = run_undecided(view, state, hidden, ran, layer, undecided)
+            ran = layer
             normalized = view.normalize(hidden[:, -1], layer)
             confidence, layer_logits = self.confidence(view, normalized)
             tests.append(confidence.tolist())
@@ -166,7 +166,7 @@ class Calm(SequencePolicy):
             if not any(undecided):
                 view.write_kv(state, hidden, layer, num_layers)
                 return StepResult(logits, exit_layers, layer, layer, tests)
-        hidden = run_undecided(view, state, hidden, num_layers, undecided)
+        hidden = run_undecided(view, state, hidden, ran, num_layers, undecided)
         logits = choose_rows(undecided, view.project(view.normalize(hidden[:, -1], num_layers)), logits)
         return StepResult(logits, exit_layers, num_layers, num_layers, tests)
 
@@ -179,11 +179,16 @@ def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layer
 
 
 def run_undecided(
-    view: DecoderView, state: DecoderState, hidden: Tensor, layer: int, undecided: list[bool]
+    view: DecoderView, state: DecoderState, hidden: Tensor, start: int, stop: int, undecided: list[bool]
 ) -> Tensor:
-    """Run one layer; rows that have exited keep their state, which thus also makes their keys/values."""
-    advanced = view.run_layers(state, hidden, layer - 1, layer)
-    return choose_rows(undecided, advanced, hidden)
+    """Run layers `start`..`stop - 1`; rows that have exited keep their state, which thus also makes their
+    keys/values, layer by layer."""
+    if all(undecided):
+        return view.run_layers(state, hidden, start, stop)
+    for layer in range(start, stop):
+        advanced = view.run_layers(state, hidden, layer, layer + 1)
+        hidden = choose_rows(undecided, advanced, hidden)
+    return hidden
 
 
 def choose_rows(rows: list[bool], new: Tensor, old: Tensor | None) -> Tensor:

@@ -175,9 +175,7 @@ class Free:
         hidden = torch.cat([token.hidden for token in window], dim=1)
         if self.copy_skipped and any(window[-1].sure):
             unsure = [not row for row in window[-1].sure]
-            for layer in range(self.shallow_layer + 1, view.num_layers + 1):
-                hidden = run_undecided(view, state, hidden, layer, unsure)
-            return hidden
+            return run_undecided(view, state, hidden, self.shallow_layer, view.num_layers, unsure)
         return view.run_layers(
             state, hidden, self.shallow_layer, view.num_layers, causal=self.causal_catch_up
         )
