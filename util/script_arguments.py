@@ -365,7 +365,7 @@ class BenchmarkArguments:
 
     def refuse_flags_of_other_models(self) -> None:
         """Raise UserError for flags and methods that none of the models reads."""
-        idle = () if "embedded" in self.models else OF_EMBEDDED
+        idle: tuple[str, ...] = () if "embedded" in self.models else OF_EMBEDDED
         idle += OF_RANDOM_WEIGHTS if self.models == ["embedded"] else ()
         for spec in flags_in(self):
             way = "embedded" if spec.name in OF_EMBEDDED else "a model with random weights"

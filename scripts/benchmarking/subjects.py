@@ -27,7 +27,7 @@ EMBEDDED = {  # with the methods that each was trained for
     "debian-t5-calm": (CALM,),
     "debian-bart-free": (FREE, FREE_LOSSLESS, STATIC),
 }
-RANDOM = (FREE, CALM, STATIC)  # methods on random weights, which would reject nearly every draft of lossless
+RANDOM = (FREE, CALM, STATIC)  # methods on random weights; how many drafts they accept would be chance
 SOURCE_LENGTH, MAX_LENGTH = 28, 56  # of the embedded rows, as their checkpoints were trained
 
 
