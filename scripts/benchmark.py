@@ -36,7 +36,7 @@ from scripts.benchmarking.contestants import Contestant, Output, announce_missin
 from scripts.benchmarking.figures import Floor, make_rows, measure_bandwidth
 from scripts.benchmarking.subjects import Subject, open_subject, subject_names
 from util.console import prepare_console
-from util.environment import environment
+from util.environment import git_hash
 from util.flags import parse_groups
 from util.progress import track
 from util.tables import comparison_table, print_report
@@ -58,7 +58,7 @@ COLUMNS = {
     "agreement": "= fp32",
     "bleu": "BLEU",
 }
-RIVAL_LIBRARIES = ("onnxruntime", "ctranslate2")
+LIBRARIES = ("torch", "transformers", "onnxruntime", "ctranslate2")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +92,7 @@ def run_model(name: str, flags: BenchmarkArguments) -> dict[str, Any]:
     return {
         "model": name,
         "arguments": asdict(flags),
-        "environment": describe_environment(subject),
+        "environment": describe_environment(),
         "samples": subject.samples,
         "bytes_per_second": bandwidth,
         "rows": make_rows(subject, contestants, outputs, Floor.of(subject, bandwidth)),
@@ -112,11 +112,14 @@ def decode_in_turn(subject: Subject, contestants: list[Contestant]) -> dict[str,
     return outputs
 
 
-def describe_environment(subject: Subject) -> dict[str, Any]:
-    return environment(subject.loaded.model) | {
-        "machine": platform.machine(),
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine; which backend and precision ran is each row's affair."""
+    return {
+        "python": platform.python_version(),
+        **{name: find_version(name) for name in LIBRARIES},
+        "git": git_hash(),
         "processor": find_processor(),
-        **{name: find_version(name) for name in RIVAL_LIBRARIES},
+        "threads": torch.get_num_threads(),
     }
 
 
