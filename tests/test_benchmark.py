@@ -119,6 +119,7 @@ def test_trained_weights_agree_where_they_must(capsys):
         assert len({row["bleu"] for row in must_agree}) == 1 and must_agree[0]["bleu"] > 0
 
 
+@pytest.mark.slow  # exports
 def test_backends_agree(config, tmp_path):
     """Full depth's tokens with Hugging Face's; FREE's among backends, as their coins are equal."""
     chosen = {"backends": ["torch", "onnx fp32"], "rivals": ["HF generate"], "methods": ["FREE"]}
