@@ -47,11 +47,8 @@ BENCHMARK_BACKENDS = ("torch", "onnx fp32", "onnx w8", "onnx w4", "onnx int8")
 CTRANSLATE2 = {f"CTranslate2 {name}": name for name in ("float32", "int8")}
 RIVALS = (HF_GENERATE, *CTRANSLATE2)
 BENCHMARKED = (FREE, FREE_LOSSLESS, CALM, STATIC)
-OF_EMBEDDED = (
-    "free_threshold",
-    "lossless_threshold",
-    "calm_threshold",
-)  # benchmark flags of these models alone
+# Benchmark flags that are of use with some models alone.
+OF_EMBEDDED = ("free_threshold", "lossless_threshold", "calm_threshold")
 OF_RANDOM_WEIGHTS = ("exit_share", "source_length", "target_length")
 
 
@@ -322,8 +319,7 @@ class BenchmarkArguments:
     _argument_group_name = "Benchmark"
 
     models: list[str] = list_flag(
-        ["embedded"],
-        f"Of embedded, {', '.join(sorted(BENCHMARK_SHAPES))}; or a config.json of another shape.",
+        ["embedded"], f"Of embedded, {', '.join(sorted(BENCHMARK_SHAPES))}; or a config.json."
     )
     rivals: list[str] = list_flag(RIVALS, f"Of {', '.join(RIVALS)}.")
     backends: list[str] = list_flag(
