@@ -301,6 +301,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         "--model_name_or_path, --dataset_name, --output_file",
         "batch_size",
     ),
+    "scripts.benchmark": ([], "sample", "samples", None, "threads"),
     "scripts.benchmark_training": ([], "step", "steps", None, "steps"),
     "scripts.build_debian_data": ([], "miror", "mirror", None, "max_ratio"),
     "gpt_eval.__main__ make": (

@@ -9,6 +9,7 @@ from models.choices import INTERMEDIATE_LOSSES
 from util.flags import (
     Parser,
     as_flags,
+    differs,
     flag,
     flags_in,
     list_flag,
@@ -22,7 +23,17 @@ from util.flags import (
     require_unit_interval,
     required_flag,
 )
-from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, STATIC, SWEPT
+from util.methods import (
+    BASELINE,
+    CALM,
+    FREE,
+    FREE_ADAPTIVE,
+    FREE_LOSSLESS,
+    FREE_SHORTLIST,
+    HF_GENERATE,
+    STATIC,
+    SWEPT,
+)
 from util.tasks import DATASETS
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
@@ -31,6 +42,14 @@ CONSISTENCIES = ("textual", "risk")
 FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
+BENCHMARK_SHAPES = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/benchmarking/*.json")}
+BENCHMARK_BACKENDS = ("torch", "onnx fp32", "onnx w8", "onnx w4", "onnx int8")
+CTRANSLATE2 = {f"CTranslate2 {name}": name for name in ("float32", "int8")}
+RIVALS = (HF_GENERATE, *CTRANSLATE2)
+BENCHMARKED = (FREE, FREE_LOSSLESS, CALM, STATIC)
+# Benchmark flags that are of use with some models alone.
+OF_EMBEDDED = ("free_threshold", "lossless_threshold", "calm_threshold")
+OF_RANDOM_WEIGHTS = ("exit_share", "source_length", "target_length")
 
 
 @dataclass
@@ -289,6 +308,63 @@ class TrainingBenchmarkArguments:
         name, _, layers = (self.only or "none:6").partition(":")
         known = name in ("none", *INTERMEDIATE_LOSSES) and layers.isdecimal()
         require(known, f"--only {self.only}: give NAME:LAYERS, such as weighted_ce:6.")
+
+
+@dataclass
+class BenchmarkArguments:
+    _argument_group_name = "Benchmark"
+
+    models: list[str] = list_flag(
+        ["embedded"], f"Of embedded, {', '.join(sorted(BENCHMARK_SHAPES))}; or a config.json."
+    )
+    rivals: list[str] = list_flag(RIVALS, f"Of {', '.join(RIVALS)}.")
+    backends: list[str] = list_flag(
+        ["torch", "onnx fp32", "onnx w8", "onnx int8"], f"Ours: of {', '.join(BENCHMARK_BACKENDS)}."
+    )
+    methods: list[str] = list_flag(BENCHMARKED, f"Of {', '.join(BENCHMARKED)}; {BASELINE} always runs.")
+    samples: int = flag(20, "Samples of each model.")
+    batch_size: int = flag(1, "Samples decoded together.")
+    threads: int = flag(1, "CPU threads of every contestant.")
+    shallow_exit_layer: int | None = flag(
+        None,
+        "Exit of FREE and Static (default: the checkpoint's own; a quarter of random layers).",
+        method=(FREE, FREE_LOSSLESS, STATIC),
+    )
+    free_threshold: float = flag(0.4, "FREE's, on trained weights.", method=FREE)
+    lossless_threshold: float = flag(0.4, "That of FREE, lossless, on trained weights.", method=FREE_LOSSLESS)
+    calm_threshold: float = flag(0.9, "CALM's, on trained weights.", method=CALM)
+    exit_share: float = flag(0.7, "Share of tokens that exit early, on random weights.", method=(FREE, CALM))
+    source_length: int = flag(128, "Tokens of a source, for random weights.")
+    target_length: int = flag(64, "Tokens of an output, for random weights.")
+
+    def __post_init__(self) -> None:
+        for name in ("models", "rivals", "backends", "methods"):
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))
+        for name in self.models:
+            known = name == "embedded" or name in BENCHMARK_SHAPES or Path(name).is_file()
+            choices = ", ".join(["embedded", *sorted(BENCHMARK_SHAPES)])
+            require(known, f"--models: there is no {name}; choose of {choices}, or name a config.json.")
+        require_known("rivals", self.rivals, RIVALS)
+        require_known("backends", self.backends, BENCHMARK_BACKENDS)
+        require_known("methods", self.methods, BENCHMARKED)
+        refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in BENCHMARKED})
+        self.refuse_flags_of_other_models()
+        for name in ("samples", "batch_size", "threads", "source_length", "target_length"):
+            require_positive(name, getattr(self, name))
+        require_positive("shallow_exit_layer", self.shallow_exit_layer)
+        for name in (*OF_EMBEDDED, "exit_share"):
+            require_unit_interval(name, getattr(self, name))
+
+    def refuse_flags_of_other_models(self) -> None:
+        """Raise UserError for flags and methods that none of the models reads."""
+        idle: tuple[str, ...] = () if "embedded" in self.models else OF_EMBEDDED
+        idle += OF_RANDOM_WEIGHTS if self.models == ["embedded"] else ()
+        for spec in flags_in(self):
+            way = "embedded" if spec.name in OF_EMBEDDED else "a model with random weights"
+            fine = spec.name not in idle or not differs(self, spec)
+            require(fine, f"--{spec.name} has no effect here: add {way} to --models.")
+        fine = "embedded" in self.models or self.methods != [FREE_LOSSLESS]
+        require(fine, f"--methods: random weights are not decoded by {FREE_LOSSLESS}: name others.")
 
 
 @dataclass
