@@ -66,6 +66,9 @@ class DecoderView(Protocol):
     def deliver_cache(self, state: Any, cache: Cache | None) -> Cache:
         """Put the keys/values of the tokens that every layer holds into `cache`, or into a new one."""
 
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        """Logits of the exit after `layer`: un-normalized (..., D) -> (..., V)."""
+
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).
 

@@ -152,13 +152,13 @@ class Calm(SequencePolicy):
         for layer in filter(self.tests, range(1, num_layers)):
             hidden = run_undecided(view, state, hidden, ran, layer, undecided)
             ran = layer
-            normalized = view.normalize(hidden[:, -1], layer)
-            confidence, layer_logits = self.confidence(view, normalized)
+            exit_hidden = hidden[:, -1]
+            confidence, layer_logits = self.confidence(view, exit_hidden, layer)
             tests.append(confidence.tolist())
             exits = [row and value > threshold for row, value in zip(undecided, tests[-1], strict=True)]
             if not any(exits):
                 continue
-            layer_logits = view.project(normalized) if layer_logits is None else layer_logits
+            layer_logits = view.predict(exit_hidden, layer) if layer_logits is None else layer_logits
             logits = choose_rows(exits, layer_logits, logits)
             for row in range(len(exits)):
                 if exits[row]:
@@ -167,14 +167,14 @@ class Calm(SequencePolicy):
                 view.write_kv(state, hidden, layer, num_layers)
                 return StepResult(logits, exit_layers, layer, layer, tests)
         hidden = run_undecided(view, state, hidden, ran, num_layers, undecided)
-        logits = choose_rows(undecided, view.project(view.normalize(hidden[:, -1], num_layers)), logits)
+        logits = choose_rows(undecided, view.predict(hidden[:, -1], num_layers), logits)
         return StepResult(logits, exit_layers, num_layers, num_layers, tests)
 
 
 def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layers: int) -> StepResult:
     """Run the first `layers` layers and predict from there."""
     hidden = view.run_layers(state, view.embed(state, token_ids), 0, layers)
-    logits = view.project(view.normalize(hidden[:, -1], layers))
+    logits = view.predict(hidden[:, -1], layers)
     return StepResult(logits, [layers] * len(logits), layers, layers)
 
 

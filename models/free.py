@@ -103,8 +103,7 @@ class Free:
     ) -> StepResult:
         # Step 1. Run the shallow layers and test their prediction.
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)
-        normalized = view.normalize(hidden[:, -1], self.shallow_layer)
-        measured = self.confidence(view, normalized)
+        measured = self.confidence(view, hidden[:, -1], self.shallow_layer)
         confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
         sure = [value > threshold for value in confidence]
         if self.max_pending is not None and len(state.waiting) >= self.max_pending:
@@ -112,7 +111,7 @@ class Free:
         exits = all(row or not running for row, running in zip(sure, active, strict=True))
         logits, learns = measured.logits, self.learner is not None
         if logits is None and (exits or any(sure) or learns):
-            logits = view.project(normalized)
+            logits = view.predict(hidden[:, -1], self.shallow_layer)
         compared = logits if learns or self.retracts else None
         token = WaitingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
@@ -152,7 +151,7 @@ class Free:
         # Step 1. Exact deep states of the whole window (section 4.2); nobody needs all logits but to compare.
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
-        logits = view.project(view.normalize(compared, view.num_layers))  # (B, W or 1, V)
+        logits = view.predict(compared, view.num_layers)  # (B, W or 1, V)
         result = StepResult(
             logits[:, -1],
             [view.num_layers] * len(window[-1].active),

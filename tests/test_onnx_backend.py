@@ -175,7 +175,7 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
             made.append(view.run_layers(state, hidden[rows, start : start + new], 0, view.num_layers))
             start += new
         states = torch.cat(made, 1)
-        logits = torch.cat([view.project(view.normalize(part, view.num_layers)) for part in made], 1)
+        logits = torch.cat([view.predict(part, view.num_layers) for part in made], 1)
     buffers = [buffer[:, :, :start] for pair in state.buffers for buffer in pair]
     return [states, logits, *buffers]
 
@@ -245,7 +245,7 @@ def test_every_product_with_weights_is_quantized(family, precision):
         operators = [node.op_type for node in graph]
         assert not {"MatMul", "FusedMatMul", "Gemm"} & {*operators}
         quantized = sum(name in ("MatMulNBits", "MatMulInteger") for name in operators)
-        assert quantized == {"projection": 1, "memory": 2, "keys-values": 2}.get(
+        assert quantized == {"head": 1, "memory": 2, "keys-values": 2}.get(
             kind, 7 if family in ("mt5", "umt5") else 6
         )
 

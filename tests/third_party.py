@@ -155,6 +155,9 @@ class PebbleView:
     def deliver_cache(self, state, cache):
         raise NotImplementedError("Nobody asked for one.")
 
+    def predict(self, hidden, layer):
+        return self.model.out(self.model.polish(hidden))
+
     def normalize(self, hidden, layer):
         return self.model.polish(hidden)
 

@@ -55,7 +55,6 @@ class EncoderDecoderView:
     encoder_layers: list[Block]
     encoder_heads: int
     exports_encoder = True
-    scale_norm: Any = None  # the final norm, where it only scales by the root mean square
     mixes_windows = False
     key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
     output_scale: float | None = None  # of the LM head's input
@@ -179,6 +178,9 @@ class EncoderDecoderView:
             return delivered
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
         return cache
+
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.project(self.normalize(hidden, layer))
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         return self.final_norm(self.apply_exit_head(hidden, layer))

@@ -21,7 +21,6 @@ class T5View(EncoderDecoderView):
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = model.get_decoder()
         super().__init__(model, decoder.block, nn.Sequential(decoder.final_layer_norm, decoder.dropout))
-        self.scale_norm = decoder.final_layer_norm
         self.key_value_shape = (model.config.num_heads, model.config.d_kv)
         self.encoder_heads = model.config.num_heads
         self.encoder_layers = list(model.get_encoder().block)

@@ -57,9 +57,9 @@ class Coin:
     def restart(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
-    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
-        heads = torch.rand(len(normalized), generator=self.generator) < self.share
-        return Measured(heads.float(), self.gap(view, normalized).logits)
+    def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+        heads = torch.rand(len(hidden), generator=self.generator) < self.share
+        return Measured(heads.float(), self.gap(view, hidden, layer).logits)
 
 
 def enter_contestants(subject: Subject, flags: BenchmarkArguments, folder: Path) -> Iterator[Contestant]:

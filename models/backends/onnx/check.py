@@ -54,5 +54,5 @@ def logits_of(view: Any) -> Tensor:
     parts = []
     for window in tokens.split([1, TOKENS - 1], dim=1):
         hidden = view.run_layers(state, view.embed(state, window), 0, view.num_layers)
-        parts.append(view.project(view.normalize(hidden, view.num_layers)))
+        parts.append(view.predict(hidden, view.num_layers))
     return torch.cat(parts, dim=1)

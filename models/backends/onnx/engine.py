@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 import onnxruntime
 
-from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Piece, Projection
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory, Piece
 from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
 from models.backends.onnx.store import Store, fingerprint, makers
@@ -25,7 +25,7 @@ PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "keys-values": KeysValues,
     "memory": Memory,
     "encoder": EncoderLayer,
-    "projection": lambda view, index: Projection(view),
+    "head": lambda view, index: Head(view),
 }
 KINDS = f"kinds-{makers()}"
 ERRORS_ONLY = 3  # of ONNX Runtime's severities
@@ -54,7 +54,7 @@ class Engine:
                 self._piece(kind, index)
         for index in encoder if self.view.exports_encoder else ():
             self._piece("encoder", index)
-        self._piece("projection", 0)
+        self._piece("head", 0)
         return self.store.made > before
 
     def layers(self, start: int, stop: int) -> Session:
@@ -73,8 +73,9 @@ class Engine:
         """All layers of the encoder."""
         return self._session("encoder", 0, len(self.view.encoder_layers))
 
-    def projection(self) -> Session:
-        return self._session("projection", 0, 1)
+    def head(self) -> Session:
+        """Final norm and projection onto the vocabulary."""
+        return self._session("head", 0, 1)
 
     def _session(self, kind: str, start: int, stop: int) -> Session:
         key = (kind, start, stop)

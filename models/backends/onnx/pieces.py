@@ -142,8 +142,8 @@ class KeysValues(Piece):
         return self.view.project_kv(self.layer, hidden)
 
 
-class Projection(Piece):
-    """Logits of normalized states."""
+class Head(Piece):
+    """Logits of states that are not normalized yet."""
 
     outputs = ("logits",)
 
@@ -152,4 +152,4 @@ class Projection(Piece):
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.view.project(hidden)
+        return self.view.project(self.view.final_norm(hidden))

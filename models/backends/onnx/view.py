@@ -1,7 +1,7 @@
 """A decoder run by ONNX Runtime: `OnnxView` serves loop, policies and measures as a family's own view does.
 
-Embeddings, final norms and exit heads stay modules of torch; layers, encoder, cross-attention memory and the
-projection onto the vocabulary run as exported graphs.
+Layers, encoder, cross-attention memory and the head run as exported graphs. Embeddings, the heads that exits
+may have of their own, and what only analysis asks for stay modules of torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -123,17 +122,17 @@ class OnnxView:
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
         return cache
 
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        hidden = self.eager.apply_exit_head(hidden, layer)
+        flat = hidden.reshape(1, -1, hidden.shape[-1]).numpy()
+        logits = torch.from_numpy(self.engine.head().run(None, {"hidden": flat})[0])
+        return logits.view(*hidden.shape[:-1], -1)
+
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        norm = self.eager.scale_norm
-        if norm is None:
-            return self.eager.normalize(hidden, layer)
-        hidden = self.eager.apply_exit_head(hidden, layer)  # one operation instead of the module's six
-        return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        return self.eager.normalize(hidden, layer)
 
     def project(self, normalized: Tensor) -> Tensor:
-        flat = normalized.reshape(1, -1, normalized.shape[-1]).numpy()
-        logits = torch.from_numpy(self.engine.projection().run(None, {"hidden": flat})[0])
-        return logits.view(*normalized.shape[:-1], -1)
+        return self.eager.project(normalized)
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
         return self.eager.projection_onto(token_ids)
@@ -149,7 +148,7 @@ class OnnxView:
         window = state.windows.get(new)
         if window is None:
             biases = self._biases(state.capacity)
-            window = state.windows[new] = Window(state, biases, new, self.engine.exact)
+            window = state.windows[new] = Window(state, biases, new, self.eager.width, self.engine.exact)
         return window
 
     def _biases(self, capacity: int) -> Biases:
