@@ -28,6 +28,7 @@ CODES = {"mbart": ("de_DE", "en_XX"), "mbart50": ("de_DE", "en_XX"), "nllb": ("d
 SHORT_RUN = {
     "do_train": True,
     "do_eval": True,
+    "backend": "torch",
     "max_steps": 1,
     "save_strategy": "no",
     "use_shallow_deep": True,
@@ -106,6 +107,7 @@ def test_a_trained_checkpoint_remembers_its_languages(multilingual, rows, tmp_pa
     short = {
         "do_train": True,
         "do_eval": True,
+        "backend": "torch",
         "max_steps": 1,
         "save_strategy": "no",
         "use_shallow_deep": True,
@@ -266,6 +268,7 @@ def test_two_vocabularies_train_and_evaluate(marian, rows, tmp_path):
     flags = {
         "do_train": True,
         "do_eval": True,
+        "backend": "torch",
         "max_steps": 1,
         "save_strategy": "no",
         "use_shallow_deep": True,

@@ -50,6 +50,7 @@ def test_other_tokenizers_train_and_evaluate(kind, family, tmp_path):
         "max_target_length": 8,
         "do_train": True,
         "do_eval": True,
+        "backend": "torch",
         "max_steps": 1,
         "static_exit_layer": 1,
         "per_device_eval_batch_size": 2,
@@ -166,11 +167,11 @@ def tiny_checkpoints(tmp_path_factory):
     ("flags", "complaint"),
     [
         (
-            {"do_eval": True, "max_source_length": 61},
+            {"do_eval": True, "backend": "torch", "max_source_length": 61},
             "--max_source_length 61: {} has 60 positions. Set it",
         ),
-        ({"do_eval": True, "val_max_target_length": 61}, "--val_max_target_length 61"),
-        ({"do_eval": True, "generation_max_length": 61}, "--generation_max_length 61"),
+        ({"do_eval": True, "backend": "torch", "val_max_target_length": 61}, "--val_max_target_length 61"),
+        ({"do_eval": True, "backend": "torch", "generation_max_length": 61}, "--generation_max_length 61"),
         (
             {"do_train": True, "max_target_length": 57},
             "--max_target_length 57: {} has 60 positions; training",
@@ -197,7 +198,7 @@ def test_lengths_up_to_the_positions_work(tiny_checkpoints, family, tmp_path):
     flags = {"train_file": path, "validation_file": path, "dataset_name": "rows"}
     flags |= {"source_lang": "de", "target_lang": "en", "max_steps": 1, "save_strategy": "no"}
     flags |= {"max_source_length": length, "max_target_length": length, "val_max_target_length": length}
-    run_with(tiny_checkpoints[family], tmp_path, do_train=True, do_eval=True, **flags)
+    run_with(tiny_checkpoints[family], tmp_path, do_train=True, do_eval=True, backend="torch", **flags)
     assert json.loads((tmp_path / "out/eval_results.json").read_text())["samples"] == 1
 
 

@@ -94,7 +94,11 @@ def test_two_processes_equal_one(base, tmp_path):
     """The plain command: the same batches in four pieces, a sharded evaluation, with FREE in batches."""
     steps = {"optim": "sgd", "learning_rate": 1e-2, "logging_steps": 3}
     pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    one = DATA | QUIET | {"do_eval": True, "max_eval_samples": 7, "per_device_eval_batch_size": 2}
+    one = (
+        DATA
+        | QUIET
+        | {"do_eval": True, "backend": "torch", "max_eval_samples": 7, "per_device_eval_batch_size": 2}
+    )
     one |= {"use_shallow_deep": True, "shallow_exit_layer": 2, "shallow2deep_conf_threshold": 0.02}
     torchrun(*as_argv(**train_flags(base, tmp_path / "two", **steps, **pieces) | one))
     weights = train(base, tmp_path / "one", **steps, per_device_train_batch_size=4)
@@ -298,11 +302,16 @@ def test_finished_training_changes_nothing_until_it_is_made_longer(base, finishe
     shutil.copytree(finished[0], tmp_path / "run")
     before = contents(tmp_path / "run")
     with caplog.at_level("INFO"):
-        weights = train(base, tmp_path / "run", do_eval=True, max_eval_samples=2)
+        weights = train(base, tmp_path / "run", do_eval=True, backend="torch", max_eval_samples=2)
     assert "is finished" in caplog.text
     assert contents(tmp_path / "run") == before
     evaluated = json.loads((tmp_path / "run" / "eval_results.json").read_text())
-    alone = {"model_name_or_path": finished[0], "output_dir": tmp_path / "alone", "do_eval": True}
+    alone = {
+        "model_name_or_path": finished[0],
+        "output_dir": tmp_path / "alone",
+        "do_eval": True,
+        "backend": "torch",
+    }
     run.main(as_argv(**DATA | QUIET | alone, max_eval_samples=2))
     assert evaluated["chrf"] == json.loads((tmp_path / "alone" / "eval_results.json").read_text())["chrf"]
     assert_same(weights, finished[1])
@@ -360,7 +369,12 @@ def test_questions_are_scored_while_training_as_by_do_eval(base, tmp_path, metho
     write_questions(rows, [["alpha 1"], ["beta 2"], ["gamma 3"]])
     shared = QUIET | {"task": "question_answering", "max_source_length": 64, "doc_stride": 16}
     shared |= {"max_target_length": 8, "validation_file": rows, "train_file": rows, **method}
-    before = {"model_name_or_path": base, "do_eval": True, "output_dir": tmp_path / "before"}
+    before = {
+        "model_name_or_path": base,
+        "do_eval": True,
+        "backend": "torch",
+        "output_dir": tmp_path / "before",
+    }
     run.main(as_argv(**shared | before, shallow_exit_layer=2 if method else None))
     lines = map(json.loads, (tmp_path / "before" / "predictions.jsonl").read_text().splitlines())
     windows = list(lines)
