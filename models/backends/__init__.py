@@ -1,7 +1,8 @@
 """What runs a model's layers: `fast = prepare(loaded, backend="onnx", precision="w8")`, then `fast.generate(...)`.
 
 - torch: the unmodified modules; every model and device, and training;
-- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU.
+- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU;
+- compile: `torch.compile` over buffers of fixed size; encoder-decoder models, on CUDA as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from models.loading import LoadedModel
 from models.lora import is_adapted
 
 if TYPE_CHECKING:
+    from models.backends.compiled.view import CompiledView
     from models.backends.onnx.view import OnnxView
 
-BACKENDS = ("torch", "onnx")
+BACKENDS = ("torch", "onnx", "compile")
 PRECISIONS = ("fp32", "w8", "w4", "int8")
 
 
@@ -33,7 +35,7 @@ def prepare(
 ) -> LoadedModel:
     """The same model, run by another backend; `loaded` itself stays as it is.
 
-    Weights are copied as they are now: prepare again after changing them.
+    Prepare again after changing the model: onnx copies weights as they are now, compile some.
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 (8 bits, a scale for each 32
@@ -47,10 +49,13 @@ def prepare(
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}.")
-    if backend == "torch":
+    if backend != "onnx":
         if precision != "fp32":
-            raise UserError(f"precision {precision} needs backend onnx; torch computes in the model's dtype.")
-        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config)
+            raise UserError(
+                f"precision {precision} needs backend onnx; {backend} computes in the model's dtype."
+            )
+        view = open_compiled(loaded) if backend == "compile" else None
+        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, view)
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
     reason = why_not_onnx(loaded)
@@ -71,6 +76,15 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
     if not isinstance(loaded.view, EncoderDecoderView):
         return f"there is no export for model family {loaded.model.config.model_type!r}"
     return None
+
+
+def open_compiled(loaded: LoadedModel) -> CompiledView:
+    from models.backends.compiled.view import CompiledView, why_not_compiled
+
+    reason = why_not_compiled(loaded.view)
+    if reason is not None:
+        raise UserError(f"backend compile: {reason}; use backend torch.")
+    return CompiledView(loaded.view)
 
 
 def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
