@@ -4,6 +4,7 @@
 makes functions without side effects of them; what Inductor generates is compared in slow tests.
 """
 
+import logging
 import shutil
 import weakref
 
@@ -27,6 +28,8 @@ from models.backends import prepare
 from models.backends.compiled.view import CompiledView
 from models.exit_heads import ExitConfig
 from models.families import view_for
+
+logging.getLogger("torch.__trace").propagate = False  # thousands of lines, which pytest would keep
 
 DAILY = [("t5-tied", 1), ("bart-tied", 3)]  # family, batch size
 CASES = [
@@ -79,7 +82,7 @@ def assert_every_policy_agrees(model, view, inputs):
         tokens, stats = decode(model, policy, inputs, view)
         assert torch.equal(tokens, expected), name
         assert stats.exit_layers == torchs.exit_layers, name
-        if name in ("calm", "free", "lossless"):
+        if name in ("calm", "free"):
             assert 0 < stats.exit_share < 1, name
 
 
@@ -135,34 +138,45 @@ class SideBySide:
         assert self.states[0].lengths == self.states[1].lengths
         return outputs[0]
 
+    @torch.inference_mode()
+    def write(self, hidden, start, stop):
+        for view, state in zip(self.views, self.states, strict=True):
+            view.write_kv(state, hidden, start, stop)
+
+    def truncate(self, length):
+        for state in self.states:
+            state.truncate(length)
+
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_states_are_torchs_in_long_windows_grown_buffers_and_after_a_rollback(family):
     torch.manual_seed(0)
     both = SideBySide(tiny_model(family, num_layers=2), compiler="aot_eager")
-    width = both.views[0].width
-    both.run(torch.randn(2, 3, width), 0, 2)
-    both.run(torch.randn(2, 21, width), 0, 2)  # 16 and 5, padded to 8
-    both.run(torch.randn(2, 100, width), 0, 2)
+    both.run(torch.randn(2, 21, 32), 1, 2)  # 16 and 5, padded to 8
+    both.run(torch.randn(2, 103, 32), 1, 2)
+    both.truncate(110)
     assert both.states[1].buffers.capacity == 128
-    for state in both.states:
-        state.truncate(110)
-    both.run(torch.randn(2, 30, width), 0, 2)
+    both.run(torch.randn(2, 30, 32), 1, 2)
     assert both.states[1].buffers.capacity == 256
-    for state in both.states:
-        state.truncate(50)
-    skipped = both.run(torch.randn(2, 1, width), 0, 1)
-    with torch.inference_mode():
-        for view, state in zip(both.views, both.states, strict=True):
-            view.write_kv(state, skipped, 1, 2)
-    both.run(torch.randn(2, 1, width), 0, 2)
+    both.truncate(50)
+    both.write(torch.randn(2, 5, 32), 1, 2)
+    both.run(torch.randn(2, 13, 32), 1, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("t5-tied", torch.float16),
+        ("bart-tied", torch.bfloat16),
+        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in FAMILIES),
+        *(
+            pytest.param(family, torch.float16, marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family != "longt5-tglobal"  # which is refused
+        ),
+    ],
+)
 def test_half_precision_is_as_near_to_float32_as_torchs(family, dtype):
-    if family == "longt5-tglobal" and dtype == torch.float16:
-        pytest.skip("refused")
     torch.manual_seed(0)
     model, hidden = tiny_model(family, num_layers=1), torch.randn(1, 7, 32)
     with torch.inference_mode():
@@ -241,6 +255,8 @@ def test_what_cannot_be_compiled_is_refused_by_name():
     model = tiny_model(num_layers=1)
     with pytest.raises(UserError, match="precision w8 needs backend onnx; compile computes in"):
         prepare(loaded(model), backend="compile", precision="w8")
+    with pytest.raises(UserError, match="threads and cache_dir are options of backend onnx, not of compile"):
+        prepare(loaded(model), backend="compile", threads=2)
     with pytest.raises(UserError, match="branch on their states in float16: load it in bfloat16"):
         prepare(loaded(tiny_model("longt5-tglobal", num_layers=1).half()), backend="compile")
     policy = Free(1, SoftmaxGap(), 0.5, causal_catch_up=False)

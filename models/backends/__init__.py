@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.errors import UserError
+from models.families import view_for
 from models.families.encoder_decoder import EncoderDecoderView
 from models.loading import LoadedModel
 from models.lora import is_adapted
@@ -54,8 +55,10 @@ def prepare(
             raise UserError(
                 f"precision {precision} needs backend onnx; {backend} computes in the model's dtype."
             )
-        view = open_compiled(loaded) if backend == "compile" else None
-        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, view)
+        if threads is not None or cache_dir is not None:
+            raise UserError(f"threads and cache_dir are options of backend onnx, not of {backend}.")
+        compiled = open_compiled(loaded) if backend == "compile" else None
+        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, compiled)
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
     reason = why_not_onnx(loaded)
@@ -81,10 +84,12 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
 def open_compiled(loaded: LoadedModel) -> CompiledView:
     from models.backends.compiled.view import CompiledView, why_not_compiled
 
-    reason = why_not_compiled(loaded.view)
+    view = view_for(loaded.model)
+    reason = why_not_compiled(view)
     if reason is not None:
         raise UserError(f"backend compile: {reason}; use backend torch.")
-    return CompiledView(loaded.view)
+    assert isinstance(view, EncoderDecoderView)
+    return CompiledView(view)
 
 
 def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:

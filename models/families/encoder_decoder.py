@@ -104,6 +104,10 @@ class EncoderDecoderView:
             "encoder_attention_mask": source_mask,
         }
 
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
+        """Embed the token ids that follow those of layer 0: (B, Q) -> (B, Q, D)."""
+        raise NotImplementedError
+
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.decoder_view import DecoderState
 from models.errors import UserError
 from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
 
@@ -29,7 +30,7 @@ class T5View(EncoderDecoderView):
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         self.output_scale = model.config.d_model**-0.5 if scaled else None
 
-    def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
         return self.decoder.embed_tokens(token_ids)
 
     def layer_inputs(

@@ -31,6 +31,11 @@ class Held:
     def capacity(self) -> int:
         return self.padding.shape[1]
 
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put (B, H, Q, W) keys/values of a layer to positions `start`..`start + Q - 1`."""
+        for buffer, new in zip(self.pairs[layer], (keys, values), strict=True):
+            buffer[:, :, start : start + new.shape[2]] = new
+
     def clear(self) -> None:
         """A mask does not hide what is not finite, and an overflow may have left such."""
         for tensor in self.tensors():
@@ -89,14 +94,12 @@ class CompiledState(DecoderState):
         self.buffers = self.shelf.lend(self.batch, capacity)
         self.buffers.padding[:, : old.capacity] = old.padding
         for layer, held in enumerate(self.lengths):
-            for new, before in zip(self.buffers.pairs[layer], old.pairs[layer], strict=True):
-                new[:, :, :held] = before[:, :, :held]
+            keys, values = old.pairs[layer]
+            self.buffers.write(layer, 0, keys[:, :, :held], values[:, :, :held])
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append (B, H, Q, W) keys/values to those of a layer."""
         start = self.lengths[layer]
-        stop = start + keys.shape[2]
-        self.reserve(stop)
-        for buffer, new in zip(self.buffers.pairs[layer], (keys, values), strict=True):
-            buffer[:, :, start:stop] = new
-        self.lengths[layer] = stop
+        self.reserve(start + keys.shape[2])
+        self.buffers.write(layer, start, keys, values)
+        self.lengths[layer] = start + keys.shape[2]

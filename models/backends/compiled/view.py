@@ -25,7 +25,7 @@ WINDOWS = (1, 2, 4, 8, 16)  # sizes that are compiled: others are padded, longer
 
 
 class CompiledView:
-    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D model width."""
+    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D width."""
 
     def __init__(self, eager: EncoderDecoderView, compiler: str | Callable[..., Any] = "inductor") -> None:
         """`compiler`: the `backend` of `torch.compile`; "aot_eager" captures graphs and compiles nothing."""
@@ -157,12 +157,10 @@ class CompiledView:
         return torch.compile(function, fullgraph=True, dynamic=False, backend=self.compiler, options=options)
 
     def _fill_memory(self, memory: Held, begun: EncoderDecoderState) -> None:
-        """Cross-attention's keys/values of the source, as layers would make them."""
-        length = begun.encoder_hidden.shape[1]
-        memory.padding[:, :length] = begun.source_mask[:, 0, 0] != 0
-        for layer, pair in zip(self.eager.layers, memory.pairs, strict=True):
-            for buffer, made in zip(pair, self.eager.project_memory(layer, begun.encoder_hidden), strict=True):
-                buffer[:, :, :length] = made
+        """Write what cross-attention makes of the source, as layers would at their first step."""
+        memory.padding[:, : begun.encoder_hidden.shape[1]] = begun.source_mask[:, 0, 0] != 0
+        for index, layer in enumerate(self.eager.layers):
+            memory.write(index, 0, *self.eager.project_memory(layer, begun.encoder_hidden))
 
     def _bias(self, capacity: int) -> Tensor | None:
         """(H, N) of families whose layers share one relative bias."""
@@ -203,9 +201,9 @@ def compiler_errors() -> Iterator[None]:
     except (TorchDynamoException, TritonMissing) as error:
         cause = getattr(error, "inner_exception", error)
         if isinstance(cause, InvalidCxxCompiler):
-            raise UserError(
-                "backend compile needs a C++ compiler: install one, such as g++, or take backend torch."
-            ) from error
-        if isinstance(cause, TritonMissing):
-            raise UserError("backend compile needs Triton on a GPU: install it, or take backend torch.") from error
-        raise
+            missing = "a C++ compiler, such as g++"
+        elif isinstance(cause, TritonMissing):
+            missing = "Triton"
+        else:
+            raise
+        raise UserError(f"backend compile needs {missing}: install it, or take backend torch.") from error
