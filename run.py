@@ -23,6 +23,7 @@ from models.errors import one_line_errors
 from models.loading import LoadedModel, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, parse_arguments
+from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.examples import target_language
 from util.data.preparation import prepare
@@ -65,6 +66,7 @@ def run(arguments: Arguments) -> None:
 def open_model(arguments: Arguments) -> tuple[LoadedModel, ExitArguments]:
     """The model, ready for the data, and the exit flags with what it knows of them."""
     set_seed(arguments.training.seed)
+    limit_threads(arguments.backend)
     arguments.connect()
     loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, loaded.view.num_layers)
@@ -101,6 +103,7 @@ def evaluate_stage(
     data, training = arguments.data, arguments.training
     split, predictions = STAGES[stage]
     move_model(loaded.model, training.device, evaluation_dtype(training))
+    loaded = run_by_backend(loaded, arguments.evaluation_backend)
     sizes = (arguments.max_length, training.per_device_eval_batch_size)
     exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *sizes)
     evaluation = evaluation_settings(arguments, exit_flags, predictions)
@@ -133,7 +136,7 @@ def evaluation_settings(
         num_beams=data.num_beams,
         synchronize=exit_flags.use_synchronize,
         predictions_file=Path(training.output_dir, predictions),
-        arguments=non_default_settings(arguments.model, data, exit_flags) | sizes,
+        arguments=non_default_settings(arguments.model, data, exit_flags, arguments.backend) | sizes,
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,
         language=target_language(data),

@@ -1,6 +1,7 @@
 """How sure an exit is of its prediction: the measures that policies compare with a threshold.
 
-A measure maps normalized states (B, D) to confidences in [0, 1], together with the logits if it needed them.
+A measure maps the states (B, D) of an exit to confidences in [0, 1], together with the logits if it needed
+them.
 A new measure is one more class with the same `__call__`.
 """
 
@@ -21,15 +22,15 @@ class Measured(NamedTuple):
 
 
 class ConfidenceMeasure(Protocol):
-    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
-        """Measure (B, D) normalized states."""
+    def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+        """Measure (B, D) un-normalized states after `layer`."""
 
 
 class SoftmaxGap:
     """Difference of the two largest probabilities (CALM, section 3.5, "softmax response")."""
 
-    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
-        logits = view.project(normalized)
+    def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+        logits = view.predict(hidden, layer)
         return Measured(softmax_gap(logits), logits)
 
 
@@ -47,8 +48,8 @@ class ShortlistGap:
             raise UserError(f"A shortlist needs at least two token ids in 0..{vocabulary - 1}.")
         self.project = view.projection_onto(token_ids)
 
-    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
-        return Measured(softmax_gap(self.project(normalized)), None)
+    def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+        return Measured(softmax_gap(self.project(view.normalize(hidden, layer))), None)
 
 
 class MetaClassifier:
@@ -57,8 +58,9 @@ class MetaClassifier:
     def __init__(self, head: nn.Module) -> None:
         self.head = head
 
-    def __call__(self, view: DecoderView, normalized: Tensor) -> Measured:
-        return Measured(torch.softmax(self.head(normalized).float(), dim=-1)[:, 1], None)
+    def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+        scores = self.head(view.normalize(hidden, layer))  # (B, 2)
+        return Measured(torch.softmax(scores.float(), dim=-1)[:, 1], None)
 
 
 def softmax_gap(logits: Tensor) -> Tensor:

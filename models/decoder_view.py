@@ -38,6 +38,7 @@ class DecoderView(Protocol):
 
     model: PreTrainedModel
     num_layers: int
+    mixes_windows: bool  # tokens of a window change each other by more than rounding: no lossless decoding
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """What `begin` reads as `encoder_outputs`, of (B, S) source ids and a mask that is 0 at padding."""
@@ -64,6 +65,9 @@ class DecoderView(Protocol):
 
     def deliver_cache(self, state: Any, cache: Cache | None) -> Cache:
         """Put the keys/values of the tokens that every layer holds into `cache`, or into a new one."""
+
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        """Logits of the exit after `layer`: un-normalized (..., D) -> (..., V)."""
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).

@@ -148,17 +148,17 @@ class Calm(SequencePolicy):
         undecided = list(active)
         exit_layers = [num_layers] * len(active)
         logits, tests = None, []
-        for layer in range(1, num_layers):
-            hidden = run_undecided(view, state, hidden, layer, undecided)
-            if not self.tests(layer):
-                continue
-            normalized = view.normalize(hidden[:, -1], layer)
-            confidence, layer_logits = self.confidence(view, normalized)
+        ran = 0
+        for layer in filter(self.tests, range(1, num_layers)):
+            hidden = run_undecided(view, state, hidden, ran, layer, undecided)
+            ran = layer
+            exit_hidden = hidden[:, -1]
+            confidence, layer_logits = self.confidence(view, exit_hidden, layer)
             tests.append(confidence.tolist())
             exits = [row and value > threshold for row, value in zip(undecided, tests[-1], strict=True)]
             if not any(exits):
                 continue
-            layer_logits = view.project(normalized) if layer_logits is None else layer_logits
+            layer_logits = view.predict(exit_hidden, layer) if layer_logits is None else layer_logits
             logits = choose_rows(exits, layer_logits, logits)
             for row in range(len(exits)):
                 if exits[row]:
@@ -166,24 +166,29 @@ class Calm(SequencePolicy):
             if not any(undecided):
                 view.write_kv(state, hidden, layer, num_layers)
                 return StepResult(logits, exit_layers, layer, layer, tests)
-        hidden = run_undecided(view, state, hidden, num_layers, undecided)
-        logits = choose_rows(undecided, view.project(view.normalize(hidden[:, -1], num_layers)), logits)
+        hidden = run_undecided(view, state, hidden, ran, num_layers, undecided)
+        logits = choose_rows(undecided, view.predict(hidden[:, -1], num_layers), logits)
         return StepResult(logits, exit_layers, num_layers, num_layers, tests)
 
 
 def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layers: int) -> StepResult:
     """Run the first `layers` layers and predict from there."""
     hidden = view.run_layers(state, view.embed(state, token_ids), 0, layers)
-    logits = view.project(view.normalize(hidden[:, -1], layers))
+    logits = view.predict(hidden[:, -1], layers)
     return StepResult(logits, [layers] * len(logits), layers, layers)
 
 
 def run_undecided(
-    view: DecoderView, state: DecoderState, hidden: Tensor, layer: int, undecided: list[bool]
+    view: DecoderView, state: DecoderState, hidden: Tensor, start: int, stop: int, undecided: list[bool]
 ) -> Tensor:
-    """Run one layer; rows that have exited keep their state, which thus also makes their keys/values."""
-    advanced = view.run_layers(state, hidden, layer - 1, layer)
-    return choose_rows(undecided, advanced, hidden)
+    """Run layers `start`..`stop - 1`; rows that have exited keep their state, which thus also makes their
+    keys/values, layer by layer."""
+    if all(undecided):
+        return view.run_layers(state, hidden, start, stop)
+    for layer in range(start, stop):
+        advanced = view.run_layers(state, hidden, layer, layer + 1)
+        hidden = choose_rows(undecided, advanced, hidden)
+    return hidden
 
 
 def choose_rows(rows: list[bool], new: Tensor, old: Tensor | None) -> Tensor:

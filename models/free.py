@@ -87,6 +87,11 @@ class Free:
         return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
+        if self.drafts and view.mixes_windows:
+            raise UserError(
+                "Free: lossless needs tokens that do not depend on their window: prepare the model with "
+                "precision fp32 or w8."
+            )
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
@@ -98,8 +103,7 @@ class Free:
     ) -> StepResult:
         # Step 1. Run the shallow layers and test their prediction.
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)
-        normalized = view.normalize(hidden[:, -1], self.shallow_layer)
-        measured = self.confidence(view, normalized)
+        measured = self.confidence(view, hidden[:, -1], self.shallow_layer)
         confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
         sure = [value > threshold for value in confidence]
         if self.max_pending is not None and len(state.waiting) >= self.max_pending:
@@ -107,7 +111,7 @@ class Free:
         exits = all(row or not running for row, running in zip(sure, active, strict=True))
         logits, learns = measured.logits, self.learner is not None
         if logits is None and (exits or any(sure) or learns):
-            logits = view.project(normalized)
+            logits = view.predict(hidden[:, -1], self.shallow_layer)
         compared = logits if learns or self.retracts else None
         token = WaitingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
@@ -147,7 +151,7 @@ class Free:
         # Step 1. Exact deep states of the whole window (section 4.2); nobody needs all logits but to compare.
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
-        logits = view.project(view.normalize(compared, view.num_layers))  # (B, W or 1, V)
+        logits = view.predict(compared, view.num_layers)  # (B, W or 1, V)
         result = StepResult(
             logits[:, -1],
             [view.num_layers] * len(window[-1].active),
@@ -170,9 +174,7 @@ class Free:
         hidden = torch.cat([token.hidden for token in window], dim=1)
         if self.copy_skipped and any(window[-1].sure):
             unsure = [not row for row in window[-1].sure]
-            for layer in range(self.shallow_layer + 1, view.num_layers + 1):
-                hidden = run_undecided(view, state, hidden, layer, unsure)
-            return hidden
+            return run_undecided(view, state, hidden, self.shallow_layer, view.num_layers, unsure)
         return view.run_layers(
             state, hidden, self.shallow_layer, view.num_layers, causal=self.causal_catch_up
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,12 +29,15 @@ from models.exit_policy import ExitPolicy
 from models.generate_contract import NEUTRAL
 from models.token_choice import is_stateless
 
-Output = Tensor | GenerateEncoderDecoderOutput
+Output: TypeAlias = Tensor | GenerateEncoderDecoderOutput
 PLAIN = (bool, int, float, str, type(None))
 OF_ONE_CALL = (  # though stateless: they know the source, or when the call began
-    "EncoderRepetitionPenaltyLogitsProcessor EncoderNoRepeatNGramLogitsProcessor MaxTimeCriteria "
-    "StopStringCriteria WatermarkLogitsProcessor"
-).split()
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "MaxTimeCriteria",
+    "StopStringCriteria",
+    "WatermarkLogitsProcessor",
+)
 
 
 def generate(
@@ -87,7 +90,11 @@ class Generation:
     ) -> Output:
         """As `generate`: (B, S) source ids -> (B, P + T) ids, or the usual output object."""
         source = input_ids if inputs is None else inputs
-        own = {"exit_policy": exit_policy, "decode_stats": decode_stats, "decoder_view": self.view}
+        own: dict[str, Any] = {
+            "exit_policy": exit_policy,
+            "decode_stats": decode_stats,
+            "decoder_view": self.view,
+        }
         if source is None or "encoder_outputs" in options:
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
         mask = self._mask(source, options) if attention_mask is None else attention_mask

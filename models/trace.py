@@ -53,9 +53,9 @@ def trace_layers(
     confidences, tokens = [], []
     for layer in range(1, view.num_layers + 1):
         hidden = view.run_layers(state, hidden, layer - 1, layer)
-        normalized = view.normalize(hidden.flatten(0, 1), layer)  # (B * T, D)
-        measured = measure(view, normalized)
-        logits = view.project(normalized) if measured.logits is None else measured.logits
+        states = hidden.flatten(0, 1)  # (B * T, D)
+        measured = measure(view, states, layer)
+        logits = view.predict(states, layer) if measured.logits is None else measured.logits
         confidences.append(measured.confidence.view(hidden.shape[:2]))
         tokens.append(logits.argmax(-1).view(hidden.shape[:2]))
     return LayerTrace(torch.stack(confidences, dim=-1), torch.stack(tokens, dim=-1))

@@ -31,6 +31,7 @@ from models.errors import one_line_errors
 from models.loading import LoadedModel
 from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import Arguments, parse_with_run, require_split
+from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
@@ -94,6 +95,7 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = read_split(data, flags.split, loaded, limit)
     move_model(loaded.model, training.device, evaluation_dtype(training))
+    loaded = run_by_backend(loaded, arguments.evaluation_backend)
     settings = decode_candidates(flags, arguments, exit_flags, loaded, examples)
     if settings is None:  # another process gathers and judges
         return
@@ -108,8 +110,8 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
         **judge(flags, rows, losses[flags.consistency]),
         model=fingerprint(loaded),
         data={"split": flags.split, **describe_data(examples, data)},
-        settings=decoding_settings(exit_flags, data, *sizes),
-        environment=environment(loaded.model),
+        settings=decoding_settings(exit_flags, data, loaded, *sizes),
+        environment=environment(loaded),
     )
     calibrated.save(folder / "calibrated_threshold.json")
     print_candidates(calibrated, folder)

@@ -18,14 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import DataArguments
+from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
 from util.script_arguments import ChooserArguments
 
 if __name__ == "__main__":
-    answer_help((ChooserArguments, DataArguments), __doc__)  # before torch is imported
+    answer_help((ChooserArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from models.confidence import SoftmaxGap
@@ -35,6 +35,7 @@ from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import FixedThreshold
 from util.arguments import DataArguments, require_split
+from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
@@ -64,17 +65,18 @@ MEASURED_COLUMNS = COLUMNS | {"measured": "measured", "error": "error %", "quali
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
-        flags, data = parse_groups((ChooserArguments, DataArguments), __doc__, argv)
+        flags, data, backend = parse_groups(
+            (ChooserArguments, DataArguments, BackendArguments), __doc__, argv
+        )
         require(not data.resume_eval, "--resume_eval: a choice is made anew each time; leave the flag out.")
         with locked_output_dir(Path(flags.output_dir)):
-            choose(flags, data)
+            choose(flags, data, backend)
 
 
-def choose(flags: ChooserArguments, data: DataArguments) -> None:
+def choose(flags: ChooserArguments, data: DataArguments, backend: BackendArguments) -> None:
     require_split(data, flags.split)
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    loaded = open_checkpoint(flags.model_name_or_path, data)
+    limit_threads(backend)
+    loaded = open_checkpoint(flags.model_name_or_path, data, backend)
     examples = read_split(data, flags.split, loaded, flags.num_samples)
     evaluation = comparison_settings(data, Path(flags.output_dir, "records.jsonl"))
     full = LiveSetting(BASELINE, BASELINE, "", loaded=loaded, policy=FullDepth())
@@ -93,7 +95,7 @@ def choose(flags: ChooserArguments, data: DataArguments) -> None:
     expected = sum(cost.full_depth(len(trace.confidences), full.num_layers) for trace in traces)
     doubt = doubt_prediction(expected, full_seconds, " s")
     doubts = untrusted_timing([*rows, {"name": "full depth by the cost model", "timing_doubt": doubt}])
-    write_choice(flags, cost, predictions, chosen, rows, doubts, environment(loaded.model))
+    write_choice(flags, cost, predictions, chosen, rows, doubts, environment(loaded))
 
 
 def list_candidates(flags: ChooserArguments, num_layers: int) -> list[tuple[int, float]]:

@@ -21,13 +21,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import DataArguments
+from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
 from util.script_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
-    answer_help((SweepArguments, DataArguments), __doc__)  # before torch is imported
+    answer_help((SweepArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
 
-import torch
 from datasets import Dataset
 from rich.text import Text
 
@@ -38,6 +38,7 @@ from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import DataArguments, require_split
+from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
 from util.evaluation.comparison import (
@@ -94,17 +95,16 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
-        flags, data = parse_groups((SweepArguments, DataArguments), __doc__, argv)
+        flags, data, backend = parse_groups((SweepArguments, DataArguments, BackendArguments), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)):
-            sweep(flags, data)
+            sweep(flags, data, backend)
 
 
-def sweep(flags: SweepArguments, data: DataArguments) -> None:
+def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments) -> None:
     require_split(data, flags.split)
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
+    limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
-    checkpoints = {name: open_checkpoint(path, data) for name, path in paths.items() if path}
+    checkpoints = {name: open_checkpoint(path, data, backend) for name, path in paths.items() if path}
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
     folder = Path(flags.output_dir)
     evaluation = comparison_settings(data, folder / "records.jsonl")
@@ -112,10 +112,11 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
     for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
         require_exits(name, getattr(flags, name), depth)
     settings = build_settings(flags, checkpoints)
-    identity = identify_sweep(flags, data, checkpoints, examples)
+    given = non_default_settings(flags, data, backend)
+    identity = identify_sweep(given, checkpoints, examples)
     with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
         rest = restore(settings, log, range(len(examples)))
-        write_settings(folder, flags, data, settings, len(examples))
+        write_settings(folder, flags, given, data, settings, len(examples))
         decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
     write_figures(folder, settings, evaluation)
@@ -127,16 +128,15 @@ def sweep(flags: SweepArguments, data: DataArguments) -> None:
 
 
 def identify_sweep(
-    flags: SweepArguments, data: DataArguments, checkpoints: dict[str, LoadedModel], examples: Dataset
+    settings: dict[str, Any], checkpoints: dict[str, LoadedModel], examples: Dataset
 ) -> dict[str, Any]:
     """All that the records depend on."""
-    arguments = non_default_settings(flags, data)
     models = {
         f"{part} of --{name}": value
         for name, loaded in checkpoints.items()
         for part, value in identify_model(loaded).items()
     }
-    return arguments | hash_named_files(arguments) | models | {"samples": hash_rows(examples)}
+    return settings | hash_named_files(settings) | models | {"samples": hash_rows(examples)}
 
 
 def build_settings(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> list[LiveSetting]:
@@ -222,13 +222,18 @@ def free_policies(
 
 
 def write_settings(
-    folder: Path, flags: SweepArguments, data: DataArguments, settings: list[LiveSetting], samples: int
+    folder: Path,
+    flags: SweepArguments,
+    given: dict[str, Any],
+    data: DataArguments,
+    settings: list[LiveSetting],
+    samples: int,
 ) -> None:
     """What was run, for reports."""
     named = data.dataset_name or data.test_file or data.validation_file
     content = {
-        "arguments": asdict(flags) | non_default_settings(data),
-        "environment": environment(settings[0].loaded.model),
+        "arguments": asdict(flags) | given,
+        "environment": environment(settings[0].loaded),
         "dataset": named,
         "split": flags.split,
         "task": data.task,

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+OPTIONAL = "scripts/benchmarking/requirements.txt"  # each named as the module that it brings
 CODE = [ROOT / "run.py", *(path for name in ("models", "util", "gpt_eval", "scripts", "tests")
                            for path in ROOT.glob(f"{name}/**/*.py"))]  # fmt: skip
 OWN = {"models", "util", "gpt_eval", "scripts", "run", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
@@ -58,7 +59,9 @@ def needed_by(names):
 
 def test_every_library_that_is_imported_is_required_at_one_version():
     homes, required = packages_distributions(), read_versions("requirements.txt")
-    modules = set(imported_modules()) - set(sys.stdlib_module_names) - OWN - OF_TYPES
+    optional = set(read_versions(OPTIONAL))
+    assert optional <= set(imported_modules()) and not optional & set(required)
+    modules = set(imported_modules()) - set(sys.stdlib_module_names) - OWN - OF_TYPES - optional
     assert {"torch", "transformers", "markupsafe"} <= modules
     lacking = {name for name in modules if not {*map(canonicalize_name, homes[name])} & set(required)}
     assert not lacking

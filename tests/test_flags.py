@@ -15,6 +15,8 @@ from real_rows import ROOT
 import run
 from gpt_eval.flags import COMMANDS as JUDGE_COMMANDS
 from models.errors import UserError
+from models.exit_heads import ExitConfig
+from models.loading import LoadedModel
 from util import script_arguments
 from util.arguments import OUR_GROUPS, DataArguments, parse_arguments
 from util.calibration.certificate import decoding_settings
@@ -123,6 +125,7 @@ def test_settings_that_a_run_depends_on():
 
 
 COMMON = {"task": "translation", "max_source_length": 512, "max_length": 20, "conf_shortlist": None}
+COMMON |= {"backend": "onnx", "precision": "w8"}
 CERTIFIED = {
     "CALM": (
         {"use_early_exit": True, "exit_conf_threshold": 0.3, "exit_min_layer": 2},
@@ -156,7 +159,8 @@ CERTIFIED = {
 def test_certificates_name_what_the_method_reads_but_for_the_threshold(name):
     flags, expected = CERTIFIED[name]
     data = DataArguments(validation_file=__file__)
-    assert decoding_settings(ExitArguments(**flags), data, 20, 8) == COMMON | expected
+    loaded = LoadedModel(None, None, ExitConfig(), "onnx", "w8")
+    assert decoding_settings(ExitArguments(**flags), data, loaded, 20, 8) == COMMON | expected
 
 
 def test_dataclasses_make_no_folder_and_leave_each_other_alone(tmp_path):
@@ -197,6 +201,7 @@ def test_flags_said_not_to_change_outputs_do_not(decoded, tmp_path, capsys):
         "deploy_scenario": "True",
         "preprocessing_num_workers": "2",
         "cache_dir": str(tmp_path / "cache"),
+        "onnx_cache_dir": str(tmp_path / "graphs"),
         "token": "abc",
         "baseline_predictions": str(decoded / "predictions.jsonl"),
     }
@@ -296,6 +301,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         "--model_name_or_path, --dataset_name, --output_file",
         "batch_size",
     ),
+    "scripts.benchmark": ([], "sample", "samples", None, "threads"),
     "scripts.benchmark_training": ([], "step", "steps", None, "steps"),
     "scripts.build_debian_data": ([], "miror", "mirror", None, "max_ratio"),
     "gpt_eval.__main__ make": (

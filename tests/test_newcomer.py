@@ -22,6 +22,7 @@ from models.exit_heads import ExitConfig, attach_exit_heads
 from scripts import calibrate, check_requirements, choose_exit, learn_shortlist, sweep, train_tokenizer
 from util import script_arguments
 from util.arguments import OUR_GROUPS, DataArguments, require_split
+from util.backend_arguments import BackendArguments
 from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
@@ -75,7 +76,8 @@ def test_a_lone_split_suggests_itself(tmp_path):
     rows = tmp_path / "rows.csv"
     rows.write_text("a,b\nx,y\n")
     with pytest.raises(UserError, match=r"no --test_file: .* --validation_file with --split validation"):
-        sweep.sweep(script_arguments.SweepArguments(free="x"), DataArguments(validation_file=str(rows)))
+        data = DataArguments(validation_file=str(rows))
+        sweep.sweep(script_arguments.SweepArguments(free="x"), data, BackendArguments())
     with pytest.raises(UserError, match="decode --test_file with --split test"):
         require_split(DataArguments(test_file=str(rows)), "validation")
     require_split(DataArguments(test_file=str(rows)), "test")

@@ -8,7 +8,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from models.backends.onnx.attention import exported_attention
-from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Projection
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory
 from models.backends.onnx.store import Store
 from models.backends.onnx.tracing import Kinds
 from models.errors import UserError
@@ -89,7 +89,7 @@ def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_windo
     layers = [session(kinds.model(DecoderLayer(view, index, exact=True))) for index in (0, 1)]
     memories = [session(kinds.model(Memory(view, index))) for index in (0, 1)]
     keys_values = session(kinds.model(KeysValues(view, 1)))
-    projection = session(kinds.model(Projection(view)))
+    head = session(kinds.model(Head(view)))
     source, hidden = torch.randn(2, SOURCE, view.width), torch.randn(2, TOKENS, view.width)
     mask = torch.ones(2, SOURCE, dtype=torch.int64)
     mask[0, 6:] = 0
@@ -98,10 +98,10 @@ def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_windo
         expected = [view.run_layers(state, hidden, index, index + 1).numpy() for index in (0, 1)]
         memory = [run.run(None, {"hidden": source.numpy()}) for run in memories]
         made = keys_values.run(None, {"hidden": hidden.numpy()})
-        logits = projection.run(None, {"hidden": hidden.numpy()})[0]
+        logits = head.run(None, {"hidden": hidden.numpy()})[0]
         for ours, theirs in zip(made, view.project_kv(view.layers[1], hidden), strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(logits, view.project(hidden).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits, view.predict(hidden, 1).numpy(), rtol=1e-4, atol=1e-5)
     for index in (0, 1):
         alone, *others = [
             run_exported(

@@ -15,12 +15,13 @@ from models.errors import UserError
 from scripts import export_checkpoint, learn_shortlist, sweep
 from util import device
 from util.arguments import DataArguments
+from util.backend_arguments import BackendArguments
 from util.flags import expand_argument_file, parse_groups
 from util.report.folders import read_folders
 from util.script_arguments import PRESETS, SweepArguments, expand_preset
 from util.setup import open_checkpoint
 
-GROUPS = (SweepArguments, DataArguments)
+GROUPS = (SweepArguments, DataArguments, BackendArguments)
 NINE = [  # quickstart's table, from full depth to the boldest of each checkpoint
     "Full depth (free)",
     "HF generate (free)",
@@ -98,9 +99,9 @@ def test_quickstart_leaves_a_page_that_the_last_line_names(quickstart):
 )
 def test_flags_override_a_preset_wherever_they_stand(words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags, data = parse_groups(GROUPS, "", expand_preset(words))
+    flags, data, backend = parse_groups(GROUPS, "", expand_preset(words))
     assert flags.free_thresholds == [0.2, 0.3] and flags.calm == "" and flags.preset is None
-    assert (flags.num_samples, flags.lossless_thresholds, flags.threads) == (300, [0.3], 1)
+    assert (flags.num_samples, flags.lossless_thresholds, backend.threads) == (300, [0.3], 1)
     assert (data.dataset_name, data.drop_long_samples, data.max_target_length) == ("debian_de_en", True, 28)
 
 
@@ -118,8 +119,10 @@ def test_unknown_presets_are_refused():
 def test_a_sweep_takes_a_file_of_flags(tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_text("preset: quickstart\nnum_samples: 7\n")
-    flags, _ = parse_groups(GROUPS, "", expand_preset(expand_argument_file([str(path), "--threads", "2"])))
-    assert (flags.num_samples, flags.threads, flags.free_thresholds) == (7, 2, [0.4])
+    flags, _, backend = parse_groups(
+        GROUPS, "", expand_preset(expand_argument_file([str(path), "--threads", "2"]))
+    )
+    assert (flags.num_samples, backend.threads, flags.free_thresholds) == (7, 2, [0.4])
 
 
 def data_arguments(**flags):

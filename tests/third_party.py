@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from models.decoder_view import DecoderState, DecoderView
 
 FAMILY = "pebble"
-PROTOCOL = {"model", "num_layers", *(name for name in vars(DecoderView) if not name.startswith("_"))}
+PROTOCOL = {*DecoderView.__annotations__, *(name for name in vars(DecoderView) if not name.startswith("_"))}
 
 
 class PebbleConfig(PreTrainedConfig):
@@ -126,7 +126,7 @@ class PebbleView:
     """The protocol's members by name; everything else is private."""
 
     def __init__(self, model):
-        self.model, self.num_layers = model, len(model.pile)
+        self.model, self.num_layers, self.mixes_windows = model, len(model.pile), False
 
     def encode(self, input_ids, attention_mask):
         return self.model.reader(input_ids, attention_mask)
@@ -155,6 +155,9 @@ class PebbleView:
     def deliver_cache(self, state, cache):
         raise NotImplementedError("Nobody asked for one.")
 
+    def predict(self, hidden, layer):
+        return self.model.out(self.model.polish(hidden))
+
     def normalize(self, hidden, layer):
         return self.model.polish(hidden)
 
@@ -177,8 +180,7 @@ class OnlyTheProtocol:
 
     def __init__(self, model):
         self._view = PebbleView(model)
-        self.model, self.num_layers = self._view.model, self._view.num_layers
-        for name in PROTOCOL - {"model", "num_layers"}:
+        for name in PROTOCOL:
             setattr(self, name, getattr(self._view, name))
 
 

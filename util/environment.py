@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+
+from models.loading import LoadedModel
 
 
-def environment(model: PreTrainedModel) -> dict[str, Any]:
+def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Versions, and where and how the model runs."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "git": git_hash(),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "backend": loaded.backend,
+        "precision": loaded.precision,
         "threads": torch.get_num_threads(),
     }
 

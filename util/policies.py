@@ -114,7 +114,7 @@ def with_calibrated_threshold(
         return flags
     path = Path(flags.calibrated_threshold_file)
     calibrated = CalibratedThreshold.load(path)
-    decoding = decoding_settings(flags, data, max_length, batch_size)
+    decoding = decoding_settings(flags, data, loaded, max_length, batch_size)
     value = calibrated.certified(path, fingerprint(loaded), decoding)
     name = threshold_flag(flags)
     given = getattr(flags, name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.choices import INTERMEDIATE_LOSSES
+from models.choices import BACKENDS, INTERMEDIATE_LOSSES, PRECISIONS
 from util.flags import (
     Parser,
     as_flags,
+    differs,
     flag,
     flags_in,
     list_flag,
@@ -22,7 +23,17 @@ from util.flags import (
     require_unit_interval,
     required_flag,
 )
-from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, STATIC, SWEPT
+from util.methods import (
+    BASELINE,
+    CALM,
+    FREE,
+    FREE_ADAPTIVE,
+    FREE_LOSSLESS,
+    FREE_SHORTLIST,
+    HF_GENERATE,
+    STATIC,
+    SWEPT,
+)
 from util.tasks import DATASETS
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
@@ -31,6 +42,17 @@ CONSISTENCIES = ("textual", "risk")
 FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
+BENCHMARK_SHAPES = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/benchmarking/*.json")}
+BENCHMARK_BACKENDS = (
+    *(name for name in BACKENDS if name != "onnx"),
+    *(f"onnx {name}" for name in PRECISIONS),
+)
+CTRANSLATE2 = {f"CTranslate2 {name}": name for name in ("float32", "int8")}
+RIVALS = (HF_GENERATE, *CTRANSLATE2)
+BENCHMARKED = (FREE, FREE_LOSSLESS, CALM, STATIC)
+# Benchmark flags that are of use with some models alone.
+OF_EMBEDDED = ("free_threshold", "lossless_threshold", "calm_threshold")
+OF_RANDOM_WEIGHTS = ("exit_share", "source_length", "target_length")
 
 
 @dataclass
@@ -71,7 +93,6 @@ class SweepArguments(PresetArgument):
     trace_samples: int = flag(
         8, "Samples of each setting that are traced, for the report's heat maps.", changes_outputs=False
     )
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
     output_dir: str = flag("save/sweep", "Where results go.", changes_outputs=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +108,6 @@ class SweepArguments(PresetArgument):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
         require_positive("num_samples", self.num_samples)
-        require_positive("threads", self.threads)
         require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
         largest = max(self.batch_sizes)
         require(
@@ -128,13 +148,11 @@ class ChooserArguments:
     thresholds: list[float] = list_flag([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], "Candidates.")
     min_agreement: float = flag(0.98, "Least share of tokens that must equal full depth's.")
     measured: int = flag(5, "How many candidates, the recommended one first, are decoded to compare.")
-    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
     output_dir: str = flag("save/choose_exit", "Gets choice.json.", changes_outputs=False)
 
     def __post_init__(self) -> None:
         require(bool(self.thresholds), "--thresholds: name at least one.")
         require_positive("num_samples", self.num_samples)
-        require_positive("threads", self.threads)
         require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
         require_unit_interval("min_agreement", self.min_agreement)
         for value in self.thresholds:
@@ -293,6 +311,63 @@ class TrainingBenchmarkArguments:
         name, _, layers = (self.only or "none:6").partition(":")
         known = name in ("none", *INTERMEDIATE_LOSSES) and layers.isdecimal()
         require(known, f"--only {self.only}: give NAME:LAYERS, such as weighted_ce:6.")
+
+
+@dataclass
+class BenchmarkArguments:
+    _argument_group_name = "Benchmark"
+
+    models: list[str] = list_flag(
+        ["embedded"], f"Of embedded, {', '.join(sorted(BENCHMARK_SHAPES))}; or a config.json."
+    )
+    rivals: list[str] = list_flag(RIVALS, f"Of {', '.join(RIVALS)}.")
+    backends: list[str] = list_flag(
+        ["torch", "onnx fp32", "onnx w8", "onnx int8"], f"Ours: of {', '.join(BENCHMARK_BACKENDS)}."
+    )
+    methods: list[str] = list_flag(BENCHMARKED, f"Of {', '.join(BENCHMARKED)}; {BASELINE} always runs.")
+    samples: int = flag(20, "Samples of each model.")
+    batch_size: int = flag(1, "Samples decoded together.")
+    threads: int = flag(1, "CPU threads of every contestant.")
+    shallow_exit_layer: int | None = flag(
+        None,
+        "Exit of FREE and Static (default: the checkpoint's own; a quarter of random layers).",
+        method=(FREE, FREE_LOSSLESS, STATIC),
+    )
+    free_threshold: float = flag(0.4, "FREE's, on trained weights.", method=FREE)
+    lossless_threshold: float = flag(0.4, "That of FREE, lossless, on trained weights.", method=FREE_LOSSLESS)
+    calm_threshold: float = flag(0.9, "CALM's, on trained weights.", method=CALM)
+    exit_share: float = flag(0.7, "Share of tokens that exit early, on random weights.", method=(FREE, CALM))
+    source_length: int = flag(128, "Tokens of a source, for random weights.")
+    target_length: int = flag(64, "Tokens of an output, for random weights.")
+
+    def __post_init__(self) -> None:
+        for name in ("models", "rivals", "backends", "methods"):
+            setattr(self, name, list(dict.fromkeys(getattr(self, name))))
+        for name in self.models:
+            known = name == "embedded" or name in BENCHMARK_SHAPES or Path(name).is_file()
+            choices = ", ".join(["embedded", *sorted(BENCHMARK_SHAPES)])
+            require(known, f"--models: there is no {name}; choose of {choices}, or name a config.json.")
+        require_known("rivals", self.rivals, RIVALS)
+        require_known("backends", self.backends, BENCHMARK_BACKENDS)
+        require_known("methods", self.methods, BENCHMARKED)
+        refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in BENCHMARKED})
+        self.refuse_flags_of_other_models()
+        for name in ("samples", "batch_size", "threads", "source_length", "target_length"):
+            require_positive(name, getattr(self, name))
+        require_positive("shallow_exit_layer", self.shallow_exit_layer)
+        for name in (*OF_EMBEDDED, "exit_share"):
+            require_unit_interval(name, getattr(self, name))
+
+    def refuse_flags_of_other_models(self) -> None:
+        """Raise UserError for flags and methods that none of the models reads."""
+        idle: tuple[str, ...] = () if "embedded" in self.models else OF_EMBEDDED
+        idle += OF_RANDOM_WEIGHTS if self.models == ["embedded"] else ()
+        for spec in flags_in(self):
+            way = "embedded" if spec.name in OF_EMBEDDED else "a model with random weights"
+            fine = spec.name not in idle or not differs(self, spec)
+            require(fine, f"--{spec.name} has no effect here: add {way} to --models.")
+        fine = "embedded" in self.models or self.methods != [FREE_LOSSLESS]
+        require(fine, f"--methods: random weights are not decoded by {FREE_LOSSLESS}: name others.")
 
 
 @dataclass

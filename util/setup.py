@@ -8,14 +8,16 @@ from datasets import Dataset
 
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments
+from util.backend import run_by_backend
+from util.backend_arguments import BackendArguments
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
 from util.device import move_model
 from util.evaluation.records import EvaluationSettings
 
 
-def open_checkpoint(path: str, data: DataArguments) -> LoadedModel:
-    """Load a checkpoint on the best device, ready to decode the data.
+def open_checkpoint(path: str, data: DataArguments, backend: BackendArguments | None = None) -> LoadedModel:
+    """Load a checkpoint on the best device, ready to decode the data, run by the backend asked for.
 
     Raises:
         UserError: nothing loadable there, or a language or length of the data that the model cannot take.
@@ -23,7 +25,7 @@ def open_checkpoint(path: str, data: DataArguments) -> LoadedModel:
     loaded = load_model(path)
     prepare(loaded, data)
     move_model(loaded.model)
-    return loaded
+    return loaded if backend is None else run_by_backend(loaded, backend)
 
 
 def read_split(data: DataArguments, split: str, loaded: LoadedModel, limit: int | None = None) -> Dataset:

@@ -1,4 +1,7 @@
-"""What runs a model's layers: `fast = prepare(loaded, backend="onnx", precision="w8")`, then `fast.generate(...)`.
+"""What runs a model's layers.
+
+    fast = prepare(loaded, backend="onnx", precision="w8")
+    fast.generate(**inputs, exit_policy=Free(...))
 
 - torch: the unmodified modules; every model and device, and training;
 - onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU;
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.choices import BACKENDS, PRECISIONS
 from models.errors import UserError
 from models.families import view_for
 from models.families.encoder_decoder import EncoderDecoderView
@@ -21,9 +25,6 @@ from models.lora import is_adapted
 if TYPE_CHECKING:
     from models.backends.compiled.view import CompiledView
     from models.backends.onnx.view import OnnxView
-
-BACKENDS = ("torch", "onnx", "compile")
-PRECISIONS = ("fp32", "w8", "w4", "int8")
 
 
 def prepare(
@@ -94,10 +95,18 @@ def open_compiled(loaded: LoadedModel) -> CompiledView:
 
 def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
     try:
+        from models.backends.onnx.check import check_export
         from models.backends.onnx.engine import Engine
         from models.backends.onnx.store import default_cache_dir
         from models.backends.onnx.view import OnnxView
     except ImportError as error:
-        raise UserError(f"backend onnx needs onnxruntime, onnx and onnxscript ({error}): install them.") from error
+        raise UserError(
+            f"backend onnx needs onnxruntime, onnx and onnxscript ({error}); or use backend torch."
+        ) from error
+    assert isinstance(loaded.view, EncoderDecoderView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    return OnnxView(Engine(loaded.view, folder, precision, threads))
+    engine = Engine(loaded.view, folder, precision, threads)
+    view = OnnxView(engine)
+    if engine.export_all():
+        check_export(view)
+    return view

@@ -7,6 +7,8 @@ normalize before and have one.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,7 +55,7 @@ class BartView(EncoderDecoderView):
         return self.model.lm_head(normalized) + self.model.final_logits_bias
 
 
-def embed_tokens(stack: nn.Module, token_ids: Tensor, start: int) -> Tensor:
+def embed_tokens(stack: Any, token_ids: Tensor, start: int) -> Tensor:
     """What the first layer of an encoder or decoder reads, the first token standing at position `start`."""
     positions, offset = stack.embed_positions.weight, getattr(stack.embed_positions, "offset", 0)
     stop = start + offset + token_ids.shape[1]

@@ -55,6 +55,7 @@ class EncoderDecoderView:
     encoder_layers: list[Block]
     encoder_heads: int
     exports_encoder = True
+    mixes_windows = False
     key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (1, V), added to its output
@@ -190,11 +191,16 @@ class EncoderDecoderView:
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
         return cache
 
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.project(self.normalize(hidden, layer))
+
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.final_norm(self.apply_exit_head(hidden, layer))
+
+    def apply_exit_head(self, hidden: Tensor, layer: int) -> Tensor:
+        """States (..., D) after `layer` through its own head, if it has one."""
         heads = getattr(self.model, "per_exit_heads", None)  # may be attached later than the view is made
-        if heads is not None and str(layer) in heads:
-            hidden = heads[str(layer)](hidden)
-        return self.final_norm(hidden)
+        return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
         weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
+from models.loading import LoadedModel
 from util.arguments import DataArguments
 from util.data.examples import dataset_record
 from util.exit_arguments import ExitArguments
@@ -97,7 +98,7 @@ class CalibratedThreshold:
 
 
 def decoding_settings(
-    flags: ExitArguments, data: DataArguments, max_length: int, batch_size: int
+    flags: ExitArguments, data: DataArguments, loaded: LoadedModel, max_length: int, batch_size: int
 ) -> dict[str, Any]:
     """All that an output depends on besides model, source and threshold; `flags` are resolved."""
     settings = flags.certified() | {
@@ -105,6 +106,8 @@ def decoding_settings(
         "task": data.task,
         "max_source_length": data.max_source_length,
         "max_length": max_length,
+        "backend": loaded.backend,
+        "precision": loaded.precision,
         "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
     }
     if data.task == "question_answering":

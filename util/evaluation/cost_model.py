@@ -73,17 +73,17 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
 
         def call() -> None:
             hidden = view.run_layers(state, prefix[:, :size], 0, view.num_layers)
-            read(view.normalize(hidden[:, -1], view.num_layers))
+            read(hidden[:, -1])
             state.truncate(PREFIX)
 
         return call
 
     one, window, with_head, with_test = median_seconds(
         [
-            step(1, lambda normalized: None),
-            step(WINDOW, lambda normalized: None),
-            step(1, view.project),
-            step(1, lambda normalized: measure(view, normalized)),
+            step(1, lambda hidden: None),
+            step(WINDOW, lambda hidden: None),
+            step(1, lambda hidden: view.predict(hidden, view.num_layers)),
+            step(1, lambda hidden: measure(view, hidden, view.num_layers)),
         ],
         device,
     )

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.generation import GenerateEncoderDecoderOutput
 
-from models.decoding import DecodeStats, early_exit_decode
+from models.decoding import DecodeStats
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
@@ -79,7 +79,7 @@ def evaluate(
     scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
     write_sample_scores(scores_path, samples, settings.task, settings.language)
     cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
-    extra = {"truncated_sources": cut, "environment": environment(loaded.model)}
+    extra = {"truncated_sources": cut, "environment": environment(loaded)}
     return results | judge(samples, settings, baseline) | extra
 
 
@@ -190,9 +190,10 @@ def decode_batch(
     if competes:
         options |= {"return_dict_in_generate": True, "output_scores": True}
     if policy is not None:
-        options |= {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
+        options |= {"exit_policy": policy, "decode_stats": stats}
+    decode: Callable[..., Any] = loaded.model.generate if policy is None else loaded.generate
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
-        output = loaded.model.generate(**inputs, **options)
+        output = decode(**inputs, **options)
     tokens = generated_tokens(loaded, output.sequences if competes else output)
     scores = sequence_scores(output, tokens) if competes else None
     threshold = getattr(policy, "threshold", None)

@@ -36,6 +36,8 @@ def identify_model(loaded: LoadedModel) -> dict[str, str]:
         "weights": fingerprint(loaded),
         "configuration": hash_configuration(loaded),
         "tokenizer": hash_tokenizer(loaded.tokenizer),
+        "backend": loaded.backend,
+        "precision": loaded.precision,
         "device": loaded.model.device.type,
     }
 

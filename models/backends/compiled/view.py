@@ -33,6 +33,7 @@ class CompiledView:
         self.compiler = compiler
         self.model = eager.model
         self.num_layers = eager.num_layers
+        self.mixes_windows = False
         # Replays of a CUDA graph write their output where the one before did.
         self.replays = compiler == "inductor" and eager.model.device.type == "cuda"
         self.shelf = Shelf(eager)
@@ -101,6 +102,9 @@ class CompiledView:
             return delivered
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
         return cache
+
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.eager.predict(hidden, layer)
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         return self.eager.normalize(hidden, layer)

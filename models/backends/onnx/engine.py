@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import onnxruntime
 
-from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, KeysValues, Memory, Piece, Projection
+from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory, Piece
 from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, kinds_name
+from models.backends.onnx.store import Store, fingerprint, makers
 from models.backends.onnx.tracing import Kinds
 from models.families.encoder_decoder import EncoderDecoderView
 
-Session = onnxruntime.InferenceSession
+Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
 EXACT = ("fp32", "w8")  # precisions in which products give a row the same bits in every window
 PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "layer": DecoderLayer,
@@ -24,9 +25,10 @@ PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "keys-values": KeysValues,
     "memory": Memory,
     "encoder": EncoderLayer,
-    "projection": lambda view, index: Projection(view),
+    "head": lambda view, index: Head(view),
 }
-EXPORTER_WARNINGS = 3  # ONNX Runtime's severity "error"
+KINDS = f"kinds-{makers()}"
+ERRORS_ONLY = 3  # of ONNX Runtime's severities
 
 
 class Engine:
@@ -38,13 +40,26 @@ class Engine:
         self.precision = precision
         self.threads = threads
         self.exact = precision in EXACT
-        self.kinds = Kinds(Store(cache_dir / kinds_name()))
+        self.layer_kind = "exact-layer" if self.exact else "layer"
+        self.kinds = Kinds(Store(cache_dir / KINDS))
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
+    def export_all(self) -> bool:
+        """Export every piece that decoding may need, unless it is stored already; whether any was not."""
+        before = self.store.made
+        decoder, encoder = range(self.view.num_layers), range(len(self.view.encoder_layers))
+        for kind in (self.layer_kind, "memory", "keys-values"):
+            for index in decoder:
+                self._piece(kind, index)
+        for index in encoder if self.view.exports_encoder else ():
+            self._piece("encoder", index)
+        self._piece("head", 0)
+        return self.store.made > before
+
     def layers(self, start: int, stop: int) -> Session:
         """Decoder layers `start`..`stop - 1`."""
-        return self._session("exact-layer" if self.exact else "layer", start, stop)
+        return self._session(self.layer_kind, start, stop)
 
     def keys_values(self, start: int, stop: int) -> Session:
         """What those layers make of states as keys/values, without running."""
@@ -58,8 +73,9 @@ class Engine:
         """All layers of the encoder."""
         return self._session("encoder", 0, len(self.view.encoder_layers))
 
-    def projection(self) -> Session:
-        return self._session("projection", 0, 1)
+    def head(self) -> Session:
+        """Final norm and projection onto the vocabulary."""
+        return self._session("head", 0, 1)
 
     def _session(self, kind: str, start: int, stop: int) -> Session:
         key = (kind, start, stop)
@@ -84,9 +100,9 @@ class Engine:
     def _open(self, model: ir.Model) -> Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = EXPORTER_WARNINGS
+        options.log_severity_level = ERRORS_ONLY
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.store.folder)
         )
         serialized = ir.to_proto(model).SerializeToString()
-        return Session(serialized, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])

@@ -13,7 +13,9 @@ def drop_reshapes(graph: ir.Graph) -> None:
         source, shape = node.inputs[0] if node.inputs else None, node.outputs[0].shape
         if node.op_type != "Reshape" or shape is None:
             continue
-        while source is not None and (before := source.producer()) is not None and before.op_type == "Reshape":
+        while (
+            source is not None and (before := source.producer()) is not None and before.op_type == "Reshape"
+        ):
             source = before.inputs[0]
             if source is not None and source.shape is not None and same_shape(source.shape, shape):
                 node.outputs[0].replace_all_uses_with(source)

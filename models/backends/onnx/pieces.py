@@ -56,7 +56,10 @@ class DecoderLayer(Piece):
         heads, width = view.key_value_shape
         self.inputs = {
             "hidden": hidden_example(view.width),
-            "bias": (torch.zeros(BATCH, heads, NEW + exact, CAPACITY), {0: "biases", 2: "rows", 3: "capacity"}),
+            "bias": (
+                torch.zeros(BATCH, heads, NEW + exact, CAPACITY),
+                {0: "biases", 2: "rows", 3: "capacity"},
+            ),
             "last": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "capacity": (torch.tensor(CAPACITY, dtype=torch.int32), {}),
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
@@ -139,8 +142,8 @@ class KeysValues(Piece):
         return self.view.project_kv(self.layer, hidden)
 
 
-class Projection(Piece):
-    """Logits of normalized states."""
+class Head(Piece):
+    """Logits of states that are not normalized yet."""
 
     outputs = ("logits",)
 
@@ -149,4 +152,4 @@ class Projection(Piece):
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.view.project(hidden)
+        return self.view.project(self.view.final_norm(hidden))

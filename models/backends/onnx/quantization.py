@@ -28,7 +28,9 @@ def quantize(model: ir.Model, precision: str) -> ir.Model:
         return model
     proto = ir.to_proto(model)
     with quiet_quantizers():
-        return ir.from_proto(quantize_dynamic(proto) if precision == "int8" else quantize_blocks(proto, BITS[precision]))
+        return ir.from_proto(
+            quantize_dynamic(proto) if precision == "int8" else quantize_blocks(proto, BITS[precision])
+        )
 
 
 def quantize_blocks(proto: onnx.ModelProto, bits: int) -> onnx.ModelProto:

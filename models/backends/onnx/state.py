@@ -35,21 +35,19 @@ class OnnxState(DecoderState):
     def batch_size(self) -> int:
         return len(self.source_mask)
 
-    def reserve(self, needed: int) -> bool:
-        """Make room for `needed` tokens in every layer; whether buffers had to move."""
+    def reserve(self, needed: int) -> None:
+        """Make room for `needed` tokens in every layer."""
         if needed <= self.capacity:
-            return False
+            return
         self.capacity = max(INITIAL_CAPACITY, 2 * needed)
         _, heads, _, width = self.memory[0][0].shape
-        shape = (self.batch_size, heads, self.capacity, width)
-        grown = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.lengths]
+        grown = torch.zeros(len(self.lengths), 2, self.batch_size, heads, self.capacity, width)
         for new, old, held in zip(grown, self.buffers, self.lengths, strict=False):
             for ours, before in zip(new, old, strict=True):
                 ours[:, :, :held] = before[:, :, :held]
-        self.buffers = grown
+        self.buffers = [tuple(layer) for layer in grown]
         self.windows.clear()
         self.segments.clear()
-        return True
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append (B, H, Q, W) keys/values to those of a layer, for which there is room."""
@@ -92,11 +90,13 @@ class Biases:
 class Window:
     """Inputs that depend on positions, the same for all layers: of Q new tokens after `past` others."""
 
-    def __init__(self, state: OnnxState, biases: Biases, new: int, exact: bool) -> None:
+    def __init__(self, state: OnnxState, biases: Biases, new: int, model_width: int, exact: bool) -> None:
         rows = max(new, 2) if exact else new  # a lone query has a copy beside it
         batch = state.batch_size
         self.biases = biases
         self.padding = state.padding
+        self.hidden = torch.empty(batch, new, model_width)  # what layers read
+        self.output = torch.empty(batch, new, model_width)  # what they made of it
         self.past = -1
         self.rows = rows
         self.last = np.zeros(batch, np.int32)
@@ -104,6 +104,7 @@ class Window:
         shape = (held, biases.heads, rows, biases.capacity)
         self.bias = {owner: np.zeros(shape, np.float32) for owner in biases.rows_from}
         self.inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
+        self.inputs["hidden"] = self.hidden.numpy()
         self.inputs |= {
             "last": self.last,
             "row_count": np.full(batch, rows, np.int32),
@@ -147,12 +148,11 @@ class BoundSegment:
         if window is not self.window:
             for name in self.names & window.inputs.keys():
                 self._bind_array(name, window.inputs[name])
+            self._bind_output("hidden_out", window.output)
             self.window = window
-        hidden, output = hidden.contiguous(), torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        self._bind("hidden", hidden)
-        self._bind_output("hidden_out", output)
+        window.hidden.copy_(hidden)
         self.session.run_with_iobinding(self.binding)
-        return output
+        return window.output.clone()  # as policies keep states while the window is used again
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         self.binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.data_ptr())

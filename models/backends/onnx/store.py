@@ -12,16 +12,16 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.errors import UserError
 
-FORMAT = "2"  # of the pieces; another number makes all stores afresh
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, SUMS = "graph.onnx", "weights.bin", "sums.json"
 EMBEDDED = 1024  # bytes; smaller tensors stay in the graph
@@ -33,31 +33,27 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "exitlm" / "onnx"
 
 
-def libraries() -> str:
-    """What makes the graphs."""
-    return "\n".join([FORMAT, *(f"{name} {version(name)}" for name in LIBRARIES)])
-
-
-def kinds_name() -> str:
-    """A name for graphs without weights."""
-    return f"kinds-{hashlib.sha256(libraries().encode()).hexdigest()[:32]}"
+@cache
+def makers() -> str:
+    """A hash of what makes the graphs: libraries, and the code here and of the families."""
+    digest = hashlib.sha256("\n".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *here.parents[1].glob("families/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 def fingerprint(model: PreTrainedModel, precision: str) -> str:
     """A name for what is exported: libraries, configuration, every weight, precision."""
     digest = hashlib.sha256()
-    digest.update("\n".join([libraries(), precision, model.config.to_json_string()]).encode())
+    digest.update("\n".join([makers(), precision, model.config.to_json_string()]).encode())
     seen: set[int] = set()
     for name, weight in model.state_dict(keep_vars=True).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.data_ptr() not in seen:  # tied weights once
-            digest.update(as_bytes(weight))
+            digest.update(weight.detach().contiguous().numpy().view(np.uint8).data)
         seen.add(weight.data_ptr())
     return digest.hexdigest()[:32]
-
-
-def as_bytes(weight: Tensor) -> memoryview:
-    return memoryview(weight.detach().contiguous().numpy()).cast("B")
 
 
 class Store:
@@ -69,6 +65,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made = 0
+        self.whole: set[str] = set()  # pieces whose files were checked, or written, by this process
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -79,10 +77,12 @@ class Store:
     def piece(self, name: str, build: Callable[[], ir.Model]) -> ir.Model:
         """The piece `name` as stored, or else as `build` makes it, which is then stored."""
         path = self.folder / name
-        if not path.exists() or not is_whole(path):
+        if name not in self.whole and not (path.exists() and is_whole(path)):
             if path.exists():
                 logger.warning("%s is damaged or foreign: it is made again.", path)
             self._write(path, build())
+            self.made += 1
+        self.whole.add(name)
         return self._read(path)
 
     def _read(self, path: Path) -> ir.Model:

@@ -1,15 +1,15 @@
 """A decoder run by ONNX Runtime: `OnnxView` serves loop, policies and measures as a family's own view does.
 
-Embeddings, final norms and exit heads stay modules of torch; layers, encoder, cross-attention memory and the
-projection onto the vocabulary run as exported graphs.
+Layers, encoder, cross-attention memory and the head run as exported graphs. Embeddings, the heads that exits
+may have of their own, and what only analysis asks for stay modules of torch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -21,15 +21,22 @@ from models.errors import UserError
 from models.families.encoder_decoder import refuse_other_caches
 from models.families.masks import padding_mask
 
+SMALLEST_BLOCK = 64  # query rows that attention takes at once, with 256 KiB of second-level cache
+
 
 class OnnxView:
-    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D model width."""
+    """See `models.decoder_view.DecoderView`. B batch, Q new tokens, S source tokens, D model width."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.eager = engine.view
         self.model = self.eager.model
         self.num_layers = self.eager.num_layers
+        self.mixes_windows = not engine.exact
+        # Attention multiplies query rows in blocks, and a lone row in the last block by another kernel: where
+        # a token must have the same bits in every window, none has more rows than the smallest block.
+        width = self.eager.key_value_shape[1]
+        self.most_rows = min(2 * width, SMALLEST_BLOCK) if engine.exact else sys.maxsize
         self.biases: dict[int, Biases] = {}  # by capacity
         self.source_biases: dict[int, Tensor] = {}  # (1, H, N, N) by owner, N growing
 
@@ -58,7 +65,9 @@ class OnnxView:
         refuse_other_caches(cache)
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        made = [torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})]
+        made = [
+            torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})
+        ]
         padding = None
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             padding = padding_mask(hidden, decoder_attention_mask).numpy()
@@ -79,6 +88,12 @@ class OnnxView:
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
+        if hidden.shape[1] <= self.most_rows:
+            return self._run_window(state, hidden, start, stop)
+        parts = hidden.split(self.most_rows, dim=1)
+        return torch.cat([self._run_window(state, part, start, stop) for part in parts], dim=1)
+
+    def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> Tensor:
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, new)
         window.move(past)
@@ -107,13 +122,17 @@ class OnnxView:
         vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
         return cache
 
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        hidden = self.eager.apply_exit_head(hidden, layer)
+        flat = hidden.reshape(1, -1, hidden.shape[-1]).numpy()
+        logits = torch.from_numpy(self.engine.head().run(None, {"hidden": flat})[0])
+        return logits.view(*hidden.shape[:-1], -1)
+
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         return self.eager.normalize(hidden, layer)
 
     def project(self, normalized: Tensor) -> Tensor:
-        flat = normalized.reshape(1, -1, normalized.shape[-1]).numpy()
-        logits = torch.from_numpy(self.engine.projection().run(None, {"hidden": flat})[0])
-        return logits.view(*normalized.shape[:-1], -1)
+        return self.eager.project(normalized)
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
         return self.eager.projection_onto(token_ids)
@@ -129,7 +148,7 @@ class OnnxView:
         window = state.windows.get(new)
         if window is None:
             biases = self._biases(state.capacity)
-            window = state.windows[new] = Window(state, biases, new, self.engine.exact)
+            window = state.windows[new] = Window(state, biases, new, self.eager.width, self.engine.exact)
         return window
 
     def _biases(self, capacity: int) -> Biases:

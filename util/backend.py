@@ -1,0 +1,30 @@
+"""From flags to the backend that runs a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.backends import prepare, why_not_onnx
+from models.loading import LoadedModel
+from util.backend_arguments import AUTOMATIC, BackendArguments
+
+
+def limit_threads(flags: BackendArguments) -> None:
+    """Let torch use as many threads as the flags say; exported graphs follow."""
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+
+
+def run_by_backend(loaded: LoadedModel, flags: BackendArguments) -> LoadedModel:
+    """The model, which is where it will decode, run by the backend that the flags ask for.
+
+    Raises:
+        UserError: that backend cannot run it; `auto` takes torch then, unless a precision asks for onnx.
+    """
+    backend = flags.backend
+    if backend == AUTOMATIC:
+        backend = "torch" if flags.precision == "fp32" and why_not_onnx(loaded) else "onnx"
+    options: dict[str, Any] = {"cache_dir": flags.onnx_cache_dir} if backend == "onnx" else {}
+    return prepare(loaded, backend, flags.precision, **options)

@@ -1,0 +1,39 @@
+"""The flags of what runs a model, and where: for every program that decodes. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.choices import BACKENDS, PRECISIONS
+from util.flags import flag, require, require_positive
+
+AUTOMATIC = "auto"
+
+
+@dataclass
+class BackendArguments:
+    _argument_group_name = "Backend"
+
+    backend: str = flag(
+        AUTOMATIC,
+        "What runs the layers of an evaluation: onnx is several times faster on a CPU; auto takes it where "
+        "it can run the model (encoder-decoder, float32, CPU), else torch; compile is torch.compile.",
+        (AUTOMATIC, *BACKENDS),
+    )
+    precision: str = flag(
+        "fp32",
+        "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits, int8 also rounds "
+        "activations. Lossless decoding needs fp32 or w8.",
+        PRECISIONS,
+    )
+    threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
+    onnx_cache_dir: str | None = flag(
+        None, "Where exported graphs are kept (default: ~/.cache/exitlm/onnx).", changes_outputs=False
+    )
+
+    def __post_init__(self) -> None:
+        require_positive("threads", self.threads)
+        require(
+            self.precision == "fp32" or self.backend != "torch",
+            f"--precision {self.precision} is for exported graphs: leave --backend torch out.",
+        )
