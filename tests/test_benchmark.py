@@ -9,14 +9,13 @@ import pytest
 import torch
 from tiny_models import BART_SETTINGS, T5_SETTINGS, VOCABULARY
 
-from models.backends import BACKENDS, PRECISIONS
 from models.errors import UserError
 from scripts import benchmark
 from scripts.benchmarking import ctranslate, figures
 from scripts.benchmarking.contestants import Coin, Contestant, Output, build_policy, enter_contestants
 from scripts.benchmarking.subjects import open_subject
 from util.methods import CALM
-from util.script_arguments import BENCHMARK_BACKENDS, BenchmarkArguments
+from util.script_arguments import BenchmarkArguments
 
 SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 FOUR = {"encoder_layers": 4, "decoder_layers": 4}
