@@ -163,7 +163,7 @@ def test_coins_are_repeated_and_follow_their_share(config):
 
     def toss():
         coin.restart(3)
-        return [value for _ in range(300) for value in coin(view, states).confidence.tolist()]
+        return [value for _ in range(300) for value in coin(view, states, 1).confidence.tolist()]
 
     first = toss()
     assert first == toss() and set(first) == {0, 1}
@@ -207,7 +207,7 @@ def test_contestants_take_turns(config):
     ("words", "line"),
     [
         (["--models", "t6-base"], "--models: there is no t6-base; choose of embedded, bart-large, t5-base,"),
-        (["--backends", "onnx"], "--backends: there is no onnx; choose of torch, onnx fp32,"),
+        (["--backends", "onnx"], "--backends: there is no onnx; choose of torch, compile,"),
         (["--methods", "Free"], "--methods: there is no Free; choose of FREE,"),
         (["--rivals", "llama.cpp"], "--rivals: there is no llama.cpp; choose of HF generate,"),
         (["--samples", "0"], "--samples must be positive, got 0."),

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.choices import BACKENDS, PRECISIONS
+from models.decoder_view import DecoderView
 from models.errors import UserError
-from models.families import view_for
 from models.families.encoder_decoder import EncoderDecoderView
 from models.loading import LoadedModel
 from models.lora import is_adapted
@@ -77,15 +77,20 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
         return f"the model is on {loaded.model.device}, and onnx runs on the CPU"
     if loaded.model.dtype != torch.float32:
         return f"the model is in {loaded.model.dtype}, and float32 is what is exported"
-    if not isinstance(loaded.view, EncoderDecoderView):
+    if not isinstance(modules_of(loaded), EncoderDecoderView):
         return f"there is no export for model family {loaded.model.config.model_type!r}"
     return None
+
+
+def modules_of(loaded: LoadedModel) -> DecoderView:
+    """The view of the modules themselves, also of a model that another backend runs."""
+    return getattr(loaded.view, "eager", loaded.view)
 
 
 def open_compiled(loaded: LoadedModel) -> CompiledView:
     from models.backends.compiled.view import CompiledView, why_not_compiled
 
-    view = view_for(loaded.model)
+    view = modules_of(loaded)
     reason = why_not_compiled(view)
     if reason is not None:
         raise UserError(f"backend compile: {reason}; use backend torch.")
@@ -103,10 +108,11 @@ def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str 
         raise UserError(
             f"backend onnx needs onnxruntime, onnx and onnxscript ({error}); or use backend torch."
         ) from error
-    assert isinstance(loaded.view, EncoderDecoderView)
+    view = modules_of(loaded)
+    assert isinstance(view, EncoderDecoderView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    engine = Engine(loaded.view, folder, precision, threads)
-    view = OnnxView(engine)
+    engine = Engine(view, folder, precision, threads)
+    exported = OnnxView(engine)
     if engine.export_all():
-        check_export(view)
-    return view
+        check_export(exported)
+    return exported
