@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BACKENDS = ("torch", "onnx")  # what runs the layers: see models.backends
+BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.backends
 PRECISIONS = ("fp32", "w8", "w4", "int8")  # of exported weights
 PER_EXIT_HEADS = ("norm", "projection")
 INTERMEDIATE_LOSSES = (

@@ -9,14 +9,13 @@ import pytest
 import torch
 from tiny_models import BART_SETTINGS, T5_SETTINGS, VOCABULARY
 
-from models.backends import BACKENDS, PRECISIONS
 from models.errors import UserError
 from scripts import benchmark
 from scripts.benchmarking import ctranslate, figures
 from scripts.benchmarking.contestants import Coin, Contestant, Output, build_policy, enter_contestants
 from scripts.benchmarking.subjects import open_subject
 from util.methods import CALM
-from util.script_arguments import BENCHMARK_BACKENDS, BenchmarkArguments
+from util.script_arguments import BenchmarkArguments
 
 SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 FOUR = {"encoder_layers": 4, "decoder_layers": 4}
@@ -164,7 +163,7 @@ def test_coins_are_repeated_and_follow_their_share(config):
 
     def toss():
         coin.restart(3)
-        return [value for _ in range(300) for value in coin(view, states).confidence.tolist()]
+        return [value for _ in range(300) for value in coin(view, states, 1).confidence.tolist()]
 
     first = toss()
     assert first == toss() and set(first) == {0, 1}
@@ -204,16 +203,11 @@ def test_contestants_take_turns(config):
     assert timed == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
 
 
-def test_backends_are_those_that_there_are():
-    ours = {f"{one} {precision}" for one in BACKENDS if one != "torch" for precision in PRECISIONS}
-    assert set(BENCHMARK_BACKENDS) == {"torch"} | ours
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--models", "t6-base"], "--models: there is no t6-base; choose of embedded, bart-large, t5-base,"),
-        (["--backends", "onnx"], "--backends: there is no onnx; choose of torch, onnx fp32,"),
+        (["--backends", "onnx"], "--backends: there is no onnx; choose of torch, compile,"),
         (["--methods", "Free"], "--methods: there is no Free; choose of FREE,"),
         (["--rivals", "llama.cpp"], "--rivals: there is no llama.cpp; choose of HF generate,"),
         (["--samples", "0"], "--samples must be positive, got 0."),

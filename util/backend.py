@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from models.backends import prepare, why_not_onnx
@@ -24,4 +26,5 @@ def run_by_backend(loaded: LoadedModel, flags: BackendArguments) -> LoadedModel:
     backend = flags.backend
     if backend == AUTOMATIC:
         backend = "torch" if flags.precision == "fp32" and why_not_onnx(loaded) else "onnx"
-    return prepare(loaded, backend, flags.precision, cache_dir=flags.onnx_cache_dir)
+    options: dict[str, Any] = {"cache_dir": flags.onnx_cache_dir} if backend == "onnx" else {}
+    return prepare(loaded, backend, flags.precision, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.choices import INTERMEDIATE_LOSSES
+from models.choices import BACKENDS, INTERMEDIATE_LOSSES, PRECISIONS
 from util.flags import (
     Parser,
     as_flags,
@@ -43,7 +43,10 @@ FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
 PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
 BENCHMARK_SHAPES = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/benchmarking/*.json")}
-BENCHMARK_BACKENDS = ("torch", "onnx fp32", "onnx w8", "onnx w4", "onnx int8")
+BENCHMARK_BACKENDS = (
+    *(name for name in BACKENDS if name != "onnx"),
+    *(f"onnx {name}" for name in PRECISIONS),
+)
 CTRANSLATE2 = {f"CTranslate2 {name}": name for name in ("float32", "int8")}
 RIVALS = (HF_GENERATE, *CTRANSLATE2)
 BENCHMARKED = (FREE, FREE_LOSSLESS, CALM, STATIC)

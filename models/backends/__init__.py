@@ -4,7 +4,8 @@
     fast.generate(**inputs, exit_policy=Free(...))
 
 - torch: the unmodified modules; every model and device, and training;
-- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU.
+- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU;
+- compile: `torch.compile` over buffers of fixed size; encoder-decoder models, on CUDA as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from models.choices import BACKENDS, PRECISIONS
+from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.encoder_decoder import EncoderDecoderView
 from models.loading import LoadedModel
 from models.lora import is_adapted
 
 if TYPE_CHECKING:
+    from models.backends.compiled.view import CompiledView
     from models.backends.onnx.view import OnnxView
 
 
@@ -34,7 +37,7 @@ def prepare(
 ) -> LoadedModel:
     """The same model, run by another backend; `loaded` itself stays as it is.
 
-    Weights are copied as they are now: prepare again after changing them.
+    Prepare again after changing the model: onnx copies weights as they are now, compile some.
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 (8 bits, a scale for each 32
@@ -48,10 +51,15 @@ def prepare(
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}.")
-    if backend == "torch":
+    if backend != "onnx":
         if precision != "fp32":
-            raise UserError(f"precision {precision} needs backend onnx; torch computes in the model's dtype.")
-        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config)
+            raise UserError(
+                f"precision {precision} needs backend onnx; {backend} computes in the model's dtype."
+            )
+        if threads is not None or cache_dir is not None:
+            raise UserError(f"threads and cache_dir are options of backend onnx, not of {backend}.")
+        compiled = open_compiled(loaded) if backend == "compile" else None
+        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, compiled)
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
     reason = why_not_onnx(loaded)
@@ -69,9 +77,25 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
         return f"the model is on {loaded.model.device}, and onnx runs on the CPU"
     if loaded.model.dtype != torch.float32:
         return f"the model is in {loaded.model.dtype}, and float32 is what is exported"
-    if not isinstance(loaded.view, EncoderDecoderView):
+    if not isinstance(modules_of(loaded), EncoderDecoderView):
         return f"there is no export for model family {loaded.model.config.model_type!r}"
     return None
+
+
+def modules_of(loaded: LoadedModel) -> DecoderView:
+    """The view of the modules themselves, also of a model that another backend runs."""
+    return getattr(loaded.view, "eager", loaded.view)
+
+
+def open_compiled(loaded: LoadedModel) -> CompiledView:
+    from models.backends.compiled.view import CompiledView, why_not_compiled
+
+    view = modules_of(loaded)
+    reason = why_not_compiled(view)
+    if reason is not None:
+        raise UserError(f"backend compile: {reason}; use backend torch.")
+    assert isinstance(view, EncoderDecoderView)
+    return CompiledView(view)
 
 
 def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
@@ -84,10 +108,11 @@ def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str 
         raise UserError(
             f"backend onnx needs onnxruntime, onnx and onnxscript ({error}); or use backend torch."
         ) from error
-    assert isinstance(loaded.view, EncoderDecoderView)
+    view = modules_of(loaded)
+    assert isinstance(view, EncoderDecoderView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    engine = Engine(loaded.view, folder, precision, threads)
-    view = OnnxView(engine)
+    engine = Engine(view, folder, precision, threads)
+    exported = OnnxView(engine)
     if engine.export_all():
-        check_export(view)
-    return view
+        check_export(exported)
+    return exported

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.decoder_view import DecoderState
 from models.errors import UserError
-from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
+from models.families.encoder_decoder import Block, EncoderDecoderView, split_heads
 
 
 class BartView(EncoderDecoderView):
@@ -28,7 +29,7 @@ class BartView(EncoderDecoderView):
         self.encoder_heads = self.encoder_layers[0].self_attn.num_heads
         self.output_bias = model.final_logits_bias
 
-    def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
         return embed_tokens(self.decoder, token_ids, state.lengths[0])
 
     def embed_source(self, token_ids: Tensor) -> Tensor:

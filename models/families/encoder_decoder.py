@@ -83,19 +83,31 @@ class EncoderDecoderView:
             raise UserError(f"The given cache holds {state.lengths} tokens in its layers: not of one call.")
         return state
 
-    def embed(self, state: Any, token_ids: Tensor) -> Tensor:
-        """What the decoder's first layer reads: (B, Q) -> (B, Q, D)."""
-        raise NotImplementedError
-
     def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
         """What every layer is called with besides states and cache, for `new` tokens after those that layer
         `start` holds: masks, biases, encoder memory."""
         past = state.lengths[start]
+        mask = step_mask(state.encoder_hidden, new, past, causal, state.padding)
+        bias = self.bias_rows(state, past, past + new)
+        return self.layer_inputs(state.encoder_hidden, mask, state.source_mask, bias)
+
+    def bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor | None:
+        """Relative bias, where layers share one, of queries `past`..`total - 1`: (1, H, Q, total)."""
+        return None
+
+    def layer_inputs(
+        self, encoder_hidden: Tensor, mask: Tensor | None, source_mask: Tensor, bias: Tensor | None
+    ) -> dict[str, Any]:
+        """Masks, relative bias and encoder memory under the names that layers have for them."""
         return {
-            "attention_mask": step_mask(state.encoder_hidden, new, past, causal, state.padding),
-            "encoder_hidden_states": state.encoder_hidden,
-            "encoder_attention_mask": state.source_mask,
+            "attention_mask": mask,
+            "encoder_hidden_states": encoder_hidden,
+            "encoder_attention_mask": source_mask,
         }
+
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
+        """Embed the token ids that follow those of layer 0: (B, Q) -> (B, Q, D)."""
+        raise NotImplementedError
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""

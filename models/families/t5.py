@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.decoder_view import DecoderState
 from models.errors import UserError
 from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
 
@@ -29,13 +30,18 @@ class T5View(EncoderDecoderView):
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         self.output_scale = model.config.d_model**-0.5 if scaled else None
 
-    def embed(self, state: EncoderDecoderState, token_ids: Tensor) -> Tensor:
+    def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
         return self.decoder.embed_tokens(token_ids)
 
-    def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
-        inputs, past = super().step_inputs(state, start, new, causal), state.lengths[start]
-        inputs["encoder_decoder_position_bias"] = inputs.pop("encoder_attention_mask")
-        return inputs | {"position_bias": self._bias_rows(state, past, past + new)}
+    def layer_inputs(
+        self, encoder_hidden: Tensor, mask: Tensor | None, source_mask: Tensor, bias: Tensor | None
+    ) -> dict[str, Any]:
+        return {
+            "attention_mask": mask,
+            "position_bias": bias,
+            "encoder_hidden_states": encoder_hidden,
+            "encoder_decoder_position_bias": source_mask,
+        }
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         normalized = layer.layer[0].layer_norm(hidden)
@@ -60,9 +66,9 @@ class T5View(EncoderDecoderView):
             normalized = normalized * self.output_scale
         return self.model.lm_head(normalized)
 
-    def _bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor:
-        """Bias of queries `past`..`total - 1` over keys 0..`total - 1`: (1, H, Q, total). Block 0 owns it,
-        all layers share it, and the state keeps it, (1, H, N, N), for the steps to come."""
+    def bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor | None:
+        """Block 0 owns the bias, all layers share it, and the state keeps it, (1, H, N, N), for the steps to
+        come."""
         bias = state.relative_bias
         if bias is None or total > bias.shape[-1]:
             length = max(INITIAL_BIAS_LENGTH, 2 * total)

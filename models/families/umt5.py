@@ -11,8 +11,13 @@ from models.families.t5 import T5View
 
 
 class UMT5View(T5View):
-    def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
-        return EncoderDecoderView.step_inputs(self, state, start, new, causal)
+    def layer_inputs(
+        self, encoder_hidden: Tensor, mask: Tensor | None, source_mask: Tensor, bias: Tensor | None
+    ) -> dict[str, Any]:
+        return EncoderDecoderView.layer_inputs(self, encoder_hidden, mask, source_mask, bias)
+
+    def bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor | None:
+        return None
 
     def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
         return EncoderDecoderView.traced_inputs(self, hidden)

@@ -69,7 +69,7 @@ def enter_contestants(subject: Subject, flags: BenchmarkArguments, folder: Path)
     for label in flags.backends:
         backend, _, precision = label.partition(" ")
         precision = precision or "fp32"
-        options = {"threads": flags.threads, "cache_dir": folder / "onnx"}
+        options = {"threads": flags.threads, "cache_dir": folder / "onnx"} if backend == "onnx" else {}
         fast = prepare(subject.loaded, backend, precision, **options)
         for method in (BASELINE, *subject.methods):
             if method == FREE_LOSSLESS and precision in INEXACT:

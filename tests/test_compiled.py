@@ -1,0 +1,309 @@
+"""Backend compile: tokens of backend torch, from graphs whose number does not grow with the sentences.
+
+`Compiler` captures whole graphs (`fullgraph=True` raises at a break) and runs them as they are, "aot_eager"
+makes functions without side effects of them; what Inductor generates is compared in slow tests.
+"""
+
+import logging
+import shutil
+import weakref
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCABULARY, empty_cache, padded_inputs, tiny_model
+
+from models import (
+    Calm,
+    DecodeStats,
+    FixedThreshold,
+    Free,
+    FullDepth,
+    LoadedModel,
+    SoftmaxGap,
+    StaticExit,
+    UserError,
+    early_exit_decode,
+)
+from models.backends import prepare
+from models.backends.compiled.view import CompiledView
+from models.exit_heads import ExitConfig
+from models.families import view_for
+
+logging.getLogger("torch.__trace").propagate = False  # thousands of lines, which pytest would keep
+
+ROUNDING = 1e-4
+DAILY = [("t5-tied", 1), ("bart-tied", 3)]  # family, batch size
+CASES = [
+    (family, batch) if (family, batch) in DAILY else pytest.param(family, batch, marks=pytest.mark.slow)
+    for family in FAMILIES
+    for batch in (1, 3)
+]
+EVERY_FAMILY = [
+    family if family in ("t5-tied", "bart-tied") else pytest.param(family, marks=pytest.mark.slow)
+    for family in FAMILIES
+]
+
+
+class Compiler:
+    """Counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, examples):
+        self.graphs += 1
+        return graph.forward
+
+
+def decode(model, policy, inputs, view=None, **options):
+    """Output of `generate` and what it did."""
+    stats = DecodeStats()
+    options = {"do_sample": False, "max_new_tokens": 24, "custom_generate": early_exit_decode} | options
+    given = inputs | {"exit_policy": policy, "decode_stats": stats, "decoder_view": view}
+    return model.generate(**given, **options), stats
+
+
+def policies(threshold):
+    return {
+        "full depth": FullDepth(),
+        "static": StaticExit(1),
+        "calm": Calm(SoftmaxGap(), FixedThreshold(threshold)),
+        "free": Free(1, SoftmaxGap(), FixedThreshold(threshold)),
+        "lossless": Free(1, SoftmaxGap(), FixedThreshold(threshold), lossless=True),
+    }
+
+
+def torchs_runs(model, inputs):
+    """Every method by backend torch, some tokens exiting: its threshold is no confidence but for rounding."""
+    _, stats = decode(model, Free(1, SoftmaxGap(), 1.0), inputs)
+    confidences = torch.tensor(stats.confidences).flatten().sort().values
+    for gap in confidences.diff().argsort(descending=True):
+        threshold = confidences[gap : gap + 2].mean().item()
+        runs = {
+            name: (policy, *decode(model, policy, inputs)) for name, policy in policies(threshold).items()
+        }
+        tests = [test for *_, stats in runs.values() for step in stats.confidences for test in step]
+        distance = (torch.tensor(tests) - threshold).abs().min()
+        if distance > ROUNDING and 0.1 < runs["free"][2].exit_share < 0.9:
+            return runs
+    raise AssertionError("No threshold is far from all confidences.")
+
+
+def assert_every_policy_agrees(model, view, inputs):
+    for name, (policy, expected, torchs) in torchs_runs(model, inputs).items():
+        tokens, stats = decode(model, policy, inputs, view)
+        assert torch.equal(tokens, expected), name
+        assert stats.exit_layers == torchs.exit_layers, name
+
+
+@pytest.mark.parametrize(("family", "batch"), CASES)
+def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
+    model, compiler = tiny_model(family, num_layers=3), Compiler()
+    view = CompiledView(view_for(model), compiler)
+    assert_every_policy_agrees(model, view, padded_inputs(batch))
+    compiled = compiler.graphs
+    assert compiled == len(view.segments) > 0
+    for seed, length in enumerate((5, 23, 60)):
+        inputs = padded_inputs(batch, length, seed)
+        for policy in (FullDepth(), StaticExit(1)):
+            assert torch.equal(decode(model, policy, inputs, view)[0], decode(model, policy, inputs)[0])
+    assert compiler.graphs == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_torchs_without_side_effects(family):
+    model = tiny_model(family, num_layers=2)
+    assert_every_policy_agrees(model, CompiledView(view_for(model), "aot_eager"), padded_inputs(3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("family", ["t5-tied", "umt5", "bart-tied"])
+def test_tokens_are_torchs_as_inductor_compiles(family):
+    model = tiny_model(family, num_layers=2)
+    assert_every_policy_agrees(model, CompiledView(view_for(model)), padded_inputs(1))
+
+
+class SideBySide:
+    """The same calls of a family's view and of the compiled one."""
+
+    def __init__(self, model, rows=2, compiler="eager"):
+        eager, inputs = view_for(model), padded_inputs(rows)
+        self.views = eager, CompiledView(eager, compiler)
+        with torch.inference_mode():
+            source = eager.encode(**inputs)
+            mask = inputs["attention_mask"]
+            self.states = [
+                view.begin(None, encoder_outputs=source, attention_mask=mask) for view in self.views
+            ]
+
+    @torch.inference_mode()
+    def run(self, hidden, start, stop):
+        outputs = [
+            view.run_layers(state, hidden, start, stop)
+            for view, state in zip(self.views, self.states, strict=True)
+        ]
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+        assert self.states[0].lengths == self.states[1].lengths
+        return outputs[0]
+
+    @torch.inference_mode()
+    def write(self, hidden, start, stop):
+        for view, state in zip(self.views, self.states, strict=True):
+            view.write_kv(state, hidden, start, stop)
+
+    def truncate(self, length):
+        for state in self.states:
+            state.truncate(length)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_states_are_torchs_in_long_windows_grown_buffers_and_after_a_rollback(family):
+    torch.manual_seed(0)
+    both = SideBySide(tiny_model(family, num_layers=2), compiler="aot_eager")
+    both.run(torch.randn(2, 21, 32), 1, 2)  # 16 and 5, padded to 8
+    both.run(torch.randn(2, 103, 32), 1, 2)
+    both.truncate(110)
+    assert both.states[1].buffers.capacity == 128
+    both.run(torch.randn(2, 30, 32), 1, 2)
+    assert both.states[1].buffers.capacity == 256
+    both.truncate(50)
+    both.write(torch.randn(2, 5, 32), 1, 2)
+    both.run(torch.randn(2, 13, 32), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("t5-tied", torch.float16),
+        ("bart-tied", torch.bfloat16),
+        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in FAMILIES),
+        *(
+            pytest.param(family, torch.float16, marks=pytest.mark.slow)
+            for family in FAMILIES
+            if family != "longt5-tglobal"  # which is refused
+        ),
+    ],
+)
+def test_half_precision_is_as_near_to_float32_as_torchs(family, dtype):
+    torch.manual_seed(0)
+    model, hidden = tiny_model(family, num_layers=1), torch.randn(1, 7, 32)
+    with torch.inference_mode():
+        exact = SideBySide(model, 1).run(hidden, 0, 1)
+        both = SideBySide(model.to(dtype), 1)
+        errors = [
+            (view.run_layers(state, hidden.to(dtype), 0, 1) - exact).abs().max()
+            for view, state in zip(both.views, both.states, strict=True)
+        ]
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_prompts_padded_on_the_left_give_torchs_tokens(family):
+    model, inputs = tiny_model(family, num_layers=2), padded_inputs(3)
+    prompts = torch.randint(2, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    given = inputs | {"decoder_input_ids": prompts * mask, "decoder_attention_mask": mask}
+    view = CompiledView(view_for(model), "eager")
+    tokens, _ = decode(model, FullDepth(), given, view)
+    assert torch.equal(tokens, decode(model, FullDepth(), given)[0])
+    unpadded = given | {"decoder_attention_mask": torch.ones_like(mask)}
+    assert not torch.equal(tokens, decode(model, FullDepth(), unpadded)[0])
+
+
+class Replayer(Compiler):
+    """Writes outputs where those of the call before lay, as replays of a CUDA graph do."""
+
+    def __call__(self, graph, examples):
+        kept = []
+
+        def replay(*inputs):
+            outputs = graph.forward(*inputs)
+            if not kept:
+                kept.extend(output.clone() for output in outputs)
+            for ours, output in zip(kept, outputs, strict=True):
+                ours.copy_(output)
+            return tuple(kept)
+
+        return replay
+
+
+def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites():
+    model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(1)
+    policy, expected, stats = torchs_runs(model, inputs)["free"]
+    assert stats.deep_passes < stats.exit_share * stats.tokens  # several tokens wait at once
+    view = CompiledView(view_for(model), Replayer())
+    assert not torch.equal(decode(model, policy, inputs, view)[0], expected)
+    view.replays = True
+    assert torch.equal(decode(model, policy, inputs, view)[0], expected)
+
+
+def test_a_cache_is_delivered_and_continued():
+    model, inputs = tiny_model(num_layers=2), padded_inputs(2)
+    view, whole = CompiledView(view_for(model), "eager"), decode(model, FullDepth(), inputs)[0]
+    options = {"return_dict_in_generate": True, "max_new_tokens": 9, "cache": empty_cache()}
+    first = decode(model, FullDepth(), inputs, view, **options)[0]
+    torchs = decode(model, FullDepth(), inputs, **options | {"cache": empty_cache()})[0]
+    for part in ("self_attention_cache", "cross_attention_cache"):
+        ours, theirs = getattr(first.cache, part), getattr(torchs.cache, part)
+        for layer, expected in zip(ours.layers, theirs.layers, strict=True):
+            torch.testing.assert_close(layer.keys, expected.keys)
+            torch.testing.assert_close(layer.values, expected.values)
+    given = inputs | {"decoder_input_ids": first.sequences, "cache": first.cache}
+    given["decoder_attention_mask"] = torch.ones_like(first.sequences)
+    rest = decode(model, FullDepth(), given, view, max_new_tokens=24 - 9)[0]
+    assert torch.equal(rest, whole)
+
+
+def test_buffers_serve_one_generation_at_a_time_and_come_back_clean():
+    model, inputs = tiny_model(num_layers=1), padded_inputs(1)
+    view = CompiledView(view_for(model), "eager")
+    source = view.encode(**inputs)
+    first, second = (view.begin(None, encoder_outputs=source) for _ in range(2))
+    keys = [state.buffers.pairs[0][0].data_ptr() for state in (first, second)]
+    assert keys[0] != keys[1]
+    for tensor in (*first.buffers.pairs[0], *first.memory.pairs[0]):
+        tensor.fill_(torch.nan)
+    gone = weakref.ref(first.buffers)
+    del first
+    assert gone() is None
+    third = view.begin(None, encoder_outputs=source)
+    assert third.buffers.pairs[0][0].data_ptr() == keys[0]
+    assert third.buffers.pairs[0][0].isfinite().all()
+    del second, third
+    expected = decode(model, FullDepth(), inputs)[0]
+    assert torch.equal(decode(model, FullDepth(), inputs, view)[0], expected)
+
+
+def loaded(model):
+    return LoadedModel(model, None, ExitConfig())
+
+
+def test_prepare_gives_a_model_that_decodes_with_compiled_layers():
+    given = loaded(tiny_model(num_layers=2))
+    fast = prepare(given, backend="compile")
+    assert (fast.backend, fast.precision, fast.model) == ("compile", "fp32", given.model)
+    assert isinstance(fast.view, CompiledView)
+    assert not isinstance(given.view, CompiledView)
+
+
+def test_what_cannot_be_compiled_is_refused_by_name():
+    model = tiny_model(num_layers=1)
+    with pytest.raises(UserError, match="precision w8 needs backend onnx; compile computes in"):
+        prepare(loaded(model), backend="compile", precision="w8")
+    with pytest.raises(UserError, match="threads and cache_dir are options of backend onnx, not of compile"):
+        prepare(loaded(model), backend="compile", threads=2)
+    with pytest.raises(UserError, match="branch on their states in float16: load it in bfloat16"):
+        prepare(loaded(tiny_model("longt5-tglobal", num_layers=1).half()), backend="compile")
+    policy = Free(1, SoftmaxGap(), 0.5, causal_catch_up=False)
+    model, inputs = tiny_model(num_layers=2), padded_inputs(1)
+    with pytest.raises(UserError, match="causal windows only: leave out causal_catch_up=False"):
+        decode(model, policy, inputs, CompiledView(view_for(model), "eager"))
+
+
+def test_a_missing_compiler_is_named_at_the_first_call():
+    missing = {"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}
+    model = tiny_model(num_layers=1)
+    with torch._inductor.config.patch(missing), pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        prepare(loaded(model), backend="compile").generate(**padded_inputs(1), max_new_tokens=3)
