@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_decoding import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from models import (
     AdaptiveThreshold,
@@ -167,9 +168,11 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
     """Hidden states, keys, values and logits of some rows of a batch, their tokens decoded in windows."""
     chosen = {name: tensor[rows] for name, tensor in inputs.items()}
     with torch.inference_mode():
-        state = view.begin(
-            None, encoder_outputs=view.encode(**chosen), attention_mask=chosen["attention_mask"]
-        )
+        if view.eager.exports_encoder:
+            source = view.encode(**chosen)
+        else:  # torch's, whose bits depend on the batch
+            source = BaseModelOutput(view.encode(**inputs)[0][rows])
+        state = view.begin(None, encoder_outputs=source, attention_mask=chosen["attention_mask"])
         made, start = [], 0
         for new in windows:
             made.append(view.run_layers(state, hidden[rows, start : start + new], 0, view.num_layers))
