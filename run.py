@@ -59,6 +59,9 @@ def run(arguments: Arguments) -> None:
     if arguments.training.do_train:
         train(arguments, exit_flags, loaded)
         say_next(arguments)
+    if examples:
+        move_model(loaded.model, arguments.training.device, evaluation_dtype(arguments.training))
+        loaded = run_by_backend(loaded, arguments.evaluation_backend)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
 
@@ -102,8 +105,6 @@ def evaluate_stage(
     """Decode the validation or test split and write `<stage>_results.json` and the predictions."""
     data, training = arguments.data, arguments.training
     split, predictions = STAGES[stage]
-    move_model(loaded.model, training.device, evaluation_dtype(training))
-    loaded = run_by_backend(loaded, arguments.evaluation_backend)
     sizes = (arguments.max_length, training.per_device_eval_batch_size)
     exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *sizes)
     evaluation = evaluation_settings(arguments, exit_flags, predictions)

@@ -102,7 +102,7 @@ class Generation:
         prepared = self.prepared.get(key)
         with torch.no_grad():
             encoder_outputs = self.view.encode(source, mask)
-            if prepared is None or attention_mask is None:
+            if prepared is None:
                 loop = functools.partial(self._keep, key)
                 functools.update_wrapper(loop, early_exit_decode)  # whose parameters `generate` asks for
                 read = {"attention_mask": mask, "encoder_outputs": encoder_outputs}

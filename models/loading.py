@@ -88,6 +88,10 @@ class LoadedModel:
         """The model's view: one for all calls, until `model` is another."""
         base = self.model.get_base_model() if is_adapted(self.model) else self.model
         if self._view is None or self._view.model is not base:
+            if self.backend != "torch":
+                raise UserError(
+                    f"The model was replaced after it was prepared for {self.backend}: prepare it again."
+                )
             self._view = view_for(base)
         return self._view
 

@@ -35,6 +35,7 @@ from models.backends.onnx import engine as engine_module
 from models.backends.onnx import tracing
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import Store, default_cache_dir
+from models.backends.onnx.windows import Biases
 from models.families import VIEWS
 from models.families.t5 import T5View
 
@@ -355,6 +356,22 @@ def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path
         prepare(loaded(tiny_model()), cache_dir=tmp_path)
 
 
+def test_a_model_that_was_replaced_is_not_run_by_its_old_graphs():
+    fast = prepare(loaded(tiny_model()))
+    fast.model = tiny_model(seed=1)
+    with pytest.raises(UserError, match="prepare"):
+        decode(fast, padded_inputs(), FullDepth())
+
+
+def test_a_cache_of_several_calls_is_refused():
+    fast, cache = prepare(loaded(tiny_model())), EncoderDecoderCache(DynamicCache(), DynamicCache())
+    decode(fast, padded_inputs(), FullDepth(), cache=cache, max_length=6)
+    layer = cache.self_attention_cache.layers[2]
+    layer.keys, layer.values = layer.keys[:, :, :2], layer.values[:, :, :2]
+    with pytest.raises(UserError, match="not of one call"):
+        decode(fast, padded_inputs(), FullDepth(), cache=cache, decoder_input_ids=torch.zeros(1, 6).long())
+
+
 def test_calls_with_other_options_are_prepared_anew():
     torch_model = loaded(tiny_model())
     fast, inputs = prepare(torch_model), padded_inputs(2)
@@ -378,8 +395,6 @@ def test_padding_is_inferred_as_generate_does():
 
 def test_biases_are_those_of_the_distance():
     biases = np.arange(8, dtype=np.float32).reshape(2, 4)  # heads, distance
-    from models.backends.onnx.state import Biases
-
     rows = np.zeros((1, 2, 2, 4), np.float32)
     Biases({0: torch.from_numpy(biases)}, 2, 4).fill(0, rows, 1)
     assert rows[0, :, 0, :2].tolist() == [[1, 0], [5, 4]]  # the query at position 1 sees keys 0 and 1

@@ -9,13 +9,13 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.choices import INTERMEDIATE_LOSSES, PER_EXIT_HEADS
 from models.errors import UserError
-from util.backend_arguments import AUTOMATIC, BackendArguments
+from util.backend_arguments import BackendArguments
 from util.exit_arguments import ExitArguments
 from util.flags import (
     Parser,
@@ -287,11 +287,6 @@ class Arguments:
             exits.calibrated_threshold_file is None or not training.do_train,
             "--calibrated_threshold_file is for the weights it was calibrated with: leave --do_train out.",
         )
-        require(
-            not exits.lossless or self.backend.precision in ("fp32", "w8"),
-            f"--lossless needs --precision fp32 or w8: {self.backend.precision} lets the tokens of a window "
-            "change each other.",
-        )
         evaluates = training.do_eval or training.do_predict
         require(
             not (exits.deploy_scenario and evaluates and training.per_device_eval_batch_size > 1),
@@ -301,23 +296,12 @@ class Arguments:
             self.data.num_beams == 1 or not exits.methods,
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
         )
-        require(
-            not self._needs_modules
-            or (self.backend.backend in (AUTOMATIC, "torch") and self.backend.precision == "fp32"),
-            f"{self._needs_modules} needs --backend torch and --precision fp32.",
-        )
+        self.backend.for_evaluation(exits, self.data.num_beams)
 
     @property
     def evaluation_backend(self) -> BackendArguments:
-        """What runs evaluations: the modules themselves where nothing else can."""
-        return replace(self.backend, backend="torch") if self._needs_modules else self.backend
-
-    @property
-    def _needs_modules(self) -> str:
-        """The flag that only backend torch can do, if one is given."""
-        if self.data.num_beams > 1:
-            return "--num_beams"
-        return "" if self.exit.parallel_causal_mask else "--parallel_causal_mask False"
+        """What runs evaluations."""
+        return self.backend.for_evaluation(self.exit, self.data.num_beams)
 
     def _check_training(self) -> None:
         training, data = self.training, self.data

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from models.choices import BACKENDS, PRECISIONS
+from models.choices import BACKENDS, EXACT_PRECISIONS, PRECISIONS
+from util.exit_arguments import ExitArguments
 from util.flags import flag, require, require_positive
 
 AUTOMATIC = "auto"
@@ -37,3 +38,25 @@ class BackendArguments:
             self.precision == "fp32" or self.backend != "torch",
             f"--precision {self.precision} is for exported graphs: leave --backend torch out.",
         )
+
+    def for_evaluation(self, exits: ExitArguments, num_beams: int) -> BackendArguments:
+        """These flags, with the modules themselves where only they can decode so.
+
+        Raises:
+            UserError: another backend, or a precision that cannot, is asked for.
+        """
+        require(
+            not exits.lossless or self.precision in EXACT_PRECISIONS,
+            f"--lossless needs --precision fp32 or w8: {self.precision} lets the tokens of a window change "
+            "each other.",
+        )
+        reasons = {
+            "--num_beams": num_beams > 1,
+            "--parallel_causal_mask False": not exits.parallel_causal_mask,
+        }
+        reason = next((flag for flag, holds in reasons.items() if holds), None)
+        if reason is None:
+            return self
+        plain = self.backend in (AUTOMATIC, "torch") and self.precision == "fp32"
+        require(plain, f"{reason} needs --backend torch and --precision fp32.")
+        return replace(self, backend="torch")

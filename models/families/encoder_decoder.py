@@ -6,7 +6,7 @@ A family states how it embeds, what it projects, and how its layers are called w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,8 +79,7 @@ class EncoderDecoderView:
         state = EncoderDecoderState(
             self.num_layers, cache, encoder_outputs[0], attention_mask, decoder_attention_mask
         )
-        if len(set(state.lengths)) > 1:
-            raise UserError(f"The given cache holds {state.lengths} tokens in its layers: not of one call.")
+        refuse_uneven(state.lengths)
         return state
 
     def step_inputs(self, state: EncoderDecoderState, start: int, new: int, causal: bool) -> dict[str, Any]:
@@ -185,11 +184,7 @@ class EncoderDecoderView:
         held = min(state.lengths)
         cross_attention = state.cache.cross_attention_cache if held > 0 else DynamicCache()
         own = as_dynamic_cache(state.cache.self_attention_cache, held)
-        delivered = EncoderDecoderCache(own, cross_attention)
-        if cache is None:
-            return delivered
-        vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
-        return cache
+        return hand_over(EncoderDecoderCache(own, cross_attention), cache)
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
         return self.project(self.normalize(hidden, layer))
@@ -219,6 +214,14 @@ class EncoderDecoderView:
         return dropped
 
 
+def hand_over(made: EncoderDecoderCache, cache: Cache | None) -> EncoderDecoderCache:
+    """What was made, in the caller's object if there is one, as `generate` fills it."""
+    if cache is None:
+        return made
+    vars(cache).update(vars(made))
+    return cast(EncoderDecoderCache, cache)
+
+
 def refuse_other_caches(cache: Cache | None) -> None:
     """Raise UserError for a cache whose tensors are no plain keys/values of encoder and decoder."""
     if cache is None:
@@ -228,6 +231,12 @@ def refuse_other_caches(cache: Cache | None) -> None:
         raise UserError(
             "Only a cache of EncoderDecoderCache(DynamicCache(), DynamicCache()) can be continued or filled."
         )
+
+
+def refuse_uneven(lengths: list[int]) -> None:
+    """Raise UserError for a given cache whose layers hold different tokens."""
+    if len(set(lengths)) > 1:
+        raise UserError(f"The given cache holds {lengths} tokens in its layers: not of one call.")
 
 
 def split_heads(projected: Tensor, head_width: int) -> Tensor:

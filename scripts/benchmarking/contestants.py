@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.backends import prepare
+from models.choices import EXACT_PRECISIONS
 from models.confidence import Measured, SoftmaxGap
 from models.decoder_view import DecoderView
 from models.decoding import DecodeStats
@@ -23,8 +24,6 @@ from util.evaluation.decode import generated_tokens
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
 from util.script_arguments import CTRANSLATE2, BenchmarkArguments
 from util.timing import Stopwatch
-
-INEXACT = ("w4", "int8")  # precisions in which drafts are judged by other bits than full depth's
 
 
 @dataclass
@@ -72,7 +71,7 @@ def enter_contestants(subject: Subject, flags: BenchmarkArguments, folder: Path)
         options = {"threads": flags.threads, "cache_dir": folder / "onnx"} if backend == "onnx" else {}
         fast = prepare(subject.loaded, backend, precision, **options)
         for method in (BASELINE, *subject.methods):
-            if method == FREE_LOSSLESS and precision in INEXACT:
+            if method == FREE_LOSSLESS and precision not in EXACT_PRECISIONS:
                 continue
             policy, coin = build_policy(method, subject, flags)
             decode = ours(fast, policy, coin, subject.max_tokens)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache
 
+from models.backends.shared import GivenMemory, Pair
 from models.families.encoder_decoder import EncoderDecoderView
-
-Pair = tuple[Tensor, Tensor]  # keys, values
 
 
 class Given(NamedTuple):
@@ -57,26 +55,17 @@ def additive(unseen: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(unseen, dtype=like.dtype).masked_fill(unseen, torch.finfo(like.dtype).min)
 
 
-class SegmentCache(EncoderDecoderCache):
+class SegmentCache(GivenMemory):
     """The cache that layers see: buffers to write into, and memory that they need not make again."""
 
     def __init__(self, start: int, given: Given, positions: Tensor) -> None:
-        memory = {start + index: MemoryLayer(*pair) for index, pair in enumerate(given.memory)}
+        memory = {start + index: pair for index, pair in enumerate(given.memory)}
+        super().__init__(WrittenBuffers(start, given.buffers, positions), memory)
         self.position = positions[0]
-        self.self_attention_cache = cast(Cache, WrittenBuffers(start, given.buffers, positions))
-        self.cross_attention_cache = cast(Cache, self)
-        self.layers = cast(Any, memory)
-        self.is_updated = dict.fromkeys(memory, True)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """A tensor: UMT5's layers compute their relative biases from it."""
         return self.position
-
-
-class MemoryLayer:
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys = keys
-        self.values = values
 
 
 class WrittenBuffers:

@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from models.backends.compiled.segment import Pair
+from models.backends.shared import Pair
 from models.decoder_view import DecoderState
 from models.families.encoder_decoder import EncoderDecoderView
 

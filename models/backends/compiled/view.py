@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.backends.compiled.segment import Given, Segment, segment
 from models.backends.compiled.state import CompiledState, Held, Shelf
+from models.backends.shared import BackendView, deliver_copies
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
@@ -24,16 +25,13 @@ from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderV
 WINDOWS = (1, 2, 4, 8, 16)  # sizes that are compiled: others are padded, longer ones taken apart
 
 
-class CompiledView:
+class CompiledView(BackendView):
     """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D width."""
 
     def __init__(self, eager: EncoderDecoderView, compiler: str | Callable[..., Any] = "inductor") -> None:
         """`compiler`: the `backend` of `torch.compile`; "aot_eager" captures graphs and compiles nothing."""
-        self.eager = eager
+        super().__init__(eager)
         self.compiler = compiler
-        self.model = eager.model
-        self.num_layers = eager.num_layers
-        self.mixes_windows = False
         # Replays of a CUDA graph write their output where the one before did.
         self.replays = compiler == "inductor" and eager.model.device.type == "cuda"
         self.shelf = Shelf(eager)
@@ -72,9 +70,6 @@ class CompiledView:
             state.write(index, layer.keys[:, :, :held], layer.values[:, :, :held])
         return state
 
-    def embed(self, state: CompiledState, token_ids: Tensor) -> Tensor:
-        return self.eager.embed(state, token_ids)
-
     @torch.inference_mode()
     def run_layers(
         self, state: CompiledState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
@@ -90,36 +85,14 @@ class CompiledView:
             state.write(index, *self.eager.project_kv(self.eager.layers[index], hidden))
 
     def deliver_cache(self, state: CompiledState, cache: Cache | None) -> EncoderDecoderCache:
-        held, own, memory = min(state.lengths), DynamicCache(), DynamicCache()
-        for index in range(self.num_layers if held > 0 else 0):
-            keys, values = state.buffers.pairs[index]
-            own.update(keys[:, :, :held].clone(), values[:, :, :held].clone(), index)
-            keys, values = state.memory.pairs[index]
-            kept = state.source_length
-            memory.update(keys[:, :, :kept].clone(), values[:, :, :kept].clone(), index)
-        delivered = EncoderDecoderCache(own, memory)
-        if cache is None:
-            return delivered
-        vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
-        return cache
+        held, kept = min(state.lengths), state.source_length
+        buffers, memory = (state.buffers.pairs, state.memory.pairs) if held > 0 else ([], [])
+        own = ((keys[:, :, :held], values[:, :, :held]) for keys, values in buffers)
+        source = ((keys[:, :, :kept], values[:, :, :kept]) for keys, values in memory)
+        return deliver_copies(own, source, cache)
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
         return self.eager.predict(hidden, layer)
-
-    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        return self.eager.normalize(hidden, layer)
-
-    def project(self, normalized: Tensor) -> Tensor:
-        return self.eager.project(normalized)
-
-    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        return self.eager.projection_onto(token_ids)
-
-    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
-        return self.eager.training_states(outputs)
-
-    def keep_all_layers(self) -> bool:
-        return self.eager.keep_all_layers()
 
     def _run_window(self, state: CompiledState, hidden: Tensor, start: int, stop: int) -> Tensor:
         """(B, Q, D) of at most 16 tokens. What padding writes lies beyond the lengths: the next tokens

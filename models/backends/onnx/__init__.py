@@ -1,1 +1,1 @@
-"""ONNX Runtime: layers exported from the unmodified modules. (The decoding loop does not use them yet.)"""
+"""Layers exported from the unmodified modules, run by ONNX Runtime."""

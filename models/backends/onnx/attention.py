@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+
+from models.backends.shared import Pair
 
 NAME = "exitlm_export"
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -122,25 +123,6 @@ class NewOnly:
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return 0
-
-
-@dataclass
-class MemoryLayer:
-    keys: Tensor
-    values: Tensor
-
-
-class ExportCache(EncoderDecoderCache):
-    """The cache that layer `index` sees while it is traced."""
-
-    def __init__(self, index: int, memory: Pair) -> None:
-        self.self_attention_cache = cast(Cache, NewOnly())
-        self.cross_attention_cache = cast(Cache, self)
-        self.layers = {index: MemoryLayer(*memory)}
-        self.is_updated = {index: True}
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
 

@@ -15,10 +15,10 @@ from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
 from models.backends.onnx.store import Store, fingerprint, makers
 from models.backends.onnx.tracing import Kinds
+from models.choices import EXACT_PRECISIONS
 from models.families.encoder_decoder import EncoderDecoderView
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
-EXACT = ("fp32", "w8")  # precisions in which products give a row the same bits in every window
 PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
     "layer": DecoderLayer,
     "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
@@ -39,7 +39,7 @@ class Engine:
         self.store = Store(cache_dir / fingerprint(view.model, precision))
         self.precision = precision
         self.threads = threads
-        self.exact = precision in EXACT
+        self.exact = precision in EXACT_PRECISIONS
         self.layer_kind = "exact-layer" if self.exact else "layer"
         self.kinds = Kinds(Store(cache_dir / KINDS))
         self.sessions: dict[tuple[str, int, int], Session] = {}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.backends.onnx.attention import Attended, ExportCache, attending
+from models.backends.onnx.attention import Attended, NewOnly, attending
+from models.backends.shared import GivenMemory
 from models.families.encoder_decoder import EncoderDecoderView
 
 BATCH, NEW, SOURCE, CAPACITY = 2, 3, 7, 11  # sizes of the traced examples
@@ -90,7 +91,7 @@ class DecoderLayer(Piece):
     ) -> tuple[Tensor, Tensor, Tensor]:
         memory, past = (memory_keys, memory_values), (past_keys, past_values)
         attended = Attended(source_mask, memory, past, bias, last, capacity, row_count, queries, kept)
-        inputs, cache = self.view.traced_inputs(hidden), ExportCache(self.index, memory)
+        inputs, cache = self.view.traced_inputs(hidden), GivenMemory(NewOnly(), {self.index: memory})
         with attending(attended):
             hidden = self.view.apply_layers(hidden, inputs, cache, self.index, self.index + 1)
         keys, values = attended.written

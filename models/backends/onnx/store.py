@@ -51,7 +51,7 @@ def fingerprint(model: PreTrainedModel, precision: str) -> str:
     for name, weight in model.state_dict(keep_vars=True).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.data_ptr() not in seen:  # tied weights once
-            digest.update(weight.detach().contiguous().numpy().view(np.uint8).data)
+            digest.update(weight.detach().contiguous().flatten().numpy().view(np.uint8).data)
         seen.add(weight.data_ptr())
     return digest.hexdigest()[:32]
 

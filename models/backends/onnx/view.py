@@ -7,31 +7,29 @@ may have of their own, and what only analysis asks for stay modules of torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.backends.onnx.engine import Engine
-from models.backends.onnx.state import Biases, BoundSegment, OnnxState, Window
+from models.backends.onnx.state import BoundSegment, OnnxState
+from models.backends.onnx.windows import Biases, Window
+from models.backends.shared import BackendView, deliver_copies
 from models.errors import UserError
-from models.families.encoder_decoder import refuse_other_caches
+from models.families.encoder_decoder import refuse_other_caches, refuse_uneven
 from models.families.masks import padding_mask
 
 SMALLEST_BLOCK = 64  # query rows that attention takes at once, with 256 KiB of second-level cache
 
 
-class OnnxView:
+class OnnxView(BackendView):
     """See `models.decoder_view.DecoderView`. B batch, Q new tokens, S source tokens, D model width."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.view)
         self.engine = engine
-        self.eager = engine.view
-        self.model = self.eager.model
-        self.num_layers = self.eager.num_layers
         self.mixes_windows = not engine.exact
         # Attention multiplies query rows in blocks, and a lone row in the last block by another kernel: where
         # a token must have the same bits in every window, none has more rows than the smallest block.
@@ -78,10 +76,8 @@ class OnnxView:
             state.reserve(own.get_seq_length() + 1)
             for index in range(self.num_layers):
                 state.write(index, own.layers[index].keys, own.layers[index].values)
+        refuse_uneven(state.lengths)
         return state
-
-    def embed(self, state: OnnxState, token_ids: Tensor) -> Tensor:
-        return self.eager.embed(state, token_ids)
 
     def run_layers(
         self, state: OnnxState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
@@ -112,15 +108,10 @@ class OnnxView:
             state.write(index, torch.from_numpy(keys), torch.from_numpy(values))
 
     def deliver_cache(self, state: OnnxState, cache: Cache | None) -> EncoderDecoderCache:
-        held, own, memory = min(state.lengths), DynamicCache(), DynamicCache()
-        for index, (keys, values) in enumerate(state.buffers if held > 0 else ()):
-            own.update(keys[:, :, :held].clone(), values[:, :, :held].clone(), index)
-            memory.update(*state.memory[index], index)
-        delivered = EncoderDecoderCache(own, memory)
-        if cache is None:
-            return delivered
-        vars(cache).update(vars(delivered))  # the caller's object, as `generate` fills it
-        return cache
+        held = min(state.lengths)
+        buffers, memory = (state.buffers, state.memory) if held > 0 else ([], [])
+        own = ((keys[:, :, :held], values[:, :, :held]) for keys, values in buffers)
+        return deliver_copies(own, memory, cache)
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
         hidden = self.eager.apply_exit_head(hidden, layer)
@@ -128,27 +119,14 @@ class OnnxView:
         logits = torch.from_numpy(self.engine.head().run(None, {"hidden": flat})[0])
         return logits.view(*hidden.shape[:-1], -1)
 
-    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        return self.eager.normalize(hidden, layer)
-
-    def project(self, normalized: Tensor) -> Tensor:
-        return self.eager.project(normalized)
-
-    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        return self.eager.projection_onto(token_ids)
-
-    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
-        return self.eager.training_states(outputs)
-
-    def keep_all_layers(self) -> bool:
-        return self.eager.keep_all_layers()
-
     def _window(self, state: OnnxState, past: int, new: int) -> Window:
         state.reserve(past + max(new, 2))
         window = state.windows.get(new)
         if window is None:
             biases = self._biases(state.capacity)
-            window = state.windows[new] = Window(state, biases, new, self.eager.width, self.engine.exact)
+            window = state.windows[new] = Window(
+                state.batch_size, new, self.eager.width, biases, state.padding, self.engine.exact
+            )
         return window
 
     def _biases(self, capacity: int) -> Biases:

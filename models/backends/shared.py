@@ -1,0 +1,72 @@
+"""What backends share: the view over a family's own one, and the cache that traced layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from models.families.encoder_decoder import EncoderDecoderView, hand_over
+
+Pair = tuple[Tensor, Tensor]  # keys, values
+
+
+class BackendView:
+    """Base of the backends' views, each a `models.decoder_view.DecoderView`: what the modules go on doing."""
+
+    mixes_windows = False
+
+    def __init__(self, eager: EncoderDecoderView) -> None:
+        self.eager = eager
+        self.model = eager.model
+        self.num_layers = eager.num_layers
+
+    def embed(self, state: Any, token_ids: Tensor) -> Tensor:
+        return self.eager.embed(state, token_ids)
+
+    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.eager.normalize(hidden, layer)
+
+    def project(self, normalized: Tensor) -> Tensor:
+        return self.eager.project(normalized)
+
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        return self.eager.projection_onto(token_ids)
+
+    def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
+        return self.eager.training_states(outputs)
+
+    def keep_all_layers(self) -> bool:
+        return self.eager.keep_all_layers()
+
+
+def deliver_copies(own: Iterable[Pair], memory: Iterable[Pair], cache: Cache | None) -> EncoderDecoderCache:
+    """Copies of the layers' keys/values, their own and those of the source, in `cache` or in a new one."""
+    copies = DynamicCache(), DynamicCache()
+    for part, pairs in zip(copies, (own, memory), strict=True):
+        for index, (keys, values) in enumerate(pairs):
+            part.update(keys.clone(), values.clone(), index)
+    return hand_over(EncoderDecoderCache(*copies), cache)
+
+
+@dataclass
+class MemoryLayer:
+    keys: Tensor
+    values: Tensor
+
+
+class GivenMemory(EncoderDecoderCache):
+    """Under Hugging Face's cache interface: what cross-attention makes of the source is there already."""
+
+    def __init__(self, own: Any, memory: dict[int, Pair]) -> None:
+        """`own`: what self-attention's `update` is called on; `memory`: by layer."""
+        self.self_attention_cache = cast(Cache, own)
+        self.cross_attention_cache = cast(Cache, self)
+        self.layers = cast(Any, {index: MemoryLayer(*pair) for index, pair in memory.items()})
+        self.is_updated = dict.fromkeys(memory, True)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return 0
