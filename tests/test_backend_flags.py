@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -16,15 +17,15 @@ EVALUATION = {
     "max_eval_samples": 3,
     "per_device_eval_batch_size": 1,
     "val_max_target_length": 12,
-    "use_shallow_deep": True,
-    "shallow2deep_conf_threshold": 0.3,
     "use_cpu": True,
     "report_to": "none",
 }
+FREE = {"use_shallow_deep": True, "shallow2deep_conf_threshold": 0.3}
+BEAMS = {"num_beams": 2}
 
 
 def evaluate(folder, **flags):
-    given = EVALUATION | flags | {"output_dir": folder}
+    given = EVALUATION | ({} if BEAMS.items() <= flags.items() else FREE) | flags | {"output_dir": folder}
     run.main([str(word) for name, value in given.items() for word in (f"--{name}", value)])
     return json.loads((folder / "eval_results.json").read_text())["environment"]
 
@@ -53,22 +54,15 @@ def test_a_precision_asks_for_onnx_and_is_recorded(tmp_path):
     assert (environment["backend"], environment["precision"]) == ("onnx", "w8")
 
 
-@pytest.mark.parametrize(
-    "flags", [{"num_beams": 2, "use_shallow_deep": False}, {"parallel_causal_mask": False}]
-)
+@pytest.mark.parametrize("flags", [BEAMS, {"parallel_causal_mask": False}])
 def test_what_only_torch_can_do_runs_there(tmp_path, flags):
-    given = {
-        name: value for name, value in EVALUATION.items() if "shallow" not in name or flags.get(name, True)
-    }
-    given = given | flags | {"output_dir": tmp_path}
-    run.main([str(word) for name, value in given.items() for word in (f"--{name}", value)])
-    assert json.loads((tmp_path / "eval_results.json").read_text())["environment"]["backend"] == "torch"
+    assert evaluate(tmp_path, **flags)["backend"] == "torch"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"backend": "onnx", "num_beams": 2}, "--num_beams needs --backend torch"),
+        ({"backend": "onnx", **BEAMS}, "--num_beams needs --backend torch"),
         ({"precision": "w8", "parallel_causal_mask": False}, "--parallel_causal_mask False needs"),
         ({"precision": "int8", "lossless": True}, "--lossless needs --precision fp32 or w8"),
         ({"precision": "w4", "lossless": True}, "--lossless needs --precision fp32 or w8"),
@@ -80,7 +74,6 @@ def test_what_only_torch_can_do_runs_there(tmp_path, flags):
     ],
 )
 def test_contradictions_get_one_line(tmp_path, capsys, flags, message):
-    flags = {"use_shallow_deep": "num_beams" not in flags} | flags
     with pytest.raises(SystemExit):
         evaluate(tmp_path, **flags)
     error = capsys.readouterr().err
@@ -89,10 +82,7 @@ def test_contradictions_get_one_line(tmp_path, capsys, flags, message):
 
 def test_an_evaluation_is_continued_by_the_same_backend_only(by_default, tmp_path, capsys):
     folder, _ = by_default
-    (tmp_path / "predictions.jsonl").write_text((folder / "predictions.jsonl").read_text())
-    for name in folder.iterdir():
-        if name.is_file():
-            (tmp_path / name.name).write_bytes(name.read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     evaluate(tmp_path, resume_eval=True)
     for other in ({"backend": "torch"}, {"precision": PRECISIONS[1]}):
         with pytest.raises(SystemExit):
