@@ -109,10 +109,11 @@ class EncoderLayer(Piece):
         self.inputs = {
             "hidden": hidden_example(view.width, SOURCE, "source"),
             "source_mask": source_mask_example(),
-            "bias": (torch.zeros(1, heads, SOURCE, SOURCE), {2: "source", 3: "source"}),
         }
+        if view.source_bias(index, SOURCE) is not None:
+            self.inputs["bias"] = (torch.zeros(1, heads, SOURCE, SOURCE), {2: "source", 3: "source"})
 
-    def forward(self, hidden: Tensor, source_mask: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, source_mask: Tensor, bias: Tensor | None = None) -> Tensor:
         with attending(Attended(source_mask, bias=bias)):
             return self.view.apply_encoder_layer(self.layer, hidden)
 

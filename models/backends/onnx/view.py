@@ -36,7 +36,7 @@ class OnnxView(BackendView):
         width = self.eager.key_value_shape[1]
         self.most_rows = min(2 * width, SMALLEST_BLOCK) if engine.exact else sys.maxsize
         self.biases: dict[int, Biases] = {}  # by capacity
-        self.source_biases: dict[int, Tensor] = {}  # (1, H, N, N) by owner, N growing
+        self.source_biases: dict[int, Tensor] = {}  # (1, H, S, S) by owner, S growing
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """The encoder's output for (B, S) ids and a mask that is 0 at padding."""
@@ -137,11 +137,10 @@ class OnnxView(BackendView):
         return self.biases[capacity]
 
     def _source_bias(self, owner: int, length: int) -> Tensor:
-        """(1, H, S, S)"""
-        bias = self.source_biases.get(owner)
-        if bias is None or bias.shape[-1] < length:
-            bias = self.eager.source_bias(owner, 2 * length)
-            if bias is None:
-                bias = torch.zeros(1, self.eager.encoder_heads, 2 * length, 2 * length)
-            self.source_biases[owner] = bias.detach()
-        return self.source_biases[owner][:, :, :length, :length].contiguous()
+        """(1, H, S, S) of a family that has some; those of the longest source so far are kept."""
+        kept = self.source_biases.get(owner)
+        if kept is None or kept.shape[-1] < length:
+            bias = self.eager.source_bias(owner, length)
+            assert bias is not None
+            kept = self.source_biases[owner] = bias.detach()
+        return kept[:, :, :length, :length].contiguous()
