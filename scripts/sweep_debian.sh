@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 data=(--dataset_name debian_de_en --drop_long_samples True --max_source_length 28 --max_target_length 28
-  --val_max_target_length 56 --threads 1 --resume_eval True)
+  --val_max_target_length 56 --threads 1 --backend torch --resume_eval True)
 checkpoints=(--free checkpoints/debian-t5-free --calm checkpoints/debian-t5-calm)
 
 mkdir -p save/sweep
