@@ -7,7 +7,7 @@ as its model; what belongs to one generation lies in the `DecoderState` that `be
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -20,14 +20,23 @@ class DecoderState:
     buffer holds beyond it does not exist.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, prompt_mask: Tensor | None = None) -> None:
         self.lengths = [0] * num_layers
         self.waiting: list[Any] = []  # tokens that the exit policy keeps between steps
+        self.prompt_mask = prompt_mask  # (B, P) as the caller gave it: 0 at padding
+        self.prompt_embeds: Tensor | None = None  # (B, P, D) given, which `embed` returns at their places
 
     def truncate(self, length: int) -> None:
         """Forget the keys/values of every layer beyond the first `length` tokens."""
         for layer, held in enumerate(self.lengths):
             self.lengths[layer] = min(held, length)
+
+
+class ModelInputs(NamedTuple):
+    """What a model makes of the ids and mask that a tokenizer returns."""
+
+    arguments: dict[str, Any]  # keywords of `begin`
+    prompt: Tensor | None  # (B, P) ids that outputs start with; None: options of the generation name them
 
 
 class DecoderView(Protocol):
@@ -40,14 +49,14 @@ class DecoderView(Protocol):
     num_layers: int
     mixes_windows: bool  # tokens of a window change each other by more than rounding: no lossless decoding
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """What `begin` reads as `encoder_outputs`, of (B, S) source ids and a mask that is 0 at padding."""
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+        """(B, S) ids and a mask that is 0 at padding: the source of an encoder, or the prompt itself."""
 
     def begin(self, cache: Cache | None, *args: Any, **model_kwargs: Any) -> DecoderState:
         """Collect what every layer of this generation needs: encoder memory, masks, positions.
 
-        A cache that holds tokens is continued. A view names the keywords that it reads, as others are
-        refused.
+        The state tells the loop of a mask or embeddings given for the prompt (`DecoderState`). A cache that
+        holds tokens is continued. A view names the keywords that it reads, as others are refused.
         """
 
     def embed(self, state: Any, token_ids: Tensor) -> Tensor:
@@ -82,7 +91,7 @@ class DecoderView(Protocol):
         """`project` for a few tokens only: ids (K,) -> a function from (..., D) to (..., K)."""
 
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
-        """Decoder states of a forward pass with `output_hidden_states`: layer i's output at index i (0:
+        """States of a forward pass with `output_hidden_states`: layer i's output at index i (0:
         embeddings), un-normalized but for the last, which the decoder has already normalized."""
 
     def keep_all_layers(self) -> bool:

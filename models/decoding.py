@@ -21,13 +21,20 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
+from transformers.generation import BaseStreamer
 
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth, StepResult, check_policy
 from models.families import view_for
-from models.generate_contract import arguments_kept_by_generate, model_arguments, refuse_unsupported
+from models.generate_contract import (
+    Output,
+    arguments_kept_by_generate,
+    length_of_mask,
+    model_arguments,
+    output_class,
+    refuse_unsupported,
+)
 from models.token_choice import TokenChooser, TokenStream
 
 
@@ -111,11 +118,12 @@ def early_exit_decode(
     decoder_view: DecoderView | None = None,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
-) -> Tensor | GenerateEncoderDecoderOutput:
+) -> Output:
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) prompt, at least a start token; all but the last run at full depth.
+        input_ids: (B, P) prompt, at least one token, or none where embeddings are given; all but the last
+            run at full depth.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
@@ -140,10 +148,14 @@ def early_exit_decode(
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        prefill(view, state, input_ids, model_kwargs.get("decoder_attention_mask"))
+        prefill(
+            view, state, prompt_ids(state, input_ids), length_of_mask(state.prompt_mask, generation_config)
+        )
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
-    return chooser.output(input_ids, view.deliver_cache(state, cache) if wanted else None)
+    return chooser.output(
+        output_class(model.config), input_ids, view.deliver_cache(state, cache) if wanted else None
+    )
 
 
 def is_given(cache: Cache | None) -> bool:
@@ -151,20 +163,27 @@ def is_given(cache: Cache | None) -> bool:
     return getattr(cache, "_is_user_defined", False)
 
 
-def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask: Tensor | None) -> None:
+def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
+    """The prompt as ids (B, P): where embeddings are given, any, as these replace them."""
+    embeds = state.prompt_embeds
+    return input_ids if embeds is None else input_ids.new_zeros(embeds.shape[:2])
+
+
+def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask_length: int | None) -> None:
     """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer.
 
-    As in `generate`, ids that come with a cache follow those that it holds, unless a mask (B, P) of the same
-    length says that they include them.
+    As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
+    positions as there are ids says that they include them.
     """
     cached, given = state.lengths[0], input_ids.shape[1]
-    start = cached if mask is not None and mask.shape[1] == given else 0
-    if mask is not None and mask.shape[1] not in (given, cached + given):
+    start = cached if mask_length == given else 0
+    if mask_length not in (None, given, cached + given):
         raise UserError(
-            f"decoder_attention_mask has {mask.shape[1]} positions for {given} token ids and {cached} cached."
+            f"The prompt's attention mask has {mask_length} positions for {given} token ids and {cached} "
+            "cached."
         )
     if start >= given:
-        raise UserError(f"The cache holds {cached} tokens: decoder_input_ids must go on from there.")
+        raise UserError(f"The cache holds {cached} tokens: the prompt must go on from there, got {given}.")
     if given - start > 1:
         view.run_layers(state, view.embed(state, input_ids[:, start:-1]), 0, view.num_layers)
 
@@ -193,6 +212,7 @@ class Decoding:
         self.prompt_length = input_ids.shape[1]
         # The newest token of the ids is not cached yet; a cache given by the caller may hold more than them.
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
+        self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
@@ -206,7 +226,8 @@ class Decoding:
     def step(self) -> None:
         """Decode one token of each unfinished row."""
         position, rows = self.input_ids.shape[1] - self.prompt_length, sum(self.active)
-        result = self.policy.step(self.view, self.state, self.input_ids[:, -1:], position, self.active)
+        newest = self.input_ids[:, -1:] if position else self.first_step_ids
+        result = self.policy.step(self.view, self.state, newest, position, self.active)
         self.stats.steps += 1
         self.stats.confidences.append(result.confidences)
         self.stats.record_cost(result, rows)

@@ -110,10 +110,11 @@ def make_per_exit_heads(kind: str, layers: Iterable[int], width: int) -> nn.Modu
 def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig) -> None:
     """Add the heads that `exit_config` asks for and `model` lacks, freshly initialised."""
     width = model.config.hidden_size
+    read_width = model.get_output_embeddings().weight.shape[1]  # by the LM head: narrower in OPT-350m
     if exit_config.train_meta_cm_head and not hasattr(model, "cm_head"):
-        model.cm_head = ConfidenceHead(width).to(model.device, model.dtype)
+        model.cm_head = ConfidenceHead(read_width).to(model.device, model.dtype)
     if exit_config.do_layer_transformation and not hasattr(model, "layer_transformation"):
-        model.layer_transformation = nn.Linear(width, width).to(model.device, model.dtype)
+        model.layer_transformation = nn.Linear(read_width, read_width).to(model.device, model.dtype)
         nn.init.eye_(model.layer_transformation.weight)
         nn.init.zeros_(model.layer_transformation.bias)
     if exit_config.per_exit_head and not hasattr(model, "per_exit_heads"):

@@ -6,14 +6,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 
-from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import GenerationMode
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+    GenerationMode,
+)
 
 from models.decoder_view import DecoderView
 from models.errors import UserError
 
+OutputObject: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
+Output: TypeAlias = Tensor | OutputObject
 GENERATE_CODE = inspect.unwrap(GenerationMixin.generate).__code__
 NEUTRAL = {"use_cache", "logits_to_keep"}  # change no output of this loop
 UNSUPPORTED_MODES = {
@@ -72,3 +79,14 @@ def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
     return {name: value for name, value in given.items() if name in known}
+
+
+def length_of_mask(prompt_mask: Tensor | None, config: GenerationConfig) -> int | None:
+    """Positions of the mask that the caller gave for the prompt; `generate` hands on the length alone of one
+    that masks nothing."""
+    return getattr(config, "_mask_length", None) if prompt_mask is None else prompt_mask.shape[1]
+
+
+def output_class(config: PreTrainedConfig) -> type[OutputObject]:
+    """What `generate` returns of such a model if `return_dict_in_generate` is set."""
+    return GenerateEncoderDecoderOutput if config.is_encoder_decoder else GenerateDecoderOnlyOutput

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,16 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerateEncoderDecoderOutput
 
-from models.decoder_view import DecoderView
+from models.decoder_view import DecoderView, ModelInputs
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
 from models.exit_policy import ExitPolicy
-from models.generate_contract import NEUTRAL
+from models.generate_contract import NEUTRAL, Output
 from models.token_choice import is_stateless
 
-Output: TypeAlias = Tensor | GenerateEncoderDecoderOutput
 PLAIN = (bool, int, float, str, type(None))
+GIVEN_INSTEAD = {"encoder_outputs", "inputs_embeds", "position_ids"}  # of what ids say
 OF_ONE_CALL = (  # though stateless: they know the source, or when the call began
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
@@ -61,16 +60,16 @@ def generate(
 
 
 class Prepared(NamedTuple):
-    """What `generate` makes of options, whatever the source."""
+    """What `generate` makes of options, whatever the source or, of a given length, the prompt."""
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     config: GenerationConfig
-    prompt: Tensor  # (1, P) ids that every output starts with
+    prompt: Tensor  # (1, P) ids that every output starts with, where prompts are of options
 
 
 class Generation:
-    """`generate` of one view's model, whose encoder the view runs too."""
+    """`generate` of one view's model, whose encoder, if it has one, the view runs too."""
 
     def __init__(self, view: DecoderView) -> None:
         self.view = view
@@ -88,49 +87,51 @@ class Generation:
         decode_stats: DecodeStats | None = None,
         **options: Any,
     ) -> Output:
-        """As `generate`: (B, S) source ids -> (B, P + T) ids, or the usual output object."""
+        """As `generate`: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output object."""
         source = input_ids if inputs is None else inputs
         own: dict[str, Any] = {
             "exit_policy": exit_policy,
             "decode_stats": decode_stats,
             "decoder_view": self.view,
         }
-        if source is None or "encoder_outputs" in options:
+        if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
         mask = self._mask(source, options) if attention_mask is None else attention_mask
-        key = self._key(options)
-        prepared = self.prepared.get(key)
         with torch.no_grad():
-            encoder_outputs = self.view.encode(source, mask)
+            read = self.view.read(source, mask)
+            key = self._key(options, read)
+            prepared = self.prepared.get(key)
             if prepared is None:
-                loop = functools.partial(self._keep, key)
+                loop = functools.partial(self._keep, key, read)
                 functools.update_wrapper(loop, early_exit_decode)  # whose parameters `generate` asks for
-                read = {"attention_mask": mask, "encoder_outputs": encoder_outputs}
-                return generate(self.model, source, custom_generate=loop, **read, **own, **options)
+                return generate(self.model, source, custom_generate=loop, **read.arguments, **own, **options)
+            prompt = prepared.prompt.repeat(len(source), 1) if read.prompt is None else read.prompt
             return early_exit_decode(
                 self.model,
-                prepared.prompt.repeat(len(source), 1),
+                prompt,
                 prepared.processors,
                 prepared.criteria,
                 prepared.config,
-                encoder_outputs=encoder_outputs,
-                attention_mask=mask,
+                **read.arguments,
                 **own,
             )
 
-    def _key(self, options: dict[str, Any]) -> Any:
-        """What tells options apart; None if they say more than plain settings."""
+    def _key(self, options: dict[str, Any], read: ModelInputs) -> Any:
+        """What tells options apart, and the lengths of prompts, which processors and criteria count from;
+        None if options say more than plain settings."""
         if not all(isinstance(value, PLAIN) for value in options.values()):
             return None
         if vars(self.model.generation_config) != self.defaults:
             self.defaults = copy.deepcopy(vars(self.model.generation_config))
             self.prepared.clear()
         settings = ((name, type(value), value) for name, value in options.items())
-        return (self.model.device, *sorted(settings, key=lambda setting: setting[0]))
+        length = None if read.prompt is None else read.prompt.shape[1]
+        return (self.model.device, length, *sorted(settings, key=lambda setting: setting[0]))
 
     def _keep(
         self,
         key: Any,
+        read: ModelInputs,
         model: PreTrainedModel,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -141,15 +142,16 @@ class Generation:
         """`early_exit_decode`, keeping what it is called with if that suits other sources too."""
         items = [*logits_processor, *stopping_criteria]
         settings = (logits_processor, stopping_criteria, generation_config)
-        known = {*NEUTRAL, "cache", "attention_mask", "encoder_outputs"}
+        known = {*NEUTRAL, *read.arguments, "cache", "position_ids"}  # which follow from ids and mask
         known |= {"exit_policy", "decode_stats", "decoder_view"}
+        expected = input_ids[:1].expand_as(input_ids) if read.prompt is None else read.prompt
         reusable = (
             key is not None
             and is_stateless(items)
             and not any(type(item).__name__ in OF_ONE_CALL for item in items)
             and generation_config.num_return_sequences in (None, 1)
             and all(value is None or name in known for name, value in others.items())
-            and bool((input_ids == input_ids[:1]).all())
+            and torch.equal(input_ids, expected)
         )
         if reusable:
             self.prepared[key] = Prepared(*settings, input_ids[:1].clone())

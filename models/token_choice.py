@@ -24,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import BaseStreamer, GenerateEncoderDecoderOutput
+from transformers.generation import BaseStreamer
 
 from models.errors import UserError
 from models.exit_policy import Drafts
+from models.generate_contract import Output, OutputObject
 
 STATELESS = (  # of transformers: nothing that these keep changes what they say
     "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper "
@@ -150,14 +151,13 @@ class TokenChooser:
                     return Verdict(index + 1, rows)
         return Verdict(count, active)
 
-    def output(self, sequences: Tensor, cache: Cache | None) -> Tensor | GenerateEncoderDecoderOutput:
-        """What `generate` returns; copies, as tensors made in inference mode are of limited use outside."""
+    def output(self, kind: type[OutputObject], sequences: Tensor, cache: Cache | None) -> Output:
+        """What `generate` returns, where wanted an object of a `kind`; copies, as tensors made in inference
+        mode are of limited use outside."""
         if not self.config.return_dict_in_generate:
             return sequences.clone()
         scores, logits = (tuple(map(torch.clone, kept or ())) or None for kept in (self.scores, self.logits))
-        return GenerateEncoderDecoderOutput(
-            sequences=sequences.clone(), scores=scores, logits=logits, cache=cache
-        )
+        return kind(sequences=sequences.clone(), scores=scores, logits=logits, cache=cache)
 
     def _judges_by_argmax(self) -> bool:
         """Whether drafts can be judged all at once, by the deep model's most probable tokens."""

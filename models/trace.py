@@ -42,20 +42,25 @@ def trace_layers(
     """Read every layer's prediction of the tokens of `sequences`, each given those before it.
 
     Args:
-        input_ids: (B, S) source; `attention_mask` (B, S) marks its real tokens.
-        sequences: (B, 1 + T) decoder tokens, start token first. Predictions at padding mean nothing.
+        input_ids: (B, S) source or, of decoder-only models, prompt; `attention_mask` (B, S) marks its real
+            tokens.
+        sequences: what `generate` returns: (B, P + T) prompt or start token, P = 1, and what followed.
+            Predictions at padding mean nothing.
         confidence: defaults to `SoftmaxGap()`.
     """
     view, measure = view_for(model), confidence or SoftmaxGap()
-    encoder_outputs = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
-    state = view.begin(None, encoder_outputs=encoder_outputs, attention_mask=attention_mask)
-    hidden = view.embed(state, sequences[:, :-1])  # (B, T, D)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    inputs = view.read(input_ids, mask)
+    prompt_length = 1 if inputs.prompt is None else inputs.prompt.shape[1]
+    state = view.begin(None, **inputs.arguments)
+    hidden = view.embed(state, sequences[:, :-1])  # (B, P - 1 + T, D)
     confidences, tokens = [], []
     for layer in range(1, view.num_layers + 1):
         hidden = view.run_layers(state, hidden, layer - 1, layer)
-        states = hidden.flatten(0, 1)  # (B * T, D)
+        predicting = hidden[:, prompt_length - 1 :]  # (B, T, D)
+        states = predicting.flatten(0, 1)  # (B * T, D)
         measured = measure(view, states, layer)
         logits = view.predict(states, layer) if measured.logits is None else measured.logits
-        confidences.append(measured.confidence.view(hidden.shape[:2]))
-        tokens.append(logits.argmax(-1).view(hidden.shape[:2]))
+        confidences.append(measured.confidence.view(predicting.shape[:2]))
+        tokens.append(logits.argmax(-1).view(predicting.shape[:2]))
     return LayerTrace(torch.stack(confidences, dim=-1), torch.stack(tokens, dim=-1))

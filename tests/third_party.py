@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from models.decoder_view import DecoderState, DecoderView
+from models.decoder_view import DecoderState, DecoderView, ModelInputs
 
 FAMILY = "pebble"
 PROTOCOL = {*DecoderView.__annotations__, *(name for name in vars(DecoderView) if not name.startswith("_"))}
@@ -128,8 +128,9 @@ class PebbleView:
     def __init__(self, model):
         self.model, self.num_layers, self.mixes_windows = model, len(model.pile), False
 
-    def encode(self, input_ids, attention_mask):
-        return self.model.reader(input_ids, attention_mask)
+    def read(self, input_ids, attention_mask):
+        encoder_outputs = self.model.reader(input_ids, attention_mask)
+        return ModelInputs({"encoder_outputs": encoder_outputs, "attention_mask": attention_mask}, None)
 
     def begin(self, cache, *, encoder_outputs, attention_mask=None):
         source = encoder_outputs[0]

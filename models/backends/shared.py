@@ -9,7 +9,9 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from models.families.encoder_decoder import EncoderDecoderView, hand_over
+from models.decoder_view import ModelInputs
+from models.families.buffers import hand_over
+from models.families.encoder_decoder import EncoderDecoderView, read_source
 
 Pair = tuple[Tensor, Tensor]  # keys, values
 
@@ -23,6 +25,9 @@ class BackendView:
         self.eager = eager
         self.model = eager.model
         self.num_layers = eager.num_layers
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+        return read_source(self, input_ids, attention_mask)
 
     def embed(self, state: Any, token_ids: Tensor) -> Tensor:
         return self.eager.embed(state, token_ids)

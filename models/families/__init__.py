@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.bart import BartView
+from models.families.gpt2 import GPT2View
+from models.families.gpt_neox import GPTNeoXView
+from models.families.llama import Gemma3View, LlamaView
+from models.families.opt import OPTView
 from models.families.t5 import T5View
 from models.families.umt5 import UMT5View
 
@@ -21,11 +25,22 @@ if TYPE_CHECKING:
 
 VIEWS: dict[str, Callable[[PreTrainedModel], DecoderView]] = {
     "bart": BartView,
+    "gemma": LlamaView,
+    "gemma2": LlamaView,
+    "gemma3_text": Gemma3View,
+    "gpt2": GPT2View,
+    "gpt_neox": GPTNeoXView,
+    "llama": LlamaView,
     "longt5": T5View,
     "marian": BartView,
     "mbart": BartView,
+    "mistral": LlamaView,
     "mt5": T5View,
+    "opt": OPTView,
     "pegasus": BartView,
+    "qwen2": LlamaView,
+    "qwen3": LlamaView,
+    "smollm3": LlamaView,
     "t5": T5View,
     "umt5": UMT5View,
 }

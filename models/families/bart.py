@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderState
 from models.errors import UserError
-from models.families.encoder_decoder import Block, EncoderDecoderView, split_heads
+from models.families.encoder_decoder import EncoderDecoderView
+from models.families.stack import Block, split_heads
 
 
 class BartView(EncoderDecoderView):

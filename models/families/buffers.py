@@ -6,12 +6,15 @@ the generation's state, so that taking tokens back is setting a number.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from models.errors import UserError
+
+Made = TypeVar("Made", bound=Cache)
 INITIAL_CAPACITY = 64
 
 
@@ -69,3 +72,17 @@ def as_dynamic_cache(cache: Cache, length: int) -> DynamicCache:
     for index, layer in enumerate(cache.layers if length > 0 else ()):
         copies.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
     return copies
+
+
+def hand_over(made: Made, cache: Cache | None) -> Made:
+    """What was made, in the caller's object if there is one, as `generate` fills it."""
+    if cache is None:
+        return made
+    vars(cache).update(vars(made))
+    return cast(Made, cache)
+
+
+def refuse_uneven(lengths: list[int]) -> None:
+    """Raise UserError for a given cache whose layers hold different tokens."""
+    if len(set(lengths)) > 1:
+        raise UserError(f"The given cache holds {lengths} tokens in its layers: not of one call.")

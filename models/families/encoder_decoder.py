@@ -1,24 +1,22 @@
-"""What the views of all encoder-decoder families share: state, driving the layers, heads of exits.
+"""What the views of all encoder-decoder families share: state, source, the layers' inputs.
 
 A family states how it embeds, what it projects, and how its layers are called where that differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from models.decoder_view import DecoderState
+from models.decoder_view import DecoderState, ModelInputs
 from models.errors import UserError
-from models.families.buffers import as_dynamic_cache, make_buffers
+from models.families.buffers import as_dynamic_cache, hand_over, make_buffers, refuse_uneven
 from models.families.masks import padding_mask, source_mask, step_mask
-
-Block = Any  # a decoder layer of Hugging Face's, whose parts no type declares
+from models.families.stack import Block, StackView
 
 
 class EncoderDecoderState(DecoderState):
@@ -32,7 +30,7 @@ class EncoderDecoderState(DecoderState):
         attention_mask: Tensor | None,
         decoder_attention_mask: Tensor | None,
     ) -> None:
-        super().__init__(num_layers)
+        super().__init__(num_layers, decoder_attention_mask)
         refuse_other_caches(cache)
         given = cache if cache is not None and cache.get_seq_length() > 0 else None
         self.cache = EncoderDecoderCache(
@@ -48,25 +46,20 @@ class EncoderDecoderState(DecoderState):
         self.relative_bias: Tensor | None = None  # (1, H, N, N) of families that have one, N growing
 
 
-class EncoderDecoderView:
+class EncoderDecoderView(StackView):
     """Base of the views: a family adds `embed`, `project_kv` and `project`, and for exports
     `project_memory`, `embed_source` and `finish_source`."""
 
     encoder_layers: list[Block]
     encoder_heads: int
     exports_encoder = True
-    mixes_windows = False
     key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
-    output_scale: float | None = None  # of the LM head's input
-    output_bias: Tensor | None = None  # (1, V), added to its output
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[Block], final_norm: nn.Module) -> None:
-        self.model = model
-        self.decoder = model.get_decoder()
-        self.layers = list(layers)  # slicing a ModuleList would build a new module
-        self.num_layers = len(self.layers)
-        self.final_norm = final_norm
-        self.width = model.config.hidden_size
+        super().__init__(model, model.get_decoder(), layers, final_norm)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+        return read_source(self, input_ids, attention_mask)
 
     def begin(
         self,
@@ -110,10 +103,6 @@ class EncoderDecoderView:
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
-        raise NotImplementedError
-
-    def project(self, normalized: Tensor) -> Tensor:
-        """Logits of normalized states: (..., D) -> (..., V)."""
         raise NotImplementedError
 
     def embed_source(self, token_ids: Tensor) -> Tensor:
@@ -165,16 +154,6 @@ class EncoderDecoderView:
         inputs = self.step_inputs(state, start, hidden.shape[1], causal)
         return self.apply_layers(hidden, inputs, state.cache, start, stop)
 
-    def apply_layers(
-        self, hidden: Tensor, inputs: dict[str, Any], cache: EncoderDecoderCache, start: int, stop: int
-    ) -> Tensor:
-        """Layers `start`..`stop - 1` of the unmodified model on (B, Q, D): a function of tensors alone, as
-        keys/values come from and go to whatever `cache.update` does with them."""
-        for layer in self.layers[start:stop]:
-            output = layer(hidden, cache=cache, **inputs)
-            hidden = output[0] if isinstance(output, tuple) else output
-        return hidden
-
     def write_kv(self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int) -> None:
         for index in range(start, stop):
             keys, values = self.project_kv(self.layers[index], hidden)
@@ -186,40 +165,14 @@ class EncoderDecoderView:
         own = as_dynamic_cache(state.cache.self_attention_cache, held)
         return hand_over(EncoderDecoderCache(own, cross_attention), cache)
 
-    def predict(self, hidden: Tensor, layer: int) -> Tensor:
-        return self.project(self.normalize(hidden, layer))
-
-    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        return self.final_norm(self.apply_exit_head(hidden, layer))
-
-    def apply_exit_head(self, hidden: Tensor, layer: int) -> Tensor:
-        """States (..., D) after `layer` through its own head, if it has one."""
-        heads = getattr(self.model, "per_exit_heads", None)  # may be attached later than the view is made
-        return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
-
-    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied
-        scale, bias = self.output_scale, self.output_bias
-        weight = weight if scale is None else weight * scale
-        bias = None if bias is None else bias.detach().flatten()[token_ids]
-        return lambda normalized: F.linear(normalized, weight, bias)
-
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         return outputs.decoder_hidden_states
 
-    def keep_all_layers(self) -> bool:
-        dropped = getattr(self.decoder, "layerdrop", 0) > 0
-        if dropped:
-            self.decoder.layerdrop = 0.0
-        return dropped
 
-
-def hand_over(made: EncoderDecoderCache, cache: Cache | None) -> EncoderDecoderCache:
-    """What was made, in the caller's object if there is one, as `generate` fills it."""
-    if cache is None:
-        return made
-    vars(cache).update(vars(made))
-    return cast(EncoderDecoderCache, cache)
+def read_source(view: Any, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+    """The source of a call, encoded by `view.encode`; prompts are of options, such as forced tokens."""
+    encoder_outputs = view.encode(input_ids, attention_mask)
+    return ModelInputs({"encoder_outputs": encoder_outputs, "attention_mask": attention_mask}, None)
 
 
 def refuse_other_caches(cache: Cache | None) -> None:
@@ -231,14 +184,3 @@ def refuse_other_caches(cache: Cache | None) -> None:
         raise UserError(
             "Only a cache of EncoderDecoderCache(DynamicCache(), DynamicCache()) can be continued or filled."
         )
-
-
-def refuse_uneven(lengths: list[int]) -> None:
-    """Raise UserError for a given cache whose layers hold different tokens."""
-    if len(set(lengths)) > 1:
-        raise UserError(f"The given cache holds {lengths} tokens in its layers: not of one call.")
-
-
-def split_heads(projected: Tensor, head_width: int) -> Tensor:
-    """(B, Q, H * W) -> (B, H, Q, W)."""
-    return projected.unflatten(-1, (-1, head_width)).transpose(1, 2)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderState
 from models.errors import UserError
-from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView, split_heads
+from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
+from models.families.stack import Block, split_heads
 
 INITIAL_BIAS_LENGTH = 64
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from models.families.encoder_decoder import Block, EncoderDecoderState, EncoderDecoderView
+from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
+from models.families.stack import Block
 from models.families.t5 import T5View
 
 

@@ -60,6 +60,7 @@ class CompiledView(BackendView):
         )
         batch, length, _ = begun.encoder_hidden.shape
         state = CompiledState(self.shelf, batch, length)
+        state.prompt_mask = decoder_attention_mask
         self._fill_memory(state.memory, begun)
         if begun.padding is not None:
             prompt = begun.padding.shape[-1]

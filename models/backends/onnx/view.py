@@ -18,7 +18,8 @@ from models.backends.onnx.state import BoundSegment, OnnxState
 from models.backends.onnx.windows import Biases, Window
 from models.backends.shared import BackendView, deliver_copies
 from models.errors import UserError
-from models.families.encoder_decoder import refuse_other_caches, refuse_uneven
+from models.families.buffers import refuse_uneven
+from models.families.encoder_decoder import refuse_other_caches
 from models.families.masks import padding_mask
 
 SMALLEST_BLOCK = 64  # query rows that attention takes at once, with 256 KiB of second-level cache
@@ -71,6 +72,7 @@ class OnnxView(BackendView):
             padding = padding_mask(hidden, decoder_attention_mask).numpy()
         memory = list(zip(made[::2], made[1::2], strict=True))
         state = OnnxState(memory, mask.int().contiguous().numpy(), padding)
+        state.prompt_mask = decoder_attention_mask
         own = getattr(cache, "self_attention_cache", None)
         if own is not None and own.get_seq_length() > 0:
             state.reserve(own.get_seq_length() + 1)

@@ -1,0 +1,37 @@
+"""OPT: learned positions; norms before each sub-layer or, in OPT-350m, after it, and narrower embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.families.causal import CausalState, CausalView
+from models.families.learned_positions import check_positions
+from models.families.stack import Block, split_heads
+
+
+class OPTView(CausalView):
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder = model.model.decoder
+        # The LM head reads what is as wide as embeddings: narrowing is a part of the final norm.
+        ends = [part for part in (decoder.final_layer_norm, decoder.project_out) if part is not None]
+        super().__init__(model, decoder, decoder.layers, nn.Sequential(*ends))
+        attention = self.layers[0].self_attn
+        self.key_value_shape = (attention.num_heads, attention.head_dim)
+
+    def place(self, state: CausalState, embedded: Tensor, past: int, total: int) -> Tensor:
+        positions = self.decoder.embed_positions
+        check_positions(state, total, positions.num_embeddings - positions.offset)
+        if self.decoder.project_in is not None:
+            embedded = self.decoder.project_in(embedded)
+        numbered = state.positions[:, past:total]
+        return embedded + positions(numbered, position_ids=numbered)
+
+    def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if layer.do_layer_norm_before:
+            hidden = layer.self_attn_layer_norm(hidden)
+        attention = layer.self_attn
+        width = attention.head_dim
+        return split_heads(attention.k_proj(hidden), width), split_heads(attention.v_proj(hidden), width)

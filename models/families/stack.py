@@ -1,0 +1,86 @@
+"""What the views of all families share: driving a stack of layers, heads of exits, the projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+Block = Any  # a decoder layer of Hugging Face's, whose parts no type declares
+
+
+class StackView:
+    """Layers of an unmodified model between embeddings and LM head; a kind of model adds state and inputs."""
+
+    mixes_windows = False
+    cache_argument = "cache"  # under which layers take it
+    output_scale: float | None = None  # of the LM head's input
+    output_bias: Tensor | None = None  # (V,) or (1, V), added to its output
+    output_cap: float | None = None  # that logits approach: cap * tanh(logits / cap)
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: Any, layers: Iterable[Block], final_norm: nn.Module
+    ) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.layers = list(layers)  # slicing a ModuleList would build a new module
+        self.num_layers = len(self.layers)
+        self.final_norm = final_norm
+        self.width = model.config.hidden_size
+
+    def apply_layers(
+        self, hidden: Tensor, inputs: dict[str, Any], cache: Cache, start: int, stop: int
+    ) -> Tensor:
+        """Layers `start`..`stop - 1` of the unmodified model on (B, Q, D): a function of tensors alone, as
+        keys/values come from and go to whatever `cache.update` does with them."""
+        for index in range(start, stop):
+            given = {self.cache_argument: cache, **self.inputs_of(inputs, index)}
+            output = self.layers[index](hidden, **given)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def inputs_of(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
+        """What layer `index` is called with, of the step's inputs."""
+        return inputs
+
+    def project(self, normalized: Tensor) -> Tensor:
+        """Logits of normalized states: (..., D) -> (..., V)."""
+        raise NotImplementedError
+
+    def predict(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.project(self.normalize(hidden, layer))
+
+    def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        return self.final_norm(self.apply_exit_head(hidden, layer))
+
+    def apply_exit_head(self, hidden: Tensor, layer: int) -> Tensor:
+        """States (..., D) after `layer` through its own head, if it has one."""
+        heads = getattr(self.model, "per_exit_heads", None)  # may be attached later than the view is made
+        return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
+
+    def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied
+        scale, bias = self.output_scale, self.output_bias
+        weight = weight if scale is None else weight * scale
+        bias = None if bias is None else bias.detach().flatten()[token_ids]
+        return lambda normalized: self.cap(F.linear(normalized, weight, bias))
+
+    def cap(self, logits: Tensor) -> Tensor:
+        if self.output_cap is None:
+            return logits
+        return torch.tanh(logits / self.output_cap) * self.output_cap
+
+    def keep_all_layers(self) -> bool:
+        dropped = getattr(self.decoder, "layerdrop", 0) > 0
+        if dropped:
+            self.decoder.layerdrop = 0.0
+        return dropped
+
+
+def split_heads(projected: Tensor, head_width: int) -> Tensor:
+    """(B, Q, H * W) -> (B, H, Q, W)."""
+    return projected.unflatten(-1, (-1, head_width)).transpose(1, 2)
