@@ -1,13 +1,13 @@
 """Load or create a model with its tokenizer, exit heads and exit configuration.
 
-`load_model(name_or_path)` reads hub ids, saves of ours, plain Hugging Face saves and original FREE
-checkpoints; `create_model(config, tokenizer)` starts from random weights.
+`load_model(name_or_path)` reads hub ids, saves of ours, plain Hugging Face saves, original FREE checkpoints
+and `.gguf` files, of encoder-decoder and decoder-only models; `create_model(config, tokenizer)` starts from
+random weights.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
+from models.checkpoint_files import LOADING_ERRORS, find_damage, find_file, first_line, read_weights
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import (
@@ -41,9 +38,11 @@ from models.exit_heads import (
     is_head_weight,
     load_exit_heads,
 )
-from models.families import view_for
-from models.generation import Generation, Output
-from models.json_files import LARGEST, fits, read_mapping
+from models.families import check_family, view_for
+from models.generate_contract import Output
+from models.generation import Generation
+from models.gguf import load_gguf, split_gguf
+from models.json_files import LARGEST, read_mapping
 from models.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -53,24 +52,10 @@ from models.lora import (
     load_lora,
     read_base_model,
 )
+from models.tokenizer import load_tokenizer
 
-LOADING_ERRORS = (  # what torch and transformers raise for files that are damaged or say impossible things
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    StrictDataclassError,
-    pickle.UnpicklingError,
-)
-LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DECODER_LM_HEAD = "decoder.lm_head.weight"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # beside those that a tokenizer's class names
 
 
 @dataclass
@@ -97,7 +82,8 @@ class LoadedModel:
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Output:
         """`model.generate(inputs, custom_generate=early_exit_decode, **options)`, which prepares a call only
-        once for the same options: (B, S) source ids -> (B, P + T) ids, or the usual output object."""
+        once for the same options: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output
+        object."""
         if self._generation is None or self._generation.view is not self.view:
             self._generation = Generation(self.view)
         return self._generation(inputs, **options)
@@ -113,8 +99,8 @@ def load_model(
     """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
 
     A folder with an adapter (LoRA, or another that merges into weights) loads the base model that it names;
-    the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. `hub` takes
-    cache_dir, revision and token.
+    the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. A `.gguf` file, local
+    or `user/repository/file.gguf`, comes dequantized. `hub` takes cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
@@ -124,22 +110,35 @@ def load_model(
     home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
     if home != name_or_path:
         hub = {**hub, "revision": "main"}  # the revision is the model's
-    tokenizer = load_tokenizer(home, *vocabulary_sizes(model.config), **hub)
+    tokenizer = load_fitting_tokenizer(home, model.config, **hub)
     return LoadedModel(model.eval(), tokenizer, exit_config)
+
+
+def load_fitting_tokenizer(name: str, config: PreTrainedConfig, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer `name`, for models of this configuration."""
+    target_size = getattr(
+        config, "decoder_vocab_size", None
+    )  # of targets, where they have their own (Marian)
+    prompts = not config.is_encoder_decoder
+    return load_tokenizer(name, config.vocab_size, target_size, prompts=prompts, **hub)
 
 
 def load_weights(
     name_or_path: str, dtype: torch.dtype, merge_adapter: bool, **hub: Any
 ) -> tuple[PreTrainedModel, ExitConfig]:
     """The model, exit heads included, and its exit configuration."""
+    if split_gguf(name_or_path)[1] is not None:
+        return load_gguf(name_or_path, dtype, **hub), ExitConfig()
     adapter = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub)
     if adapter is not None:
         return load_adapted_weights(name_or_path, adapter.parent, dtype, merge_adapter, **hub)
     check_config(name_or_path)
     exit_config = load_exit_config(name_or_path, **hub)
     try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+        check_family(config.model_type)
         with without_load_report():  # it is judged below, where exit heads are known
-            model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            model, report = auto_class(config).from_pretrained(
                 name_or_path,
                 dtype=dtype,
                 output_loading_info=True,
@@ -147,6 +146,8 @@ def load_weights(
                 trust_remote_code=False,
                 **hub,
             )
+    except UserError:
+        raise
     except LOADING_ERRORS as error:
         reason = find_damage(Path(name_or_path)) or first_line(error)
         raise UserError(f"Cannot load a model from {name_or_path}: {reason}") from error
@@ -162,6 +163,11 @@ def load_weights(
     refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
     load_exit_heads(model, heads)
     return model, exit_config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Transformers' class that makes models of a configuration, by whether there is an encoder."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 @contextmanager
@@ -211,6 +217,8 @@ def load_adapted_weights(
 
 def find_tokenizer_home(name_or_path: str, **hub: Any) -> str:
     """Where a checkpoint's tokenizer lies: with it, or with the base model of an adapter that has none."""
+    if split_gguf(name_or_path)[1] is not None:
+        return name_or_path
     config = find_file(name_or_path, ADAPTER_CONFIG_NAME, **hub)
     if config is None or find_file(name_or_path, "tokenizer_config.json", **hub) is not None:
         return name_or_path
@@ -259,56 +267,20 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
     """A model with random weights from a config (hub id, folder or .json file).
 
     Raises:
-        UserError: there is no such config or tokenizer, or it describes no encoder-decoder model.
+        UserError: there is no such config or tokenizer, or it describes no model that can be created.
     """
     check_config(config_name)
     try:
         config = AutoConfig.from_pretrained(config_name, trust_remote_code=False, **hub)
     except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a config from {config_name}: {first_line(error)}") from error
-    tokenizer = load_tokenizer(tokenizer_name, *vocabulary_sizes(config), **hub)
+    check_family(config.model_type)
+    tokenizer = load_fitting_tokenizer(tokenizer_name, config, **hub)
     try:
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        model = auto_class(config).from_config(config)
     except LOADING_ERRORS as error:
         raise UserError(f"{config_name}: {first_line(error)}") from error
     return LoadedModel(model, tokenizer, ExitConfig())
-
-
-def vocabulary_sizes(config: PreTrainedConfig) -> tuple[int, int | None]:
-    """Tokens of sources and, where it is another vocabulary (Marian), of targets."""
-    return config.vocab_size, getattr(config, "decoder_vocab_size", None)
-
-
-def load_tokenizer(
-    name: str, vocab_size: int, target_vocab_size: int | None = None, **hub: Any
-) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, also from the lone `spiece.model` of original FREE checkpoints.
-
-    It returns what encoder-decoder models take, whatever else its class would add (BERT's token_type_ids).
-
-    Raises:
-        UserError: there is none, or it has more tokens than the model's vocabulary.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
-    except LOADING_ERRORS as error:
-        raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
-    if not has_vocabulary(tokenizer, name, **hub):
-        raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
-    target_tokens = getattr(tokenizer, "target_encoder", ())  # where source and target have their own
-    sizes = (len(tokenizer), vocab_size), (len(target_tokens), target_vocab_size or vocab_size)
-    for tokens, size in sizes:
-        if tokens > size:
-            raise UserError(f"{name} has {tokens} tokens, but the model a vocab_size of {size}.")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    return tokenizer
-
-
-def has_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, **hub: Any) -> bool:
-    """Whether there is a file that the tokenizer's class reads; without one, transformers makes an empty
-    tokenizer of the model's usual class. Classes of byte-level tokenizers need no file, but to be named."""
-    files = tokenizer.vocab_files_names.values() or ("tokenizer_config.json",)
-    return any(find_file(name, file, **hub) is not None for file in {*files, *TOKENIZER_FILES})
 
 
 def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:
@@ -339,40 +311,6 @@ def is_extra_weight(name: str) -> bool:
     return is_head_weight(name) or name == DECODER_LM_HEAD
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except LOADING_ERRORS as error:
-        raise UserError(f"{path} cannot be read: {find_damage(path.parent) or first_line(error)}") from error
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder's weight files, if they never arrived or their index is none."""
-    for path in folder.glob("*.index.json"):
-        if not fits(read_mapping(path).get("weight_map"), dict[str, str]):
-            return f"{path.name} lacks a weight_map from names to files."
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if path.is_file():
-            with path.open("rb") as file:
-                start = file.read(len(LFS_POINTER))
-            if not start:
-                return f"{path.name} is empty; copy or download it again."
-            if start == LFS_POINTER:
-                return f"{path.name} is only a pointer; run `git lfs pull` where it was cloned."
-    return None
-
-
-def find_file(name_or_path: str, file: str, **hub: Any) -> Path | None:
-    """Local path of a checkpoint's file, downloaded if need be; None where it has no such file."""
-    try:
-        path = cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub)
-    except OSError as error:  # neither a folder nor a repository
-        raise UserError(f"Cannot find {name_or_path}: {first_line(error)}") from error
-    return None if path is None else Path(path)
-
-
 def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, list[str]]) -> None:
     """Raise UserError, naming all of them, if weights are missing, mis-shaped or unknown."""
     unexpected = [key for key in report.get("unexpected_keys", ()) if not is_head_weight(key)]
@@ -384,9 +322,3 @@ def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, l
     found = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(f"{name_or_path} does not fit its architecture; {'; '.join(found)}.")
-
-
-def first_line(error: Exception) -> str:
-    """The start of an error's text, with the kind where that says nothing; two lines after a colon."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 1 + lines[0].endswith(":")])

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 EXIT_HEADS_NAME = "exit_heads.safetensors"
-EMBEDDINGS = ("shared.weight", "embed_tokens.weight")
-QUERIES_AND_VALUES = r".*\.(q|v|q_proj|v_proj)$"  # of the T5 and BART families
+EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "embed_in.weight")
+QUERIES_AND_VALUES = (  # of the T5 and BART families, Llama and OPT; GPT-2's and GPT-NeoX's with the keys
+    r".*\.(q|v|q_proj|v_proj|c_attn|query_key_value)$"
+)
 
 
 def add_lora(
@@ -37,7 +39,7 @@ def add_lora(
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,

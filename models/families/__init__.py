@@ -55,13 +55,18 @@ def view_for(model: PreTrainedModel | PeftModel) -> DecoderView:
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    check_family(family)
+    return VIEWS[family](model)
+
+
+def check_family(family: str) -> None:
+    """Raise UserError if `family`, a `config.model_type`, has no view."""
     if family not in VIEWS:
         raise UserError(
             f"No decoder view for model family {family!r} (supported: {', '.join(sorted(VIEWS))}). "
             "To add one, implement models.decoder_view.DecoderView and pass it to register_view: "
             "docs/add_a_model_family.md shows how."
         )
-    return VIEWS[family](model)
 
 
 def register_view(family: str, view: Callable[[PreTrainedModel], DecoderView]) -> None:
