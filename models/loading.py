@@ -99,8 +99,8 @@ def load_model(
     """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
 
     A folder with an adapter (LoRA, or another that merges into weights) loads the base model that it names;
-    the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. A `.gguf` file, local
-    or `user/repository/file.gguf`, comes dequantized. `hub` takes cache_dir, revision and token.
+    the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. A `.gguf` file,
+    local or `user/repository/file.gguf`, comes dequantized. `hub` takes cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.

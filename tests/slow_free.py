@@ -1,4 +1,5 @@
-"""FREE without caches, batch 1: every step runs the unmodified model over the whole prefix.
+"""FREE without caches, batch 1: every step runs the unmodified model over the whole prefix, of
+encoder-decoder and of decoder-only models.
 
 Hooks state what differs from the model's own forward pass: tokens whose deep layers ran earlier, or never,
 enter each deep layer with the inputs that they had then.
@@ -6,6 +7,7 @@ enter each deep layer with the inputs that they had then.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -33,20 +35,22 @@ class SlowFree:
         self.rollback, self.causal, self.cap = rollback_threshold, causal, max_pending
         self.new_processors = new_processors
         decoder = model.get_decoder()
-        self.layers = list(getattr(decoder, "block", None) or decoder.layers)
+        names = ("block", "h", "layers")
+        self.layers = list(next(getattr(decoder, name) for name in names if hasattr(decoder, name)))
         self.inputs_of: dict[int, list[Tensor]] = {}  # position -> what entered its deep layers, (D,) each
 
     @torch.no_grad()
     def decode(self, max_length, end_tokens) -> Decoded:
-        self.inputs_of, self.memory = {}, self.model.get_encoder()(**self.inputs)
-        result, chosen, waiting = Decoded([self.model.config.decoder_start_token_id]), [], []
+        self.inputs_of = {}
+        result, chosen, waiting = Decoded(self.read_prompt()), [], []
+        before = len(result.tokens) - 1  # positions of the prompt but the last
         if isinstance(self.threshold, AdaptiveThreshold):
             self.threshold.start_sequence()
         while len(result.tokens) < max_length and not (chosen and result.tokens[-1] in end_tokens):
             position = len(result.tokens) - 1
             normalized, logits = self.read_shallow(result.tokens)
             confidence = self.measure(normalized, logits)
-            sure = confidence > self.threshold.at(position)
+            sure = confidence > self.threshold.at(position - before)
             sure = sure and not (self.cap is not None and len(waiting) >= self.cap)
             token = (position, confidence, int(logits.argmax()))
             if sure:
@@ -61,7 +65,8 @@ class SlowFree:
                 if rejected is not None:
                     keep = window[rejected][0]
                     logits = deep[rejected : rejected + 1]
-                    del result.tokens[keep + 1 :], chosen[keep:], result.exit_layers[keep:]
+                    count = keep - before  # of generated tokens
+                    del result.tokens[keep + 1 :], chosen[count:], result.exit_layers[count:]
                     for index in [index for index in self.inputs_of if index > keep]:
                         del self.inputs_of[index]
             chosen.append((list(result.tokens), logits))
@@ -109,7 +114,8 @@ class SlowFree:
         if self.copy:
             state = kept["exit"][0, -1]
             self.inputs_of[len(tokens) - 1] = [state] * (len(self.layers) - self.shallow)
-        return outputs.decoder_hidden_states[-1][:, -1], outputs.logits[:, -1]
+        states = outputs.decoder_hidden_states if self.memory else outputs.hidden_states
+        return states[-1][:, -1], outputs.logits[:, -1]
 
     def read_deep(self, tokens, window) -> Tensor:
         """Logits of the positions in `window` after all layers: (W, V)."""
@@ -132,10 +138,20 @@ class SlowFree:
         mask = torch.zeros(length, length, dtype=self.model.dtype)
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[None, None]
 
+    def read_prompt(self) -> list[int]:
+        """What the output starts with; an encoder's memory is kept."""
+        self.memory = None
+        if not self.model.config.is_encoder_decoder:
+            return self.inputs["input_ids"][0].tolist()
+        self.memory = self.model.get_encoder()(**self.inputs)
+        return [self.model.config.decoder_start_token_id]
+
     def forward(self, tokens):
+        options, ids = {"use_cache": False, "output_hidden_states": True}, torch.tensor([tokens])
+        if self.memory is None:
+            return self.model(ids, **options)
         source = {"encoder_outputs": self.memory, "attention_mask": self.inputs["attention_mask"]}
-        options = {"use_cache": False, "output_hidden_states": True}
-        return self.model(**source, decoder_input_ids=torch.tensor([tokens]), **options)
+        return self.model(**source, decoder_input_ids=ids, **options)
 
 
 @contextmanager
@@ -163,12 +179,13 @@ def input_of(layer, depth, frozen, mask, entered):
         for position, states in frozen.items():
             hidden[0, position] = states[depth]
         entered.append(hidden)
-        rest = args[1:]
+        rest = list(args[1:])
         if mask is not None:
             if "attention_mask" in kwargs:
                 kwargs = kwargs | {"attention_mask": mask}
             else:
-                rest = (mask, *rest[1:])
+                place = list(inspect.signature(module.forward).parameters).index("attention_mask")
+                rest[place - 1] = mask
         return (hidden, *rest), kwargs
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)

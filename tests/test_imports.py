@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "scripts": EVERYTHING,
 }
 READ_THE_REGISTRY = {  # all others are handed a view
-    "models", "models.decoding", "models.exit_heads", "models.loading", "models.trace",
+    "models", "models.decoding", "models.exit_heads", "models.gguf", "models.loading", "models.trace",
     "run", "util.evaluation", "util.policies", "util.training", "scripts",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets"}

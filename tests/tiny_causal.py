@@ -7,6 +7,8 @@ import transformers
 from tiny_models import VOCABULARY
 from transformers import PreTrainedModel
 
+from models.decoding import early_exit_decode
+
 LAYERS = 6
 SETTINGS = {
     "hidden_size": 32,
@@ -81,6 +83,12 @@ def prompts(batch: int = 1, length: int = 9, seed: int = 1) -> dict[str, torch.T
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def greedy(model, inputs, **options) -> torch.Tensor:
+def greedy_causal(model, inputs, **options) -> torch.Tensor:
     """What Hugging Face decodes."""
     return model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 12} | options)
+
+
+def decode_causal(model, inputs, policy=None, stats=None, **options):
+    """What the engine decodes."""
+    engine = {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
+    return greedy_causal(model, inputs, **engine, **options)

@@ -23,8 +23,15 @@ def prepare(
     the model's positions. `lengths` are in tokens, by flag; by default those of an evaluation.
 
     Raises:
-        UserError: a language that the tokenizer lacks, or a length that the model cannot take.
+        UserError: a language that the tokenizer lacks, a length that the model cannot take, or a model
+            without an encoder, for which tasks have no prompts yet.
     """
+    config = loaded.model.config
+    if not config.is_encoder_decoder:
+        raise UserError(
+            f"{config.model_type} has no encoder, and tasks have no prompts for such models yet: decode it "
+            "from Python, load_model(...).generate(...), as docs/decoder_only.md shows."
+        )
     source, target = dataset_record(data).languages or (None, None)
     set_languages(loaded.model, loaded.tokenizer, source, target, data.task == "translation")
     if lengths is None:

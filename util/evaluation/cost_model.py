@@ -61,10 +61,9 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
     """Median seconds of a layer, of a further token in it, of the head and of the confidence test."""
     view, measure = loaded.view, SoftmaxGap()
     device = loaded.model.device
-    memory = loaded.model.get_encoder()(input_ids=torch.ones(1, PREFIX, dtype=torch.long, device=device))
-
-    state = view.begin(None, encoder_outputs=memory)
-    prefix = view.embed(state, torch.ones(1, PREFIX, dtype=torch.long, device=device))  # (1, P, D)
+    tokens = torch.ones(1, PREFIX, dtype=torch.long, device=device)
+    state = view.begin(None, **view.read(tokens, torch.ones_like(tokens)).arguments)
+    prefix = view.embed(state, tokens)  # (1, P, D)
     view.run_layers(state, prefix, 0, view.num_layers)
 
     def step(size: int, read: Callable[[Tensor], Any]) -> Callable[[], None]:
