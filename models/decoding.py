@@ -165,8 +165,12 @@ def is_given(cache: Cache | None) -> bool:
 
 def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
     """The prompt as ids (B, P): where embeddings are given, any, as these replace them."""
-    embeds = state.prompt_embeds
-    return input_ids if embeds is None else input_ids.new_zeros(embeds.shape[:2])
+    embeds, given = state.prompt_embeds, input_ids.shape[1]
+    if embeds is None:
+        return input_ids
+    if given not in (0, embeds.shape[1]):
+        raise UserError(f"inputs_embeds has {embeds.shape[1]} tokens and input_ids {given}: give as many.")
+    return input_ids.new_zeros(embeds.shape[:2])
 
 
 def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask_length: int | None) -> None:

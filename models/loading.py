@@ -56,6 +56,7 @@ from models.tokenizer import load_tokenizer
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DECODER_LM_HEAD = "decoder.lm_head.weight"
+OLD_BUFFERS = (".attn.masked_bias",)  # GPT-2's, of early transformers: no weights
 
 
 @dataclass
@@ -313,7 +314,8 @@ def is_extra_weight(name: str) -> bool:
 
 def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, list[str]]) -> None:
     """Raise UserError, naming all of them, if weights are missing, mis-shaped or unknown."""
-    unexpected = [key for key in report.get("unexpected_keys", ()) if not is_head_weight(key)]
+    keys = report.get("unexpected_keys", ())
+    unexpected = [key for key in keys if not (is_head_weight(key) or key.endswith(OLD_BUFFERS))]
     problems = {
         "missing": sorted(report.get("missing_keys", ())) + heads["missing"],
         "unexpected": sorted(unexpected),

@@ -39,7 +39,7 @@ def decode_with_every_method(loaded: LoadedModel) -> dict[str, Any]:
     for name, policy in policies.items():
         stats = DecodeStats()
         options = {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
-        tokens = loaded.model.generate(**inputs, **options, max_length=12, do_sample=False)
+        tokens = loaded.model.generate(**inputs, **options, max_new_tokens=11, do_sample=False)
         results[name] = [tokens.tolist(), stats.exit_layers, stats.confidences]
     return results
 

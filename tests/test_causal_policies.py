@@ -129,11 +129,11 @@ def test_rows_of_a_batch_are_what_they_are_alone(shape):
     }
     for name, policy in policies.items():
         stats, alone = DecodeStats(), DecodeStats()
-        together = decode_causal(model, inputs, policy, stats, eos_token_id=None, pad_token_id=0)
+        together = decode_causal(model, inputs, policy, stats, min_new_tokens=NEW)
         for row in range(4):
             ids = inputs["input_ids"][row : row + 1, row:]
             single = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            output = decode_causal(model, single, policy, alone, eos_token_id=None, pad_token_id=0)
+            output = decode_causal(model, single, policy, alone, min_new_tokens=NEW)
             assert torch.equal(together[row, 9:], output[0, -NEW:]), name
             if name != "lossless":  # there a row's drafts also end where others' do
                 assert stats.exit_layers[row] == alone.exit_layers[0], name
