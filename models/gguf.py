@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import PurePath
 from typing import Any
 
@@ -38,7 +39,7 @@ def load_gguf(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedModel:
         raise
     except ImportError as error:
         raise UserError(f"{name} needs the package gguf: pip install gguf ({first_line(error)}).") from error
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, struct.error) as error:  # the latter of a file that ends too early
         raise UserError(f"Cannot load a model from {name}: {first_line(error)}") from error
     model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
     return model
