@@ -148,9 +148,8 @@ def early_exit_decode(
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        prefill(
-            view, state, prompt_ids(state, input_ids), length_of_mask(state.prompt_mask, generation_config)
-        )
+        mask_length = length_of_mask(state.prompt_mask, generation_config)
+        prefill(view, state, prompt_ids(state, input_ids), mask_length)
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
     return chooser.output(

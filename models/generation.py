@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -36,6 +37,16 @@ OF_ONE_CALL = (  # though stateless: they know the source, or when the call bega
     "MaxTimeCriteria",
     "StopStringCriteria",
     "WatermarkLogitsProcessor",
+)
+OF_ANY_LENGTH = (  # processors that count nothing from where the prompt ends
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "NoRepeatNGramLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
 )
 
 
@@ -60,12 +71,28 @@ def generate(
 
 
 class Prepared(NamedTuple):
-    """What `generate` makes of options, whatever the source or, of a given length, the prompt."""
+    """What `generate` makes of options, whatever the source or prompt."""
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     config: GenerationConfig
     prompt: Tensor  # (1, P) ids that every output starts with, where prompts are of options
+
+    @property
+    def fits_any_length(self) -> bool:
+        """Whether prompts of other lengths need no more than another `max_length`."""
+        counted = self.config.max_new_tokens is not None
+        return counted and all(type(item).__name__ in OF_ANY_LENGTH for item in self.processors)
+
+    def criteria_for(self, length: int) -> StoppingCriteriaList:
+        """The criteria after a prompt of `length` tokens."""
+        more = length - self.prompt.shape[1]
+        if more == 0:
+            return self.criteria
+        return StoppingCriteriaList(
+            MaxLengthCriteria(item.max_length + more) if type(item) is MaxLengthCriteria else item
+            for item in self.criteria
+        )
 
 
 class Generation:
@@ -99,8 +126,8 @@ class Generation:
         mask = self._mask(source, options) if attention_mask is None else attention_mask
         with torch.no_grad():
             read = self.view.read(source, mask)
-            key = self._key(options, read)
-            prepared = self.prepared.get(key)
+            key = self._key(options)
+            prepared = self.prepared.get(key) or self.prepared.get((key, prompt_length(read)))
             if prepared is None:
                 loop = functools.partial(self._keep, key, read)
                 functools.update_wrapper(loop, early_exit_decode)  # whose parameters `generate` asks for
@@ -110,23 +137,21 @@ class Generation:
                 self.model,
                 prompt,
                 prepared.processors,
-                prepared.criteria,
+                prepared.criteria_for(prompt.shape[1]),
                 prepared.config,
                 **read.arguments,
                 **own,
             )
 
-    def _key(self, options: dict[str, Any], read: ModelInputs) -> Any:
-        """What tells options apart, and the lengths of prompts, which processors and criteria count from;
-        None if options say more than plain settings."""
+    def _key(self, options: dict[str, Any]) -> Any:
+        """What tells options apart; None if they say more than plain settings."""
         if not all(isinstance(value, PLAIN) for value in options.values()):
             return None
         if vars(self.model.generation_config) != self.defaults:
             self.defaults = copy.deepcopy(vars(self.model.generation_config))
             self.prepared.clear()
         settings = ((name, type(value), value) for name, value in options.items())
-        length = None if read.prompt is None else read.prompt.shape[1]
-        return (self.model.device, length, *sorted(settings, key=lambda setting: setting[0]))
+        return (self.model.device, *sorted(settings, key=lambda setting: setting[0]))
 
     def _keep(
         self,
@@ -154,7 +179,9 @@ class Generation:
             and torch.equal(input_ids, expected)
         )
         if reusable:
-            self.prepared[key] = Prepared(*settings, input_ids[:1].clone())
+            prepared, length = Prepared(*settings, input_ids[:1].clone()), prompt_length(read)
+            # Where processors count from the end of the prompt, another length is prepared anew.
+            self.prepared[key if length is None or prepared.fits_any_length else (key, length)] = prepared
         return early_exit_decode(model, input_ids, *settings, **others)
 
     def _mask(self, source: Tensor, options: dict[str, Any]) -> Tensor:
@@ -165,3 +192,8 @@ class Generation:
         if pad is None or pad in ends:
             return torch.ones_like(source)
         return (source != pad).long()
+
+
+def prompt_length(read: ModelInputs) -> int | None:
+    """Tokens of the prompt; None where it is of the options."""
+    return None if read.prompt is None else read.prompt.shape[1]

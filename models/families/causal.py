@@ -46,7 +46,8 @@ class CausalState(DecoderState):
         if attention_mask is not None and not bool(attention_mask.all()):
             self.padding = padding_mask(like, attention_mask)
         self.positions = prompt_positions(like, attention_mask, position_ids)  # (B or 1, N), N growing
-        self.highest = int(self.positions.max()), self.positions.shape[1]  # of the prompt's; how many it has
+        self.numbered = self.positions.shape[1]  # tokens of the prompt
+        self.highest = int(self.positions.max())  # of their positions
         self.tables: dict[str, Any] = {}  # what families make of the positions, by kind of layer
 
     def grow_positions(self, total: int) -> bool:
@@ -61,8 +62,7 @@ class CausalState(DecoderState):
 
     def highest_position(self, total: int) -> int:
         """The largest number of the first `total` tokens, known without a wait for the device."""
-        highest, numbered = self.highest
-        return highest + max(total - numbered, 0)
+        return self.highest + max(total - self.numbered, 0)
 
 
 class CausalView(StackView):
