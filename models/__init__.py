@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from models.errors import UserError
     from models.exit_heads import ExitConfig
     from models.exit_policy import Calm, ExitPolicy, FullDepth, SequencePolicy, StaticExit, StepResult
-    from models.families import BartView, T5View, UMT5View, register_view, view_for
+    from models.families import (
+        BartView,
+        GPT2View,
+        GPTNeoXView,
+        LlamaView,
+        OPTView,
+        T5View,
+        UMT5View,
+        register_view,
+        view_for,
+    )
     from models.free import Free
     from models.generation import generate
     from models.loading import LoadedModel, create_model, load_model
@@ -33,7 +43,17 @@ HOMES = {  # of the names above, once more for run time
     "models.errors": ("UserError",),
     "models.exit_heads": ("ExitConfig",),
     "models.exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
-    "models.families": ("BartView", "T5View", "UMT5View", "register_view", "view_for"),
+    "models.families": (
+        "BartView",
+        "GPT2View",
+        "GPTNeoXView",
+        "LlamaView",
+        "OPTView",
+        "T5View",
+        "UMT5View",
+        "register_view",
+        "view_for",
+    ),
     "models.free": ("Free",),
     "models.generation": ("generate",),
     "models.loading": ("LoadedModel", "create_model", "load_model"),

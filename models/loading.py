@@ -119,7 +119,7 @@ def load_fitting_tokenizer(name: str, config: PreTrainedConfig, **hub: Any) -> P
     """The tokenizer `name`, for models of this configuration."""
     target_size = getattr(
         config, "decoder_vocab_size", None
-    )  # of targets, where they have their own (Marian)
+    )  # Marian's targets have a vocabulary of their own
     prompts = not config.is_encoder_decoder
     return load_tokenizer(name, config.vocab_size, target_size, prompts=prompts, **hub)
 

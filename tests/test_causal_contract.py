@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_decoding import EveryThirdDeep, Recorder
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
-from transformers import DynamicCache, set_seed
+from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from models import Free, LoadedModel, SoftmaxGap, StaticExit, UserError, prepare, view_for
+from models import Free, LoadedModel, SoftmaxGap, StaticExit, UserError, generate, prepare, view_for
 from models.decoding import DecodeStats
 from models.exit_heads import ExitConfig
 from models.families import llama
@@ -130,6 +130,16 @@ def test_streamers_see_the_prompt_and_verified_tokens_once():
     recorder = Recorder()
     output = decode_causal(precise(), prompts(), lossless(), streamer=recorder)
     assert recorder.tokens == output[0].tolist() and recorder.ended
+
+
+def test_stop_strings_end_the_output_as_in_generate():
+    model, inputs = precise(), prompts()
+    tokenizer = AutoTokenizer.from_pretrained("checkpoints/debian-t5-free")
+    third = tokenizer.convert_ids_to_tokens(int(decode_causal(model, inputs)[0, 11])).strip("▁")
+    options = {"stop_strings": [third], "tokenizer": tokenizer, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert third and expected.shape[1] <= 12
+    assert torch.equal(generate(model, **inputs, exit_policy=lossless(), **options), expected)
 
 
 def test_output_object_is_that_of_decoder_only_models():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -138,6 +139,18 @@ def test_prompts_are_padded_on_the_left_with_the_end_if_there_is_nothing_else(tm
     alone = torch.tensor([[1]])
     expected = greedy_causal(loaded.model, {"input_ids": alone}, max_new_tokens=5, min_new_tokens=5)
     assert torch.equal(output[1, 2:], expected[0])
+
+
+def test_tokens_may_be_added_beyond_the_vocabulary_but_not_be_of_another(tmp_path, tokenizer):
+    """As Gemma 3's text models have a tokenizer with a token for images."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<image>"])
+    tiny_causal(num_layers=1, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    more.save_pretrained(tmp_path)
+    assert len(load_model(str(tmp_path)).tokenizer) == len(tokenizer) + 1
+    tiny_causal(num_layers=1, vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"tokens, but the model a vocab_size of 100"):
+        load_model(str(tmp_path))
 
 
 def test_create_model_from_a_config(tmp_path, tokenizer):

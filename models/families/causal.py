@@ -66,8 +66,8 @@ class CausalState(DecoderState):
 
 
 class CausalView(StackView):
-    """Base of the views: a family adds `embed_tokens`, `project_kv` and, where they are called with more than
-    a mask, `make_tables` and `layer_inputs`."""
+    """Base of the views: a family adds `project_kv`, `place` where embeddings need more than themselves, and
+    `make_tables` and `layer_inputs` where layers are called with more than a mask."""
 
     key_value_shape: tuple[int, int]  # heads of keys/values, their width
 

@@ -12,9 +12,10 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
 
+from models.checkpoint_files import LOADING_ERRORS, first_line
 from models.errors import UserError
 from models.exit_heads import ExitConfig
-from models.loading import LOADING_ERRORS, LoadedModel, check_config, first_line, load_model
+from models.loading import LoadedModel, check_config, load_model
 from util.arguments import DataArguments
 from util.flags import require
 from util.methods import CALM, FREE, FREE_LOSSLESS, STATIC
