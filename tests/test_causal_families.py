@@ -55,12 +55,10 @@ def test_each_row_of_a_batch_is_what_generate_decodes_alone(shape):
     """In float64, where ties are none; Hugging Face sees no padding."""
     model, inputs = tiny_causal(shape).double(), prompts(4)
     options = {"min_new_tokens": NEW}
+    rows = [unpadded(inputs, row) for row in range(4)]
+    expected = torch.cat([new_tokens(greedy_causal(model, alone, **options), alone) for alone in rows])
     for policy in never_exiting(LAYERS).values():
-        together = new_tokens(decode_causal(model, inputs, policy, **options), inputs)
-        for row in range(4):
-            alone = unpadded(inputs, row)
-            expected = new_tokens(greedy_causal(model, alone, **options), alone)
-            assert torch.equal(together[row : row + 1], expected)
+        assert torch.equal(new_tokens(decode_causal(model, inputs, policy, **options), inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -139,15 +137,16 @@ def test_projection_onto_a_few_tokens_equals_their_logits(shape):
     torch.testing.assert_close(expected, model(**prompts()).logits[..., tokens])
 
 
-def test_caches_grow_with_long_outputs():
+@pytest.mark.parametrize("shape", ["llama-tied", "mistral-window", "gpt2-tied"])
+def test_caches_grow_with_long_outputs(shape, monkeypatch):
     """Buffers and positions grow twice; windows are passed."""
-    for shape in ("llama-tied", "mistral-window"):
-        model, inputs = tiny_causal(shape).double(), prompts()
-        options = {"max_new_tokens": 150, "min_new_tokens": 150}
-        policy = Free(2, SoftmaxGap(), EveryThirdDeep(), lossless=True)
-        assert torch.equal(
-            decode_causal(model, inputs, policy, **options), greedy_causal(model, inputs, **options)
-        )
+    monkeypatch.setattr("models.families.buffers.INITIAL_CAPACITY", 8)
+    monkeypatch.setattr("models.families.causal.INITIAL_POSITIONS", 8)
+    model, inputs = tiny_causal(shape).double(), prompts()
+    options = {"max_new_tokens": 40, "min_new_tokens": 40}
+    policy = Free(2, SoftmaxGap(), EveryThirdDeep(), lossless=True)
+    ours = decode_causal(model, inputs, policy, **options)
+    assert torch.equal(ours, greedy_causal(model, inputs, **options))
 
 
 def test_caches_are_not_copied_at_each_step(monkeypatch):
