@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ SUFFIX = ".gguf"
 
 def split_gguf(name: str) -> tuple[str, str | None]:
     """Folder or repository of a `.gguf` file, and its name there; None for what is no such file."""
-    path = PurePath(name)
-    if path.suffix != SUFFIX:
+    path = Path(name)
+    if path.suffix != SUFFIX or path.is_dir():
         return name, None
     return str(path.parent), path.name
 

@@ -132,6 +132,14 @@ def test_streamers_see_the_prompt_and_verified_tokens_once():
     assert recorder.tokens == output[0].tolist() and recorder.ended
 
 
+def test_a_prompt_may_be_the_start_token_alone_or_padded_on_the_right():
+    """The latter is nonsense, of which `generate` warns, but the same nonsense."""
+    model, inputs = precise(), prompts(2)
+    assert torch.equal(decode_causal(model, {}, lossless()), greedy_causal(model, {}))
+    flipped = {name: tensor.flip(-1) for name, tensor in inputs.items()}
+    assert torch.equal(decode_causal(model, flipped, lossless()), greedy_causal(model, flipped))
+
+
 def test_stop_strings_end_the_output_as_in_generate():
     model, inputs = precise(), prompts()
     tokenizer = AutoTokenizer.from_pretrained("checkpoints/debian-t5-free")

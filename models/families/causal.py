@@ -148,12 +148,6 @@ class CausalView(StackView):
         """What `layer`, called with `inputs`, caches of its input: (B, Q, D) -> keys, values (B, H, Q, W)."""
         raise NotImplementedError
 
-    def run_layers(
-        self, state: CausalState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
-    ) -> Tensor:
-        inputs = self.step_inputs(state, start, hidden.shape[1], causal)
-        return self.apply_layers(hidden, inputs, state.cache, start, stop)
-
     def write_kv(self, state: CausalState, hidden: Tensor, start: int, stop: int) -> None:
         if start == stop:
             return

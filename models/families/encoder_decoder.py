@@ -148,12 +148,6 @@ class EncoderDecoderView(StackView):
         """Relative bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""
         return None
 
-    def run_layers(
-        self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
-    ) -> Tensor:
-        inputs = self.step_inputs(state, start, hidden.shape[1], causal)
-        return self.apply_layers(hidden, inputs, state.cache, start, stop)
-
     def write_kv(self, state: EncoderDecoderState, hidden: Tensor, start: int, stop: int) -> None:
         for index in range(start, stop):
             keys, values = self.project_kv(self.layers[index], hidden)
@@ -170,7 +164,7 @@ class EncoderDecoderView(StackView):
 
 
 def read_source(view: Any, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
-    """The source of a call, encoded by `view.encode`; prompts are of options, such as forced tokens."""
+    """The source of a call, encoded by `view.encode`; what outputs start with is for the options to say."""
     encoder_outputs = view.encode(input_ids, attention_mask)
     return ModelInputs({"encoder_outputs": encoder_outputs, "attention_mask": attention_mask}, None)
 

@@ -32,6 +32,15 @@ class StackView:
         self.final_norm = final_norm
         self.width = model.config.hidden_size
 
+    def step_inputs(self, state: Any, start: int, new: int, causal: bool) -> dict[str, Any]:
+        """What layers are called with besides states and cache, for `new` tokens after those that layer
+        `start` holds."""
+        raise NotImplementedError
+
+    def run_layers(self, state: Any, hidden: Tensor, start: int, stop: int, *, causal: bool = True) -> Tensor:
+        inputs = self.step_inputs(state, start, hidden.shape[1], causal)
+        return self.apply_layers(hidden, inputs, state.cache, start, stop)
+
     def apply_layers(
         self, hidden: Tensor, inputs: dict[str, Any], cache: Cache, start: int, stop: int
     ) -> Tensor:
