@@ -122,8 +122,7 @@ def early_exit_decode(
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) prompt, at least one token, or none where embeddings are given; all but the last
-            run at full depth.
+        input_ids: (B, P) prompt, P = 0 if embeddings are given; all but its last token run at full depth.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
@@ -148,13 +147,11 @@ def early_exit_decode(
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        mask_length = length_of_mask(state.prompt_mask, generation_config)
-        prefill(view, state, prompt_ids(state, input_ids), mask_length)
+        prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config))
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
-    return chooser.output(
-        output_class(model.config), input_ids, view.deliver_cache(state, cache) if wanted else None
-    )
+    delivered = view.deliver_cache(state, cache) if wanted else None
+    return chooser.output(output_class(model.config), input_ids, delivered)
 
 
 def is_given(cache: Cache | None) -> bool:
@@ -178,7 +175,8 @@ def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask_leng
     As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
     positions as there are ids says that they include them.
     """
-    cached, given = state.lengths[0], input_ids.shape[1]
+    ids = prompt_ids(state, input_ids)
+    cached, given = state.lengths[0], ids.shape[1]
     start = cached if mask_length == given else 0
     if mask_length not in (None, given, cached + given):
         raise UserError(
@@ -188,7 +186,7 @@ def prefill(view: DecoderView, state: DecoderState, input_ids: Tensor, mask_leng
     if start >= given:
         raise UserError(f"The cache holds {cached} tokens: the prompt must go on from there, got {given}.")
     if given - start > 1:
-        view.run_layers(state, view.embed(state, input_ids[:, start:-1]), 0, view.num_layers)
+        view.run_layers(state, view.embed(state, ids[:, start:-1]), 0, view.num_layers)
 
 
 class Decoding:

@@ -35,9 +35,9 @@ def step_mask(
 ) -> Tensor | None:
     """Additive mask of `new` = Q tokens after `past` cached ones: (B or 1, 1, Q, past + Q).
 
-    A single query sees all keys that are not padding, or the newest `window` with its own: None if these are
-    all. For more, the mask must be
-    explicit: without one, attention kernels would assume that the first query stands at position 0.
+    A single query sees all keys that are not padding, or the newest `window` of them, its own included: None
+    if these are all. For more, the mask must be explicit: without one, attention kernels would assume that
+    the first query stands at position 0.
     `padding` (B, 1, 1, P) masks prompts that are padded on the left; later tokens are never padding.
     """
     passes_window = window is not None and past + new > window
