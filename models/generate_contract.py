@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
@@ -67,8 +69,14 @@ def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
 
 def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
     """Those of `given` that `view.begin` reads; UserError if there is any other with a value."""
-    known = [name for name in inspect.signature(view.begin).parameters if name != "cache"]
+    known = parameters_of(getattr(view.begin, "__func__", view.begin))
     unread = [name for name, value in given.items() if value is not None and name not in {*known, *NEUTRAL}]
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
     return {name: value for name, value in given.items() if name in known}
+
+
+@functools.cache
+def parameters_of(begin: Callable[..., Any]) -> frozenset[str]:
+    """The keywords of a view's `begin` besides the cache."""
+    return frozenset(inspect.signature(begin).parameters) - {"self", "cache"}

@@ -180,7 +180,7 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
             start += new
         states = torch.cat(made, 1)
         logits = torch.cat([view.predict(part, view.num_layers) for part in made], 1)
-    buffers = [buffer[:, :, :start] for pair in state.buffers for buffer in pair]
+    buffers = [buffer[:, :, :start].clone() for pair in state.buffers.pairs for buffer in pair]
     return [states, logits, *buffers]
 
 
