@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -74,7 +76,7 @@ def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
 
 def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
     """Those of `given` that `view.begin` reads; UserError if there is any other with a value."""
-    known = [name for name in inspect.signature(view.begin).parameters if name != "cache"]
+    known = parameters_of(getattr(view.begin, "__func__", view.begin))
     unread = [name for name, value in given.items() if value is not None and name not in {*known, *NEUTRAL}]
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
@@ -90,3 +92,9 @@ def length_of_mask(prompt_mask: Tensor | None, config: GenerationConfig) -> int 
 def output_class(config: PreTrainedConfig) -> type[OutputObject]:
     """What `generate` returns of such a model if `return_dict_in_generate` is set."""
     return GenerateEncoderDecoderOutput if config.is_encoder_decoder else GenerateDecoderOnlyOutput
+
+
+@functools.cache
+def parameters_of(begin: Callable[..., Any]) -> frozenset[str]:
+    """The keywords of a view's `begin` besides the cache."""
+    return frozenset(inspect.signature(begin).parameters) - {"self", "cache"}

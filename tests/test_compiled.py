@@ -268,7 +268,7 @@ def test_buffers_serve_one_generation_at_a_time_and_come_back_clean():
     assert keys[0] != keys[1]
     for tensor in (*first.buffers.pairs[0], *first.memory.pairs[0]):
         tensor.fill_(torch.nan)
-    gone = weakref.ref(first.buffers)
+    gone = weakref.ref(first)
     del first
     assert gone() is None
     third = view.begin(None, encoder_outputs=source)

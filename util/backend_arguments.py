@@ -23,8 +23,8 @@ class BackendArguments:
     )
     precision: str = flag(
         "fp32",
-        "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits, int8 also rounds "
-        "activations. Lossless decoding needs fp32 or w8.",
+        "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits, int8 has 8 and "
+        "rounds the tokens of a window together. Lossless decoding needs fp32 or w8.",
         PRECISIONS,
     )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from threading import RLock
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -14,6 +16,7 @@ from models.families.buffers import hand_over
 from models.families.encoder_decoder import EncoderDecoderView, read_source
 
 Pair = tuple[Tensor, Tensor]  # keys, values
+Lent = TypeVar("Lent")
 
 
 class BackendView:
@@ -55,6 +58,32 @@ def deliver_copies(own: Iterable[Pair], memory: Iterable[Pair], cache: Cache | N
         for index, (keys, values) in enumerate(pairs):
             part.update(keys.clone(), values.clone(), index)
     return hand_over(EncoderDecoderCache(*copies), cache)
+
+
+class Shelf(Generic[Lent]):
+    """Lends out what takes long to make, by what it is made from; it comes back once its borrower is gone.
+
+    `most_kept` are kept for the next borrower, those that came back last; None: all.
+    """
+
+    def __init__(self, make: Callable[..., Lent], most_kept: int | None = None) -> None:
+        self.make = make
+        self.most_kept = most_kept
+        self.free: list[tuple[tuple[int, ...], Lent]] = []
+        self.lock = RLock()  # a borrower may go while another is served by the same thread
+
+    def lend(self, borrower: object, *settings: int) -> Lent:
+        with self.lock:
+            fitting = (index for index, (made_from, _) in enumerate(self.free) if made_from == settings)
+            index = next(fitting, None)
+            kept = None if index is None else self.free.pop(index)[1]
+        lent = self.make(*settings) if kept is None else kept
+        weakref.finalize(borrower, self._keep, settings, lent).atexit = False
+        return lent
+
+    def _keep(self, settings: tuple[int, ...], lent: Lent) -> None:
+        with self.lock:
+            self.free = [(settings, lent), *self.free][: self.most_kept]
 
 
 @dataclass

@@ -1,18 +1,14 @@
 """What one generation holds on the compile backend: keys/values in tensors of fixed size that outlive it.
 
-CUDA graphs know tensors by their address. What a generation no longer needs goes back to its view's `Shelf`,
-where the next one of the same shape finds it.
+CUDA graphs know tensors by their address: they come from the view's `Shelf`, and go back to it.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
-from models.backends.shared import Pair
+from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
 from models.families.encoder_decoder import EncoderDecoderView
 
@@ -45,53 +41,38 @@ class Held:
         return [self.padding, *(tensor for pair in self.pairs for tensor in pair)]
 
 
-class Shelf:
-    """Lends out `Held`s by batch size and capacity; what is let go of comes back by itself."""
-
-    def __init__(self, view: EncoderDecoderView) -> None:
-        self.view = view
-        self.free: dict[tuple[int, int], list[Held]] = defaultdict(list)
-
-    def lend(self, batch: int, capacity: int) -> Held:
-        """Cleared ones."""
-        free = self.free[batch, capacity]
-        kept = free.pop() if free else self._make(batch, capacity)
-        kept.clear()
-        lent = Held(kept.pairs, kept.padding)
-        weakref.finalize(lent, free.append, kept).atexit = False
-        return lent
-
-    def _make(self, batch: int, capacity: int) -> Held:
-        heads, width = self.view.key_value_shape
-        weight = self.view.model.get_output_embeddings().weight
-        with torch.inference_mode(False):  # lest they can be written in that mode only
-            shape = (batch, heads, capacity, width)
-            pairs = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(self.view.num_layers)]
-            made = Held(pairs, weight.new_empty((batch, capacity), dtype=torch.bool))
-        for tensor in made.tensors():
-            torch._dynamo.mark_static_address(tensor)
-        return made
+def make_held(view: EncoderDecoderView, batch: int, capacity: int) -> Held:
+    """Empty ones, at addresses that stay."""
+    heads, width = view.key_value_shape
+    weight = view.model.get_output_embeddings().weight
+    with torch.inference_mode(False):  # lest they can be written in that mode only
+        shape = (batch, heads, capacity, width)
+        pairs = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(view.num_layers)]
+        made = Held(pairs, weight.new_empty((batch, capacity), dtype=torch.bool))
+    for tensor in made.tensors():
+        torch._dynamo.mark_static_address(tensor)
+    return made
 
 
 class CompiledState(DecoderState):
     """Of B rows and S source tokens."""
 
-    def __init__(self, shelf: Shelf, batch: int, source_length: int) -> None:
-        super().__init__(shelf.view.num_layers)
+    def __init__(self, shelf: Shelf[Held], layers: int, batch: int, source_length: int) -> None:
+        super().__init__(layers)
         self.shelf = shelf
         self.batch = batch
         self.source_length = source_length
         # Multiples, lest every length compile anew.
-        self.memory = shelf.lend(batch, -(-source_length // SOURCE_STEP) * SOURCE_STEP)
+        self.memory = self._lend(-(-source_length // SOURCE_STEP) * SOURCE_STEP)
         self.memory.padding[:, source_length:] = True
-        self.buffers = shelf.lend(batch, INITIAL_CAPACITY)
+        self.buffers = self._lend(INITIAL_CAPACITY)
 
     def reserve(self, needed: int) -> None:
         """Make room for `needed` tokens in every layer: a power of two."""
         if needed <= self.buffers.capacity:
             return
         old, capacity = self.buffers, 1 << (needed - 1).bit_length()
-        self.buffers = self.shelf.lend(self.batch, capacity)
+        self.buffers = self._lend(capacity)
         self.buffers.padding[:, : old.capacity] = old.padding
         for layer, held in enumerate(self.lengths):
             keys, values = old.pairs[layer]
@@ -103,3 +84,8 @@ class CompiledState(DecoderState):
         self.reserve(start + keys.shape[2])
         self.buffers.write(layer, start, keys, values)
         self.lengths[layer] = start + keys.shape[2]
+
+    def _lend(self, capacity: int) -> Held:
+        held = self.shelf.lend(self, self.batch, capacity)
+        held.clear()
+        return held

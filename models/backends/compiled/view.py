@@ -6,6 +6,7 @@ each (start, stop) that is asked for, for windows of 1, 2, 4, 8 and 16 tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,8 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.backends.compiled.segment import Given, Segment, segment
-from models.backends.compiled.state import CompiledState, Held, Shelf
-from models.backends.shared import BackendView, deliver_copies
+from models.backends.compiled.state import CompiledState, Held, make_held
+from models.backends.shared import BackendView, Shelf, deliver_copies
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
@@ -34,7 +35,7 @@ class CompiledView(BackendView):
         self.compiler = compiler
         # Replays of a CUDA graph write their output where the one before did.
         self.replays = compiler == "inductor" and eager.model.device.type == "cuda"
-        self.shelf = Shelf(eager)
+        self.shelf = Shelf(functools.partial(make_held, eager))
         self.segments: dict[tuple[int, ...], Segment] = {}  # compiled, by layers and shapes
         self.biases: dict[int, Tensor | None] = {}  # (H, N) by capacity
         self.positions = torch.arange(0)  # on the device, as many as the largest capacity
@@ -59,7 +60,7 @@ class CompiledView(BackendView):
             decoder_attention_mask=decoder_attention_mask,
         )
         batch, length, _ = begun.encoder_hidden.shape
-        state = CompiledState(self.shelf, batch, length)
+        state = CompiledState(self.shelf, self.num_layers, batch, length)
         state.prompt_mask = decoder_attention_mask
         self._fill_memory(state.memory, begun)
         if begun.padding is not None:

@@ -1,9 +1,11 @@
 """Weights in fewer bits: `quantize(model, precision)` of one piece.
 
-- w8, w4: blocks of 32 weights share a scale, and activations are rounded block by block, row by row (ONNX
+- w8: the weights of a column share a scale, and so do the activations of a row. Products of integers are
+  exact, so that a row has the same bits whatever rows are beside it;
+- w4: blocks of 32 weights share a scale, and activations are rounded block by block, row by row (ONNX
   Runtime's MatMulNBits at accuracy level 4);
-- int8: dynamic quantization. Columns of weights share a scale, and so do the activations of all rows: fast
-  for many rows, but the tokens of a window change each other.
+- int8: dynamic quantization. Columns of weights share a scale, and so do the activations of all rows: a node
+  a product, but the tokens of a window change each other.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-BITS = {"w8": 8, "w4": 4}
-BLOCK = 32
+from models.backends.onnx.integers import quantize_rows
+
+BITS, BLOCK = 4, 32
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower
 
 
@@ -26,18 +29,19 @@ def quantize(model: ir.Model, precision: str) -> ir.Model:
     """A model whose products with constant matrices have weights of `precision`; biases and norms stay."""
     if precision == "fp32":
         return model
+    if precision == "w8":
+        quantize_rows(model)
+        return model
     proto = ir.to_proto(model)
     with quiet_quantizers():
-        return ir.from_proto(
-            quantize_dynamic(proto) if precision == "int8" else quantize_blocks(proto, BITS[precision])
-        )
+        return ir.from_proto(quantize_dynamic(proto) if precision == "int8" else quantize_blocks(proto))
 
 
-def quantize_blocks(proto: onnx.ModelProto, bits: int) -> onnx.ModelProto:
+def quantize_blocks(proto: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.quantization import matmul_nbits_quantizer as library
 
     config = library.DefaultWeightOnlyQuantConfig(
-        block_size=BLOCK, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=bits
+        block_size=BLOCK, is_symmetric=True, accuracy_level=INTEGER_ACTIVATIONS, bits=BITS
     )
     quantizer = library.MatMulNBitsQuantizer(proto, algo_config=config)
     quantizer.process()

@@ -5,93 +5,127 @@ B rows, H heads, W their width, N capacity, S source tokens, Q new tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from onnxruntime import OrtValue
 from torch import Tensor
 
 from models.backends.onnx.engine import Session
-from models.backends.onnx.windows import Array, Window
-from models.backends.shared import Pair
+from models.backends.onnx.windows import Array, Window, shared
+from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
 
 INITIAL_CAPACITY = 64
 
 
-class OnnxState(DecoderState):
-    """Keys/values of every layer, (B, H, N, W) each, N growing, and of the source, (B, H, S, W)."""
+class Source(NamedTuple):
+    """What cross-attention reads."""
 
-    def __init__(self, memory: list[Pair], source_mask: Array, padding: Array | None) -> None:
-        super().__init__(len(memory))
-        self.memory = memory
-        self.source_mask = source_mask  # (B, S) int32, 0 at padding
-        self.padding = padding  # (B, 1, 1, P) additive, where prompts are padded
-        self.capacity = 0
-        self.buffers: list[Pair] = []
-        self.windows: dict[int, Window] = {}  # by the number of new tokens
-        self.segments: dict[tuple[int, int], BoundSegment] = {}  # by first layer and the one after the last
+    mask: OrtValue  # (B, S) int32, 0 at padding
+    memory: list[tuple[OrtValue, OrtValue]]  # keys, values of each layer, (B, H, S, W)
 
     @property
-    def batch_size(self) -> int:
-        return len(self.source_mask)
+    def pairs(self) -> list[Pair]:
+        return [
+            (torch.from_numpy(keys.numpy()), torch.from_numpy(values.numpy())) for keys, values in self.memory
+        ]
+
+
+class Buffers:
+    """Keys/values of every layer, (B, H, N, W) each, and what is bound to them: they outlive a generation, as
+    binding them anew takes longer than a token of a small model."""
+
+    def __init__(self, layers: int, batch: int, heads: int, width: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.bound_capacity = shared(np.array(capacity, np.int32))
+        arrays = np.zeros((layers, 2, batch, heads, capacity, width), np.float32)
+        self.pairs: list[Pair] = [
+            (torch.from_numpy(keys), torch.from_numpy(values)) for keys, values in arrays
+        ]
+        self.bound = [(shared(keys), shared(values)) for keys, values in arrays]
+        self.windows: dict[int, Window] = {}  # by the number of new tokens; of prompts without padding
+        self.segments: dict[tuple[int, int], BoundSegment] = {}  # by first layer and the one after the last
+
+
+class OnnxState(DecoderState):
+    """Of B rows, N growing."""
+
+    def __init__(
+        self, shelf: Shelf[Buffers], layers: int, batch: int, source: Source, padding: Array | None
+    ) -> None:
+        """`padding`: (B, 1, 1, P) additive, where prompts are padded."""
+        super().__init__(layers)
+        self.shelf = shelf
+        self.batch_size = batch
+        self.source = source
+        self.padding = padding
+        self.padded_windows: dict[int, Window] = {}
+        self.buffers = shelf.lend(self, batch, INITIAL_CAPACITY)
+
+    @property
+    def windows(self) -> dict[int, Window]:
+        """Made so far, by the number of new tokens."""
+        return self.buffers.windows if self.padding is None else self.padded_windows
 
     def reserve(self, needed: int) -> None:
-        """Make room for `needed` tokens in every layer."""
-        if needed <= self.capacity:
+        """Make room for `needed` tokens in every layer: a power of two."""
+        if needed <= self.buffers.capacity:
             return
-        self.capacity = max(INITIAL_CAPACITY, 2 * needed)
-        _, heads, _, width = self.memory[0][0].shape
-        grown = torch.zeros(len(self.lengths), 2, self.batch_size, heads, self.capacity, width)
-        for new, old, held in zip(grown, self.buffers, self.lengths, strict=False):
-            for ours, before in zip(new, old, strict=True):
+        old, self.buffers = (
+            self.buffers,
+            self.shelf.lend(self, self.batch_size, 1 << (needed - 1).bit_length()),
+        )
+        for grown, pair, held in zip(self.buffers.pairs, old.pairs, self.lengths, strict=True):
+            for ours, before in zip(grown, pair, strict=True):
                 ours[:, :, :held] = before[:, :, :held]
-        self.buffers = [tuple(layer) for layer in grown]
-        self.windows.clear()
-        self.segments.clear()
+        self.padded_windows.clear()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append (B, H, Q, W) keys/values to those of a layer, for which there is room."""
         start = self.lengths[layer]
         stop = start + keys.shape[2]
-        for buffer, new in zip(self.buffers[layer], (keys, values), strict=True):
+        for buffer, new in zip(self.buffers.pairs[layer], (keys, values), strict=True):
             buffer[:, :, start:stop] = new
         self.lengths[layer] = stop
 
 
 class BoundSegment:
-    """Layers `start`..`stop - 1` with the buffers of one generation bound to their inputs and outputs."""
+    """Layers `start`..`stop - 1` with buffers bound to their inputs and outputs."""
 
-    def __init__(self, session: Session, state: OnnxState, start: int, stop: int) -> None:
+    def __init__(self, session: Session, buffers: Buffers, start: int, stop: int) -> None:
         self.session = session
         self.binding = session.io_binding()
         self.names = {node.name for node in session.get_inputs()}
+        self.layers = range(start, stop)
         self.window: Window | None = None
-        self.capacity = np.array(state.capacity, np.int32)
-        self._bind_array("capacity", self.capacity)
-        self._bind_array("source_mask", state.source_mask)
-        for layer in range(start, stop):
-            for part, buffer, memory in zip(
-                ("keys", "values"), state.buffers[layer], state.memory[layer], strict=True
-            ):
-                self._bind(f"past_{part}.{layer}", buffer)
-                self._bind(f"memory_{part}.{layer}", memory)
-                self._bind_output(f"written_{part}.{layer}", buffer)
+        self.source: Source | None = None
+        self.binding.bind_ortvalue_input("capacity", buffers.bound_capacity)
+        for layer in self.layers:
+            for part, buffer in zip(("keys", "values"), buffers.bound[layer], strict=True):
+                self.binding.bind_ortvalue_input(f"past_{part}.{layer}", buffer)
+                self.binding.bind_ortvalue_output(f"written_{part}.{layer}", buffer)
 
-    def run(self, hidden: Tensor, window: Window) -> Tensor:
+    def run(self, hidden: Tensor, window: Window, source: Source) -> Tensor:
         """(B, Q, D) states through the layers."""
+        if source is not self.source:
+            self._attend(source)
         if window is not self.window:
-            for name in self.names & window.inputs.keys():
-                self._bind_array(name, window.inputs[name])
-            self._bind_output("hidden_out", window.output)
-            self.window = window
+            self._move(window)
         window.hidden.copy_(hidden)
         self.session.run_with_iobinding(self.binding)
         return window.output.clone()  # as policies keep states while the window is used again
 
-    def _bind(self, name: str, tensor: Tensor) -> None:
-        self.binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.data_ptr())
+    def _attend(self, source: Source) -> None:
+        self.binding.bind_ortvalue_input("source_mask", source.mask)
+        for layer in self.layers:
+            for part, memory in zip(("keys", "values"), source.memory[layer], strict=True):
+                self.binding.bind_ortvalue_input(f"memory_{part}.{layer}", memory)
+        self.source = source
 
-    def _bind_array(self, name: str, array: Array) -> None:
-        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def _bind_output(self, name: str, tensor: Tensor) -> None:
-        self.binding.bind_output(name, "cpu", 0, np.float32, tensor.shape, tensor.data_ptr())
+    def _move(self, window: Window) -> None:
+        for name in self.names & window.inputs.keys():
+            self.binding.bind_ortvalue_input(name, window.inputs[name])
+        self.binding.bind_ortvalue_output("hidden_out", window.bound_output)
+        self.window = window

@@ -14,14 +14,15 @@ from transformers import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from models.backends.onnx.engine import Engine
-from models.backends.onnx.state import BoundSegment, OnnxState
-from models.backends.onnx.windows import Biases, Window
-from models.backends.shared import BackendView, deliver_copies
+from models.backends.onnx.state import BoundSegment, Buffers, OnnxState, Source
+from models.backends.onnx.windows import Biases, Window, shared
+from models.backends.shared import BackendView, Shelf, deliver_copies
 from models.errors import UserError
 from models.families.buffers import refuse_uneven
 from models.families.encoder_decoder import refuse_other_caches
 from models.families.masks import padding_mask
 
+MOST_KEPT = 4  # buffers of past generations
 SMALLEST_BLOCK = 64  # query rows that attention takes at once, with 256 KiB of second-level cache
 
 
@@ -36,6 +37,7 @@ class OnnxView(BackendView):
         # a token must have the same bits in every window, none has more rows than the smallest block.
         width = self.eager.key_value_shape[1]
         self.most_rows = min(2 * width, SMALLEST_BLOCK) if engine.exact else sys.maxsize
+        self.shelf = Shelf(self._make_buffers, most_kept=MOST_KEPT)
         self.biases: dict[int, Biases] = {}  # by capacity
         self.source_biases: dict[int, Tensor] = {}  # (1, H, S, S) by owner, S growing
 
@@ -64,14 +66,13 @@ class OnnxView(BackendView):
         refuse_other_caches(cache)
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        made = [
-            torch.from_numpy(array) for array in self.engine.memory().run(None, {"hidden": hidden.numpy()})
-        ]
+        made = self.engine.memory().run_with_ort_values(None, {"hidden": shared(hidden.contiguous().numpy())})
         padding = None
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             padding = padding_mask(hidden, decoder_attention_mask).numpy()
         memory = list(zip(made[::2], made[1::2], strict=True))
-        state = OnnxState(memory, mask.int().contiguous().numpy(), padding)
+        source = Source(shared(mask.int().contiguous().numpy()), memory)
+        state = OnnxState(self.shelf, self.num_layers, len(hidden), source, padding)
         state.prompt_mask = decoder_attention_mask
         own = getattr(cache, "self_attention_cache", None)
         if own is not None and own.get_seq_length() > 0:
@@ -95,12 +96,13 @@ class OnnxView(BackendView):
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, new)
         window.move(past)
-        segment = state.segments.get((start, stop))
+        segments = state.buffers.segments
+        segment = segments.get((start, stop))
         if segment is None:
-            segment = BoundSegment(self.engine.layers(start, stop), state, start, stop)
-            state.segments[start, stop] = segment
+            segment = BoundSegment(self.engine.layers(start, stop), state.buffers, start, stop)
+            segments[start, stop] = segment
         state.lengths[start:stop] = [past + new] * (stop - start)
-        return segment.run(hidden, window)
+        return segment.run(hidden, window, state.source)
 
     def write_kv(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> None:
         state.reserve(state.lengths[start] + hidden.shape[1] + 1)
@@ -111,7 +113,7 @@ class OnnxView(BackendView):
 
     def deliver_cache(self, state: OnnxState, cache: Cache | None) -> EncoderDecoderCache:
         held = min(state.lengths)
-        buffers, memory = (state.buffers, state.memory) if held > 0 else ([], [])
+        buffers, memory = (state.buffers.pairs, state.source.pairs) if held > 0 else ([], [])
         own = ((keys[:, :, :held], values[:, :, :held]) for keys, values in buffers)
         return deliver_copies(own, memory, cache)
 
@@ -121,11 +123,14 @@ class OnnxView(BackendView):
         logits = torch.from_numpy(self.engine.head().run(None, {"hidden": flat})[0])
         return logits.view(*hidden.shape[:-1], -1)
 
+    def _make_buffers(self, batch: int, capacity: int) -> Buffers:
+        return Buffers(self.num_layers, batch, *self.eager.key_value_shape, capacity)
+
     def _window(self, state: OnnxState, past: int, new: int) -> Window:
         state.reserve(past + max(new, 2))
         window = state.windows.get(new)
         if window is None:
-            biases = self._biases(state.capacity)
+            biases = self._biases(state.buffers.capacity)
             window = state.windows[new] = Window(
                 state.batch_size, new, self.eager.width, biases, state.padding, self.engine.exact
             )

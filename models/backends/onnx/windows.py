@@ -8,9 +8,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
+from onnxruntime import OrtValue
 from torch import Tensor
 
 Array = np.ndarray
+
+
+def shared(array: Array) -> OrtValue:
+    """What sessions read and write in the array's own memory."""
+    return OrtValue.ortvalue_from_numpy(array)
 
 
 class Biases:
@@ -60,14 +66,15 @@ class Window:
         held = batch if padding is not None else 1
         shape = (held, biases.heads, rows, biases.capacity)
         self.bias = {owner: np.zeros(shape, np.float32) for owner in biases.rows_from}
-        self.inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
-        self.inputs["hidden"] = self.hidden.numpy()
-        self.inputs |= {
+        inputs = {f"bias.{owner}": array for owner, array in self.bias.items()} | {
+            "hidden": self.hidden.numpy(),
             "last": self.last,
             "row_count": np.full(batch, rows, np.int32),
             "queries": np.minimum(np.arange(rows), new - 1),
             "kept": np.arange(new),
         }
+        self.inputs = {name: shared(array) for name, array in inputs.items()}
+        self.bound_output = shared(self.output.numpy())
 
     def move(self, past: int) -> None:
         """Let the window follow `past` tokens."""
