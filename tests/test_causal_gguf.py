@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gguf
 import pytest
 import torch
 from tiny_causal import greedy_causal, prompts, tiny_causal
 
 from models import Free, SoftmaxGap, UserError, load_model
 
-gguf = pytest.importorskip("gguf", reason="an optional package: pip install gguf")
 GGUF_NAMES = {  # llama.cpp's, of what Hugging Face calls otherwise
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
