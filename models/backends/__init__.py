@@ -4,7 +4,7 @@
     fast.generate(**inputs, exit_policy=Free(...))
 
 - torch: the unmodified modules; every model and device, and training;
-- onnx: exported graphs in ONNX Runtime; encoder-decoder models in float32 on a CPU;
+- onnx: exported graphs in ONNX Runtime; models in float32 on a CPU;
 - compile: `torch.compile` over buffers of fixed size; encoder-decoder models, on CUDA as CUDA graphs.
 """
 
@@ -18,13 +18,15 @@ import torch
 from models.choices import BACKENDS, PRECISIONS
 from models.decoder_view import DecoderView
 from models.errors import UserError
+from models.families.causal import CausalView
 from models.families.encoder_decoder import EncoderDecoderView
 from models.loading import LoadedModel
 from models.lora import is_adapted
 
 if TYPE_CHECKING:
     from models.backends.compiled.view import CompiledView
-    from models.backends.onnx.view import OnnxView
+    from models.backends.onnx.causal import OnnxCausalView
+    from models.backends.onnx.encoder_decoder import OnnxEncoderDecoderView
 
 
 def prepare(
@@ -77,7 +79,7 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
         return f"the model is on {loaded.model.device}, and onnx runs on the CPU"
     if loaded.model.dtype != torch.float32:
         return f"the model is in {loaded.model.dtype}, and float32 is what is exported"
-    if not isinstance(modules_of(loaded), EncoderDecoderView):
+    if not isinstance(modules_of(loaded), EncoderDecoderView | CausalView):
         return f"there is no export for model family {loaded.model.config.model_type!r}"
     return None
 
@@ -98,21 +100,24 @@ def open_compiled(loaded: LoadedModel) -> CompiledView:
     return CompiledView(view)
 
 
-def open_onnx(loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None) -> OnnxView:
+def open_onnx(
+    loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None
+) -> OnnxCausalView | OnnxEncoderDecoderView:
     try:
+        from models.backends.onnx.causal import OnnxCausalView
         from models.backends.onnx.check import check_export
+        from models.backends.onnx.encoder_decoder import OnnxEncoderDecoderView
         from models.backends.onnx.engine import Engine
         from models.backends.onnx.store import default_cache_dir
-        from models.backends.onnx.view import OnnxView
     except ImportError as error:
         raise UserError(
             f"backend onnx needs onnxruntime, onnx and onnxscript ({error}); or use backend torch."
         ) from error
     view = modules_of(loaded)
-    assert isinstance(view, EncoderDecoderView)
+    assert isinstance(view, EncoderDecoderView | CausalView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     engine = Engine(view, folder, precision, threads)
-    exported = OnnxView(engine)
+    exported = OnnxCausalView(engine) if isinstance(view, CausalView) else OnnxEncoderDecoderView(engine)
     if engine.export_all():
         check_export(exported)
     return exported

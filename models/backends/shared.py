@@ -11,9 +11,8 @@ from typing import Any, Generic, TypeVar, cast
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from models.decoder_view import ModelInputs
 from models.families.buffers import hand_over
-from models.families.encoder_decoder import EncoderDecoderView, read_source
+from models.families.stack import StackView
 
 Pair = tuple[Tensor, Tensor]  # keys, values
 Lent = TypeVar("Lent")
@@ -24,13 +23,10 @@ class BackendView:
 
     mixes_windows = False
 
-    def __init__(self, eager: EncoderDecoderView) -> None:
-        self.eager = eager
+    def __init__(self, eager: StackView) -> None:
+        self.eager: Any = eager  # whose kind each backend knows
         self.model = eager.model
         self.num_layers = eager.num_layers
-
-    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
-        return read_source(self, input_ids, attention_mask)
 
     def embed(self, state: Any, token_ids: Tensor) -> Tensor:
         return self.eager.embed(state, token_ids)
@@ -53,11 +49,14 @@ class BackendView:
 
 def deliver_copies(own: Iterable[Pair], memory: Iterable[Pair], cache: Cache | None) -> EncoderDecoderCache:
     """Copies of the layers' keys/values, their own and those of the source, in `cache` or in a new one."""
-    copies = DynamicCache(), DynamicCache()
-    for part, pairs in zip(copies, (own, memory), strict=True):
-        for index, (keys, values) in enumerate(pairs):
-            part.update(keys.clone(), values.clone(), index)
-    return hand_over(EncoderDecoderCache(*copies), cache)
+    return hand_over(EncoderDecoderCache(copied(own), copied(memory)), cache)
+
+
+def copied(pairs: Iterable[Pair]) -> DynamicCache:
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(pairs):
+        cache.update(keys.clone(), values.clone(), index)
+    return cache
 
 
 class Shelf(Generic[Lent]):

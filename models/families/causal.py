@@ -69,7 +69,7 @@ class CausalView(StackView):
     """Base of the views: a family adds `project_kv`, `place` where embeddings need more than themselves, and
     `make_tables` and `layer_inputs` where layers are called with more than a mask."""
 
-    key_value_shape: tuple[int, int]  # heads of keys/values, their width
+    bias_heads = 1  # all see the same window
 
     def __init__(
         self, model: PreTrainedModel, decoder: Any, layers: Iterable[Block], final_norm: nn.Module
@@ -143,6 +143,28 @@ class CausalView(StackView):
 
     def inputs_of(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
         return inputs[self.kinds[index]]
+
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        return {kind: {"attention_mask": None} for kind in self.windows}
+
+    def traced_keys_values(
+        self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs_of(self.traced_inputs(hidden, rotation), index)
+        return self.project_kv(self.layers[index], hidden, inputs)
+
+    def bias_owner(self, index: int) -> int:
+        """The first layer of the same kind."""
+        return self.kinds.index(self.kinds[index])
+
+    def distance_bias(self, index: int, length: int) -> Tensor | None:
+        """Keys out of the window."""
+        window = self.windows[self.kinds[index]]
+        if window is None:
+            return None
+        return torch.zeros(1, length).masked_fill(
+            torch.arange(length) >= window, torch.finfo(torch.float32).min
+        )
 
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What `layer`, called with `inputs`, caches of its input: (B, Q, D) -> keys, values (B, H, Q, W)."""

@@ -53,10 +53,13 @@ class EncoderDecoderView(StackView):
     encoder_layers: list[Block]
     encoder_heads: int
     exports_encoder = True
-    key_value_shape: tuple[int, int]  # heads of the decoder's attentions, their width
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[Block], final_norm: nn.Module) -> None:
         super().__init__(model, model.get_decoder(), layers, final_norm)
+
+    @property
+    def bias_heads(self) -> int:
+        return self.key_value_shape[0]
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
         return read_source(self, input_ids, attention_mask)
@@ -121,10 +124,14 @@ class EncoderDecoderView(StackView):
         """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, D / H)."""
         raise NotImplementedError
 
-    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """`step_inputs` of an export, which masks by itself and has memory and biases from elsewhere: what
-        layers insist on being called with."""
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        """The memory comes from elsewhere."""
         return {"attention_mask": None, "encoder_hidden_states": hidden}
+
+    def traced_keys_values(
+        self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.project_kv(self.layers[index], hidden)
 
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
         """`layer` of the encoder on (B, S, D), exported likewise.
@@ -134,15 +141,6 @@ class EncoderDecoderView(StackView):
         """
         output = layer(hidden, None)
         return output[0] if isinstance(output, tuple) else output
-
-    def bias_owner(self, index: int) -> int:
-        """The layer, of encoder or decoder, whose relative biases layer `index` uses."""
-        return 0
-
-    def distance_bias(self, index: int, length: int) -> Tensor | None:
-        """Relative bias of a key so many positions before its query in decoder layer `index`: (H, length);
-        None of families that embed positions."""
-        return None
 
     def source_bias(self, index: int, length: int) -> Tensor | None:
         """Relative bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""

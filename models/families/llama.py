@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.families.causal import CausalState
 from models.families.rotary import RotaryView
 from models.families.stack import Block, split_heads
 
@@ -38,5 +37,5 @@ class LlamaView(RotaryView):
 class Gemma3View(LlamaView):
     """Layers with a window have rotary positions of their own."""
 
-    def make_tables(self, state: CausalState, kind: str) -> tuple[Tensor, Tensor]:
-        return self.decoder.rotary_emb(state.like, state.positions, kind)
+    def rotation(self, like: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return self.decoder.rotary_emb(like, positions, kind)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,14 +24,25 @@ class RotaryView(CausalView):
         super().__init__(model, decoder, layers, final_norm)
         refuse_changing_rope(decoder.rotary_emb.rope_type)
 
+    @property
+    def rotary_width(self) -> int:
+        like = self.model.get_input_embeddings().weight
+        return self.rotation(like, torch.zeros(1, 1, dtype=torch.long), self.kinds[0])[0].shape[-1]
+
+    def rotation(self, like: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions (B or 1, N), typed as `like`: (B or 1, N, W) both."""
+        return self.decoder.rotary_emb(like, positions)
+
     def make_tables(self, state: CausalState, kind: str) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all positions: (B or 1, N, W) both."""
-        return self.decoder.rotary_emb(state.like, state.positions)
+        return self.rotation(state.like, state.positions, kind)
 
     def layer_inputs(self, table: Any, mask: Tensor | None, past: int, total: int) -> dict[str, Any]:
         cos, sin = table
         rows = cos[:, past:total], sin[:, past:total]
         return {"attention_mask": mask, "position_embeddings": rows}
+
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        return {kind: {"attention_mask": None, "position_embeddings": rotation} for kind in self.windows}
 
     def rotate(self, attention: nn.Module, keys: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Keys (B, H, Q, W) at the positions of the step, by the function of the attention's own module."""

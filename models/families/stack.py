@@ -17,6 +17,7 @@ class StackView:
     """Layers of an unmodified model between embeddings and LM head; a kind of model adds state and inputs."""
 
     mixes_windows = False
+    key_value_shape: tuple[int, int]  # heads of keys/values, their width
     cache_argument = "cache"  # under which layers take it
     output_scale: float | None = None  # of the LM head's input
     output_bias: Tensor | None = None  # (V,) or (1, V), added to its output
@@ -31,6 +32,16 @@ class StackView:
         self.num_layers = len(self.layers)
         self.final_norm = final_norm
         self.width = model.config.hidden_size
+
+    @property
+    def bias_heads(self) -> int:
+        """Of `distance_bias`."""
+        raise NotImplementedError
+
+    @property
+    def rotary_width(self) -> int | None:
+        """Of the cosines and sines by which layers rotate, if they do."""
+        return None
 
     def step_inputs(self, state: Any, start: int, new: int, causal: bool) -> dict[str, Any]:
         """What layers are called with besides states and cache, for `new` tokens after those that layer
@@ -55,6 +66,26 @@ class StackView:
     def inputs_of(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
         """What layer `index` is called with, of the step's inputs."""
         return inputs
+
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        """`step_inputs` of an export, which masks by itself: what layers insist on being called with, and
+        cosines and sines of the new tokens, (B or 1, Q, W) both."""
+        raise NotImplementedError
+
+    def traced_keys_values(
+        self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What layer `index` caches of (B, Q, D), exported likewise: keys, values (B, H, Q, W)."""
+        raise NotImplementedError
+
+    def bias_owner(self, index: int) -> int:
+        """The layer whose biases and rotation layer `index` uses."""
+        return 0
+
+    def distance_bias(self, index: int, length: int) -> Tensor | None:
+        """Bias of a key so many positions before its query in layer `index`: (bias_heads, length); None if
+        there is none."""
+        return None
 
     def project(self, normalized: Tensor) -> Tensor:
         """Logits of normalized states: (..., D) -> (..., V)."""

@@ -77,9 +77,9 @@ class T5View(EncoderDecoderView):
             bias = state.relative_bias = attention.compute_bias(length, length)
         return bias[:, :, past:total, :total]
 
-    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
         unread = hidden.new_zeros(1)  # lest layers compute biases
-        return super().traced_inputs(hidden) | {
+        return super().traced_inputs(hidden, rotation) | {
             "position_bias": unread,
             "encoder_decoder_position_bias": unread,
         }

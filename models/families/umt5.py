@@ -20,8 +20,8 @@ class UMT5View(T5View):
     def bias_rows(self, state: EncoderDecoderState, past: int, total: int) -> Tensor | None:
         return None
 
-    def traced_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        return EncoderDecoderView.traced_inputs(self, hidden)
+    def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        return EncoderDecoderView.traced_inputs(self, hidden, rotation)
 
     def apply_encoder_layer(self, layer: Block, hidden: Tensor) -> Tensor:
         return EncoderDecoderView.apply_encoder_layer(self, layer, hidden)

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from models.backends.compiled.segment import Given, Segment, segment
 from models.backends.compiled.state import CompiledState, Held, make_held
 from models.backends.shared import BackendView, Shelf, deliver_copies
-from models.decoder_view import DecoderView
+from models.decoder_view import DecoderView, ModelInputs
 from models.errors import UserError
-from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
+from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, read_source
 
 WINDOWS = (1, 2, 4, 8, 16)  # sizes that are compiled: others are padded, longer ones taken apart
 
@@ -39,6 +39,9 @@ class CompiledView(BackendView):
         self.segments: dict[tuple[int, ...], Segment] = {}  # compiled, by layers and shapes
         self.biases: dict[int, Tensor | None] = {}  # (H, N) by capacity
         self.positions = torch.arange(0)  # on the device, as many as the largest capacity
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+        return read_source(self, input_ids, attention_mask)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
         """The encoder's output for (B, S) ids and a mask that is 0 at padding."""

@@ -71,6 +71,8 @@ def attend(
     heads, width = query.shape[1], query.shape[3]
     merged = [states.transpose(1, 2).flatten(2) for states in (query, key, value)]  # (B, Q, H * W)
     attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling)}
+    if options.get("softcap") is not None:  # that scores approach
+        attributes["softcap"] = float(options["softcap"])
     if attended.memory is not None and key is attended.memory[0]:
         others = [key, value, None, attended.source_mask]
         output = multi_head(select(merged[0], attended.queries), others, attributes)

@@ -41,18 +41,19 @@ def check_export(view: OnnxView) -> None:
 
 
 def logits_of(view: Any) -> Tensor:
-    """Logits of two sequences of fixed tokens, one with a padded source: (2, TOKENS, V)."""
+    """Logits of two sequences of fixed tokens, one with a padded source or prompt: (2, TOKENS, V)."""
     generator = torch.Generator().manual_seed(0)
     words = view.model.get_input_embeddings().weight.shape[0]
     source = torch.randint(words, (2, SOURCE), generator=generator)
     mask = torch.ones(2, SOURCE, dtype=torch.long)
-    mask[1, SOURCE // 2 :] = 0
-    encoded = view.encode(source, mask)
-    state = view.begin(None, encoder_outputs=encoded, attention_mask=mask)
+    mask[1, : SOURCE // 2] = 0
+    read = view.read(source, mask)
+    state = view.begin(None, **read.arguments)
     targets = view.model.get_output_embeddings().weight.shape[0]
     tokens = torch.randint(targets, (2, TOKENS), generator=generator)
     parts = []
-    for window in tokens.split([1, TOKENS - 1], dim=1):
+    prompt = [] if read.prompt is None else [read.prompt]
+    for window in [*prompt, *tokens.split([1, TOKENS - 1], dim=1)]:
         hidden = view.run_layers(state, view.embed(state, window), 0, view.num_layers)
         parts.append(view.predict(hidden, view.num_layers))
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts[len(prompt) :], dim=1)

@@ -17,9 +17,10 @@ from models.backends.onnx.store import Store, fingerprint, makers
 from models.backends.onnx.tracing import Kinds
 from models.choices import EXACT_PRECISIONS
 from models.families.encoder_decoder import EncoderDecoderView
+from models.families.stack import StackView
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
-PIECES: dict[str, Callable[[EncoderDecoderView, int], Piece]] = {
+PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "layer": DecoderLayer,
     "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
     "keys-values": KeysValues,
@@ -34,7 +35,7 @@ ERRORS_ONLY = 3  # of ONNX Runtime's severities
 class Engine:
     """Graphs of `view`'s model in one precision, run by `threads` threads."""
 
-    def __init__(self, view: EncoderDecoderView, cache_dir: Path, precision: str, threads: int) -> None:
+    def __init__(self, view: StackView, cache_dir: Path, precision: str, threads: int) -> None:
         self.view = view
         self.store = Store(cache_dir / fingerprint(view.model, precision))
         self.precision = precision
@@ -47,12 +48,15 @@ class Engine:
 
     def export_all(self) -> bool:
         """Export every piece that decoding may need, unless it is stored already; whether any was not."""
-        before = self.store.made
-        decoder, encoder = range(self.view.num_layers), range(len(self.view.encoder_layers))
-        for kind in (self.layer_kind, "memory", "keys-values"):
-            for index in decoder:
+        before, view = self.store.made, self.view
+        kinds, encoder = [self.layer_kind, "keys-values"], 0
+        if isinstance(view, EncoderDecoderView):
+            kinds.append("memory")
+            encoder = len(view.encoder_layers) if view.exports_encoder else 0
+        for kind in kinds:
+            for index in range(view.num_layers):
                 self._piece(kind, index)
-        for index in encoder if self.view.exports_encoder else ():
+        for index in range(encoder):
             self._piece("encoder", index)
         self._piece("head", 0)
         return self.store.made > before
@@ -71,6 +75,7 @@ class Engine:
 
     def encoder(self) -> Session:
         """All layers of the encoder."""
+        assert isinstance(self.view, EncoderDecoderView)
         return self._session("encoder", 0, len(self.view.encoder_layers))
 
     def head(self) -> Session:
@@ -89,7 +94,7 @@ class Engine:
         pieces = ((index, self._piece(kind, index)) for index in indices)
         if kind in ("layer", "exact-layer", "encoder"):
             return chain(pieces, self.view.bias_owner)
-        return bundle(pieces)
+        return bundle(pieces, self.view.bias_owner)
 
     def _piece(self, kind: str, index: int) -> ir.Model:
         return self.store.piece(f"{kind}-{index}", lambda: self._export(PIECES[kind](self.view, index)))

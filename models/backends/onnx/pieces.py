@@ -7,12 +7,16 @@ width, H heads, W their width.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from models.backends.onnx.attention import Attended, NewOnly, attending
-from models.backends.shared import GivenMemory
+from models.backends.shared import GivenMemory, Pair
 from models.families.encoder_decoder import EncoderDecoderView
+from models.families.stack import StackView
 
 BATCH, NEW, SOURCE, CAPACITY = 2, 3, 7, 11  # sizes of the traced examples
 Axes = dict[int, str]
@@ -25,9 +29,9 @@ class Piece(nn.Module):
     outputs: tuple[str, ...]
     key: object = None  # what else the graph depends on
 
-    def __init__(self, view: EncoderDecoderView, layer: nn.Module) -> None:
+    def __init__(self, view: StackView, layer: nn.Module) -> None:
         super().__init__()
-        self.view = view
+        self.view: Any = view  # whose kind the piece knows
         self.layer = layer
 
 
@@ -44,35 +48,50 @@ def source_mask_example() -> tuple[Tensor, Axes]:
     return torch.ones(BATCH, SOURCE, dtype=torch.int32), {0: "batch", 1: "source"}
 
 
+def rotation_examples(view: StackView) -> dict[str, tuple[Tensor, Axes]]:
+    """Cosines and sines of the new tokens, of families that rotate queries and keys."""
+    width = view.rotary_width
+    if width is None:
+        return {}
+    names = ("cosines", "sines")
+    return {name: (torch.zeros(BATCH, NEW, width), {0: "positions", 1: "new"}) for name in names}
+
+
+def pair(first: Tensor | None, second: Tensor | None) -> Pair | None:
+    return None if first is None or second is None else (first, second)
+
+
 class DecoderLayer(Piece):
     """Layer `index` of a decoder, which appends keys/values to its buffers."""
 
     outputs = ("hidden_out", "written_keys", "written_values")
 
-    def __init__(self, view: EncoderDecoderView, index: int, exact: bool = False) -> None:
+    def __init__(self, view: StackView, index: int, exact: bool = False) -> None:
         """`exact`: a token has the same bits alone and in a window."""
         super().__init__(view, view.layers[index])
         self.index = index
         self.key = exact
         heads, width = view.key_value_shape
+        bias = torch.zeros(BATCH, view.bias_heads, NEW + exact, CAPACITY)
         self.inputs = {
             "hidden": hidden_example(view.width),
-            "bias": (
-                torch.zeros(BATCH, heads, NEW + exact, CAPACITY),
-                {0: "biases", 2: "rows", 3: "capacity"},
-            ),
+            "bias": (bias, {0: "biases", 2: "rows", 3: "capacity"}),
             "last": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "capacity": (torch.tensor(CAPACITY, dtype=torch.int32), {}),
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "past_keys": keys_example(heads, CAPACITY, width, "capacity"),
             "past_values": keys_example(heads, CAPACITY, width, "capacity"),
-            "source_mask": source_mask_example(),
-            "memory_keys": keys_example(heads, SOURCE, width, "source"),
-            "memory_values": keys_example(heads, SOURCE, width, "source"),
+            **rotation_examples(view),
         }
         if exact:
             self.inputs["queries"] = (torch.tensor([0, 1, 2, 2]), {0: "rows"})
             self.inputs["kept"] = (torch.arange(NEW), {0: "new"})
+        if isinstance(view, EncoderDecoderView):
+            self.inputs |= {
+                "source_mask": source_mask_example(),
+                "memory_keys": keys_example(heads, SOURCE, width, "source"),
+                "memory_values": keys_example(heads, SOURCE, width, "source"),
+            }
 
     def forward(
         self,
@@ -83,17 +102,20 @@ class DecoderLayer(Piece):
         row_count: Tensor,
         past_keys: Tensor,
         past_values: Tensor,
-        source_mask: Tensor,
-        memory_keys: Tensor,
-        memory_values: Tensor,
+        cosines: Tensor | None = None,
+        sines: Tensor | None = None,
         queries: Tensor | None = None,
         kept: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        memory_keys: Tensor | None = None,
+        memory_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        memory, past = (memory_keys, memory_values), (past_keys, past_values)
+        memory, past = pair(memory_keys, memory_values), (past_keys, past_values)
         attended = Attended(source_mask, memory, past, bias, last, capacity, row_count, queries, kept)
-        inputs, cache = self.view.traced_inputs(hidden), GivenMemory(NewOnly(), {self.index: memory})
+        inputs = self.view.traced_inputs(hidden, pair(cosines, sines))
+        cache = NewOnly() if memory is None else GivenMemory(NewOnly(), {self.index: memory})
         with attending(attended):
-            hidden = self.view.apply_layers(hidden, inputs, cache, self.index, self.index + 1)
+            hidden = self.view.apply_layers(hidden, inputs, cast(Cache, cache), self.index, self.index + 1)
         keys, values = attended.written
         return hidden, keys, values
 
@@ -136,12 +158,15 @@ class KeysValues(Piece):
 
     outputs = ("keys", "values")
 
-    def __init__(self, view: EncoderDecoderView, index: int) -> None:
+    def __init__(self, view: StackView, index: int) -> None:
         super().__init__(view, view.layers[index])
-        self.inputs = {"hidden": hidden_example(view.width)}
+        self.index = index
+        self.inputs = {"hidden": hidden_example(view.width), **rotation_examples(view)}
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.view.project_kv(self.layer, hidden)
+    def forward(
+        self, hidden: Tensor, cosines: Tensor | None = None, sines: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.view.traced_keys_values(self.index, hidden, pair(cosines, sines))
 
 
 class Head(Piece):
@@ -149,7 +174,7 @@ class Head(Piece):
 
     outputs = ("logits",)
 
-    def __init__(self, view: EncoderDecoderView) -> None:
+    def __init__(self, view: StackView) -> None:
         super().__init__(view, view.model)
         self.inputs = {"hidden": hidden_example(view.width)}
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 import onnx_ir as ir
 
 SHARED = ("source_mask", "last", "capacity", "row_count", "queries", "kept")
-OwnerOf = Callable[[int], int]  # the layer whose relative biases a layer uses
+OWNED = ("bias", "cosines", "sines")  # the same for all layers that have the same owner
+OwnerOf = Callable[[int], int]  # the layer whose biases and rotation a layer uses
 
 
 def chain(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf) -> ir.Model:
@@ -22,7 +23,7 @@ def chain(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf) -> ir.Model:
     return assembly.finish({"hidden_out": assembly.hidden})
 
 
-def bundle(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf = int) -> ir.Model:
+def bundle(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf) -> ir.Model:
     """One graph in which all pieces read the same `hidden`."""
     assembly = Assembly(owner)
     for index, piece in pieces:
@@ -87,7 +88,7 @@ class Assembly:
             value.replace_all_uses_with(self.hidden)
             return
         if name not in ("hidden", *SHARED):
-            name = f"{name}.{self.owner(index) if name == 'bias' else index}"
+            name = f"{name}.{self.owner(index) if name in OWNED else index}"
         value.name = name
         given = self.inputs.setdefault(name, value)
         if given is not value:

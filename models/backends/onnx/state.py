@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
+from transformers import Cache
 
 from models.backends.onnx.engine import Session
-from models.backends.onnx.windows import Array, Window, shared
+from models.backends.onnx.windows import Array, Rotation, Window, shared
 from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
 
@@ -37,7 +38,7 @@ class Buffers:
     """Keys/values of every layer, (B, H, N, W) each, and what is bound to them: they outlive a generation, as
     binding them anew takes longer than a token of a small model."""
 
-    def __init__(self, layers: int, batch: int, heads: int, width: int, capacity: int) -> None:
+    def __init__(self, batch: int, capacity: int, layers: int, heads: int, width: int) -> None:
         self.capacity = capacity
         self.bound_capacity = shared(np.array(capacity, np.int32))
         arrays = np.zeros((layers, 2, batch, heads, capacity, width), np.float32)
@@ -50,37 +51,57 @@ class Buffers:
 
 
 class OnnxState(DecoderState):
-    """Of B rows, N growing."""
+    """Of as many rows as its first tokens have, N growing."""
+
+    buffers: Buffers
+    source: Source | None = None  # of models that have an encoder
 
     def __init__(
-        self, shelf: Shelf[Buffers], layers: int, batch: int, source: Source, padding: Array | None
+        self, shelf: Shelf[Buffers], layers: int, prompt_mask: Tensor | None, padding: Array | None
     ) -> None:
         """`padding`: (B, 1, 1, P) additive, where prompts are padded."""
-        super().__init__(layers)
+        super().__init__(layers, prompt_mask)
         self.shelf = shelf
-        self.batch_size = batch
-        self.source = source
         self.padding = padding
-        self.padded_windows: dict[int, Window] = {}
-        self.buffers = shelf.lend(self, batch, INITIAL_CAPACITY)
+        self.positions = 1  # B where rows are numbered otherwise
+        self.usual_positions = padding is None  # from 0 on
+        self.capacity = 0
+        self.own_windows: dict[int, Window] = {}
 
     @property
     def windows(self) -> dict[int, Window]:
-        """Made so far, by the number of new tokens."""
-        return self.buffers.windows if self.padding is None else self.padded_windows
+        """Made so far, by the number of new tokens; those of usual positions outlive the generation."""
+        return self.buffers.windows if self.usual_positions else self.own_windows
 
-    def reserve(self, needed: int) -> None:
+    def rotation(self, total: int) -> Rotation:
+        """Cosines and sines of at least `total` tokens, of families that rotate queries and keys."""
+        return {}
+
+    def reserve(self, batch: int, needed: int) -> None:
         """Make room for `needed` tokens in every layer: a power of two."""
-        if needed <= self.buffers.capacity:
+        if needed <= self.capacity:
             return
-        old, self.buffers = (
-            self.buffers,
-            self.shelf.lend(self, self.batch_size, 1 << (needed - 1).bit_length()),
-        )
-        for grown, pair, held in zip(self.buffers.pairs, old.pairs, self.lengths, strict=True):
+        old = self.buffers.pairs if self.capacity else []
+        self.capacity = max(INITIAL_CAPACITY, 1 << (needed - 1).bit_length())
+        self.buffers = self.shelf.lend(self, batch, self.capacity)
+        for grown, pair, held in zip(self.buffers.pairs, old, self.lengths, strict=False):
             for ours, before in zip(grown, pair, strict=True):
                 ours[:, :, :held] = before[:, :, :held]
-        self.padded_windows.clear()
+        self.own_windows.clear()
+
+    def continue_from(self, cache: Cache) -> None:
+        """Take over the keys/values that a cache holds of each layer."""
+        for index, layer in enumerate(cache.layers[: len(self.lengths)]):
+            held = layer.get_seq_length()
+            if held > 0:
+                self.reserve(len(layer.keys), held + 1)
+                self.write(index, layer.keys[:, :, :held], layer.values[:, :, :held])
+
+    def held_by_all(self) -> list[Pair]:
+        """Keys/values of the tokens that every layer holds; none if there are none."""
+        held = min(self.lengths)
+        pairs = self.buffers.pairs if held > 0 else []
+        return [(keys[:, :, :held], values[:, :, :held]) for keys, values in pairs]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append (B, H, Q, W) keys/values to those of a layer, for which there is room."""
@@ -107,9 +128,9 @@ class BoundSegment:
                 self.binding.bind_ortvalue_input(f"past_{part}.{layer}", buffer)
                 self.binding.bind_ortvalue_output(f"written_{part}.{layer}", buffer)
 
-    def run(self, hidden: Tensor, window: Window, source: Source) -> Tensor:
+    def run(self, hidden: Tensor, window: Window, source: Source | None) -> Tensor:
         """(B, Q, D) states through the layers."""
-        if source is not self.source:
+        if source is not None and source is not self.source:
             self._attend(source)
         if window is not self.window:
             self._move(window)

@@ -12,11 +12,18 @@ from onnxruntime import OrtValue
 from torch import Tensor
 
 Array = np.ndarray
+Rotation = dict[int, tuple[Array, Array]]  # (B or 1, N, W) cosines and sines, by owner
+ROTATION = ("cosines", "sines")
+SMALLEST = np.finfo(np.float32).min  # that hides a key; two of them would be infinite
 
 
 def shared(array: Array) -> OrtValue:
     """What sessions read and write in the array's own memory."""
     return OrtValue.ortvalue_from_numpy(array)
+
+
+def empty(*shape: int) -> Array:
+    return np.empty(shape, np.float32)
 
 
 class Biases:
@@ -52,21 +59,36 @@ class Window:
     """Inputs that depend on positions, the same for all layers: of Q new tokens after `past` others."""
 
     def __init__(
-        self, batch: int, new: int, model_width: int, biases: Biases, padding: Array | None, exact: bool
+        self,
+        shape: tuple[int, int, int],
+        biases: Biases,
+        exact: bool,
+        padding: Array | None = None,
+        rotary_width: int | None = None,
+        positions: int = 1,
     ) -> None:
-        """`padding`: (B, 1, 1, P) additive; `exact`: a lone query has a copy beside it."""
+        """`shape`: (B, Q, D); `exact`: a lone query has a copy beside it; `padding`: (B, 1, 1, P) additive;
+        `positions`: B, or 1 if all rows have the same."""
+        batch, new, _ = shape
         rows = max(new, 2) if exact else new
         self.biases = biases
         self.padding = padding
-        self.hidden = torch.empty(batch, new, model_width)  # what layers read
-        self.output = torch.empty(batch, new, model_width)  # what they made of it
+        self.hidden = torch.empty(shape)  # what layers read
+        self.output = torch.empty(shape)  # what they made of it
         self.past = -1
         self.rows = rows
         self.last = np.zeros(batch, np.int32)
         held = batch if padding is not None else 1
-        shape = (held, biases.heads, rows, biases.capacity)
-        self.bias = {owner: np.zeros(shape, np.float32) for owner in biases.rows_from}
-        inputs = {f"bias.{owner}": array for owner, array in self.bias.items()} | {
+        owners = biases.rows_from
+        self.bias = {owner: empty(held, biases.heads, rows, biases.capacity) for owner in owners}
+        self.rotation: dict[int, list[Array]] = {}
+        if rotary_width is not None:
+            tables = {owner: [empty(positions, new, rotary_width) for _ in ROTATION] for owner in owners}
+            self.rotation = tables
+        inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
+        for owner, arrays in self.rotation.items():
+            inputs |= {f"{name}.{owner}": array for name, array in zip(ROTATION, arrays, strict=True)}
+        inputs |= {
             "hidden": self.hidden.numpy(),
             "last": self.last,
             "row_count": np.full(batch, rows, np.int32),
@@ -76,8 +98,8 @@ class Window:
         self.inputs = {name: shared(array) for name, array in inputs.items()}
         self.bound_output = shared(self.output.numpy())
 
-    def move(self, past: int) -> None:
-        """Let the window follow `past` tokens."""
+    def move(self, past: int, rotation: Rotation) -> None:
+        """Let the window follow `past` tokens, rotated by the tables of each owner."""
         if past == self.past:
             return
         self.past = past
@@ -85,4 +107,8 @@ class Window:
         for owner, array in self.bias.items():
             self.biases.fill(owner, array, past)
             if self.padding is not None:
-                array[..., : self.padding.shape[-1]] += self.padding
+                hidden = array[..., : self.padding.shape[-1]]
+                np.maximum(hidden + self.padding, SMALLEST, out=hidden)
+        for owner, arrays in self.rotation.items():
+            for array, table in zip(arrays, rotation[owner], strict=True):
+                array[:] = table[:, past : past + array.shape[1]]
