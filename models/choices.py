@@ -4,7 +4,7 @@ from __future__ import annotations
 
 BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.backends
 PRECISIONS = ("fp32", "w8", "w4", "int8")  # of exported weights
-EXACT_PRECISIONS = ("fp32", "w8")  # in which a token has the same bits in every window
+EXACT_PRECISIONS = ("fp32", "w8", "int8")  # in which a token has the same bits in every window
 PER_EXIT_HEADS = ("norm", "projection")
 INTERMEDIATE_LOSSES = (
     "ce",

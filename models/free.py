@@ -90,7 +90,7 @@ class Free:
         if self.drafts and view.mixes_windows:
             raise UserError(
                 "Free: lossless needs tokens that do not depend on their window: prepare the model with "
-                "precision fp32 or w8."
+                "precision fp32, w8 or int8."
             )
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         if isinstance(self.verification, Rollback) and batch_size > 1:

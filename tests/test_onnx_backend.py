@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 
@@ -36,6 +37,7 @@ from models.backends.onnx import tracing
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import Store, default_cache_dir
 from models.backends.onnx.windows import Biases
+from models.choices import EXACT_PRECISIONS
 from models.families import VIEWS
 from models.families.t5 import T5View
 
@@ -184,7 +186,7 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
     return [states, logits, *buffers]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "w8"])
+@pytest.mark.parametrize("precision", EXACT_PRECISIONS)
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
     view = prepare(loaded(perturbed(family)), precision=precision).view
@@ -204,22 +206,19 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
     threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
     layer=st.integers(1, 5),
     max_pending=st.sampled_from([None, 1, 3, 6]),
+    precision=st.sampled_from(["w8", "int8"]),
 )
-def test_lossless_in_8_bits_is_full_depth_in_8_bits(seed, batch, threshold, layer, max_pending):
-    model, inputs = eight_bits(), padded_inputs(batch, seed=seed)
+def test_lossless_in_8_bits_is_full_depth_in_8_bits(seed, batch, threshold, layer, max_pending, precision):
+    model, inputs = eight_bits(precision), padded_inputs(batch, seed=seed)
     policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
     options = {"max_length": 24, **MANY_ENDS}
     expected = decode(model, inputs, FullDepth(), **options)
     assert torch.equal(decode(model, inputs, policy, **options), expected)
 
 
-EIGHT_BITS = []
-
-
-def eight_bits():
-    if not EIGHT_BITS:
-        EIGHT_BITS.append(prepare(loaded(perturbed("t5-tied")), precision="w8"))
-    return EIGHT_BITS[0]
+@functools.cache
+def eight_bits(precision):
+    return prepare(loaded(perturbed("t5-tied")), precision=precision)
 
 
 # Precision.
@@ -239,7 +238,7 @@ def test_quantized_products_are_near_the_exact_ones(family, precision, bits):
         assert 0 < error < 16 * 0.5**bits  # rounding is half a step of 2 / 2**bits, over 6 layers
 
 
-QUANTIZED_PRODUCTS = ("MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat")
+QUANTIZED_PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat")
 
 
 @pytest.mark.parametrize("precision", ["w8", "w4", "int8"])
@@ -345,9 +344,8 @@ def test_what_onnx_cannot_run_is_refused_by_name():
     bidirectional = Free(2, SoftmaxGap(), EveryThirdDeep(), causal_catch_up=False)
     with pytest.raises(UserError, match="causal_catch_up"):
         decode(fast, padded_inputs(), bidirectional)
-    for precision in ("w4", "int8"):
-        with pytest.raises(UserError, match="precision fp32 or w8"):
-            decode(prepare(torch_model, precision=precision), padded_inputs(), policies()["lossless"])
+    with pytest.raises(UserError, match="precision fp32, w8 or int8"):
+        decode(prepare(torch_model, precision="w4"), padded_inputs(), policies()["lossless"])
 
 
 def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path):

@@ -23,8 +23,8 @@ class BackendArguments:
     )
     precision: str = flag(
         "fp32",
-        "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits, int8 has 8 and "
-        "rounds the tokens of a window together. Lossless decoding needs fp32 or w8.",
+        "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits and a scale for each "
+        "32 of them, int8 has 8 and one for a column: less precise, faster. Lossless decoding refuses w4.",
         PRECISIONS,
     )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
@@ -47,8 +47,8 @@ class BackendArguments:
         """
         require(
             not exits.lossless or self.precision in EXACT_PRECISIONS,
-            f"--lossless needs --precision fp32 or w8: {self.precision} lets the tokens of a window change "
-            "each other.",
+            f"--lossless needs --precision fp32, w8 or int8: {self.precision} lets the tokens of a window "
+            "change each other.",
         )
         reasons = {
             "--num_beams": num_beams > 1,

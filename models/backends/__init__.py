@@ -42,9 +42,9 @@ def prepare(
     Prepare again after changing the model: onnx copies weights as they are now, compile some.
 
     Args:
-        precision: of weights, backend onnx: fp32 gives torch's tokens; w8 rounds weights and activations to
-            8 bits, and like fp32 decodes the same bits alone, in windows and in batches, which `lossless`
-            needs; w4 has weights of 4 bits; int8 rounds the activations of a window together.
+        precision: of weights, backend onnx: fp32 gives torch's tokens; w8 and int8 round weights and
+            activations to 8 bits, with a scale for each 32 or for a column and a row; w4 has weights of 4
+            bits. All but w4 decode the same bits alone, in windows and in batches, as `lossless` needs.
         threads: that onnx uses; default: as many as torch.
         cache_dir: where onnx keeps what it has exported; default: ~/.cache/exitlm/onnx.
 

@@ -36,22 +36,40 @@ def remove_unused(model: ir.Model) -> ir.Model:
 def fold_transposes(graph: ir.Graph) -> None:
     """Transpose constant matrices for good: layers keep them the other way round than products read them."""
     for node in list(graph):
-        result = node.outputs[0]
         if node.op_type == "Transpose" and is_constant(node.inputs[0]):
-            result.replace_all_uses_with(transposed(graph, node.inputs[0]))
-        elif node.op_type == "FusedMatMul" and is_constant(node.inputs[1]) and only_transposes(node):
-            product = ir.node("MatMul", [node.inputs[0], transposed(graph, node.inputs[1])])
-            product.outputs[0].name, result.name = result.name, f"{result.name}.fused"
-            graph.insert_before(node, product)
-            result.replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+            node.outputs[0].replace_all_uses_with(transposed(graph, node.inputs[0]))
 
 
-def only_transposes(product: ir.Node) -> bool:
-    """Whether a product does nothing else to its operands than to transpose the second."""
-    settings = {name: attribute.value for name, attribute in product.attributes.items()}
-    return settings.pop("transB", 0) == 1 and all(
-        value == (1 if name == "alpha" else 0) for name, value in settings.items()
-    )
+def unite_products(graph: ir.Graph) -> None:
+    """Write every product with a constant matrix as MatMul, and Add where a vector is added to it."""
+    for node in list(graph):
+        if node.op_type not in ("FusedMatMul", "Gemm") or not is_constant(node.inputs[1]):
+            continue
+        settings = {name: attribute.value for name, attribute in node.attributes.items()}
+        factor, transposes = settings.pop("alpha", 1.0), settings.pop("transB", 0)
+        if settings.pop("beta", 1.0) != 1 or any(settings.values()):
+            continue
+        weight = transposed(graph, node.inputs[1]) if transposes else node.inputs[1]
+        if factor != 1:
+            scaled = constant(weight) * np.float32(factor)
+            weight = initializer(graph, f"{node.outputs[0].name}.weight", scaled)
+        steps = [("MatMul", weight), *(("Add", value) for value in node.inputs[2:])]
+        replace(graph, node, steps)
+
+
+def replace(graph: ir.Graph, node: ir.Node, steps: list[tuple[str, ir.Value | None]]) -> None:
+    """Put operators in a row in place of a node: each on what the one before made, and a value of its own."""
+    result, states = node.outputs[0], node.inputs[0]
+    name = result.name
+    result.name = f"{name}.replaced"
+    for operator, other in steps:
+        new = ir.node(operator, [states, other])
+        states = new.outputs[0]
+        states.name = f"{name}.{operator}"
+        graph.insert_before(node, new)
+    assert states is not None
+    states.name = name
+    result.replace_all_uses_with(states, replace_graph_outputs=True)
 
 
 def transposed(graph: ir.Graph, value: ir.Value | None) -> ir.Value:

@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from models.backends.onnx.attention import exported_attention
-from models.backends.onnx.fusion import drop_reshapes, fold_transposes, pack_products, remove_unused
+from models.backends.onnx.fusion import (
+    drop_reshapes,
+    fold_transposes,
+    pack_products,
+    remove_unused,
+    unite_products,
+)
 from models.backends.onnx.pieces import Piece
 from models.backends.onnx.store import Store
 
@@ -53,6 +59,7 @@ def with_weights(model: ir.Model, piece: Piece) -> ir.Model:
         value.const_value = ir.tensor(state[name].detach().numpy(), name=name)
         model.graph.register_initializer(value)
     fold_transposes(model.graph)
+    unite_products(model.graph)
     pack_products(model.graph)
     return remove_unused(model)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 Array = np.ndarray
 Rotation = dict[int, tuple[Array, Array]]  # (B or 1, N, W) cosines and sines, by owner
 ROTATION = ("cosines", "sines")
-SMALLEST = np.finfo(np.float32).min  # that hides a key; two of them would be infinite
+SMALLEST = np.finfo(np.float32).min  # that hides a key
 
 
 def shared(array: Array) -> OrtValue:
@@ -107,8 +107,7 @@ class Window:
         for owner, array in self.bias.items():
             self.biases.fill(owner, array, past)
             if self.padding is not None:
-                hidden = array[..., : self.padding.shape[-1]]
-                np.maximum(hidden + self.padding, SMALLEST, out=hidden)
+                np.copyto(array[..., : self.padding.shape[-1]], SMALLEST, where=self.padding < 0)
         for owner, arrays in self.rotation.items():
             for array, table in zip(arrays, rotation[owner], strict=True):
                 array[:] = table[:, past : past + array.shape[1]]

@@ -1,0 +1,165 @@
+"""Decoder-only families on ONNX Runtime: tokens of torch and of Hugging Face, bits in windows and batches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_onnx_backend import MAX_EXAMPLES, policies
+from tiny_causal import CAUSAL_FAMILIES, CAUSAL_SHAPES, greedy_causal, prompts, tiny_causal
+from transformers import DynamicCache
+
+from models import DecodeStats, FixedThreshold, Free, FullDepth, SoftmaxGap, StaticExit, UserError, prepare
+from models.choices import EXACT_PRECISIONS
+from models.exit_heads import ExitConfig
+from models.families import VIEWS
+from models.families.gpt2 import GPT2View
+from models.loading import LoadedModel
+
+TOKENS = 12
+DAILY = ("llama-tied", "gemma2", "gpt2-tied")
+EACH_FAMILY = [
+    family if family in DAILY else pytest.param(family, marks=pytest.mark.slow) for family in CAUSAL_FAMILIES
+]
+EACH_SHAPE = [
+    shape if shape in DAILY else pytest.param(shape, marks=pytest.mark.slow) for shape in CAUSAL_SHAPES
+]
+
+
+@functools.cache
+def on_torch(shape):
+    return LoadedModel(tiny_causal(shape), None, ExitConfig())
+
+
+@functools.cache
+def on_onnx(shape, precision="fp32"):
+    return prepare(on_torch(shape), precision=precision)
+
+
+def decode(model, inputs, policy, stats=None, **options):
+    options = {"max_new_tokens": TOKENS, "do_sample": False} | options
+    return model.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
+
+
+@pytest.mark.parametrize("shape", EACH_SHAPE)
+def test_full_depth_is_hugging_faces_greedy(shape):
+    for batch in (1, 3):
+        inputs = prompts(batch, seed=batch)
+        assert torch.equal(
+            decode(on_onnx(shape), inputs, FullDepth()), greedy_causal(on_torch(shape).model, inputs)
+        )
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_every_policy_decodes_torchs_tokens(family):
+    for batch, name in itertools.product((1, 3), policies()):
+        inputs, ours, theirs = prompts(batch, seed=batch), DecodeStats(), DecodeStats()
+        expected = decode(on_torch(family), inputs, policies()[name], theirs)
+        output = decode(on_onnx(family), inputs, policies()[name], ours)
+        assert torch.equal(output, expected), (name, batch)
+        assert ours.exit_layers == theirs.exit_layers and ours.layer_calls == theirs.layer_calls, name
+
+
+def states_of(view, inputs, hidden, windows, rows=slice(None)):
+    """Layer outputs, logits and keys/values of tokens that come in windows after a prompt."""
+    ids, mask = inputs["input_ids"][rows], inputs["attention_mask"][rows]
+    with torch.inference_mode():
+        state = view.begin(None, **view.read(ids, mask).arguments)
+        view.run_layers(state, view.embed(state, ids), 0, view.num_layers)
+        made, start, prompt = [], 0, ids.shape[1]
+        for new in windows:
+            made.append(view.run_layers(state, hidden[rows, start : start + new], 0, view.num_layers))
+            start += new
+        logits = torch.cat([view.predict(part, view.num_layers) for part in made], 1)
+    held = [part[:, :, prompt:].clone() for pair in state.held_by_all() for part in pair]
+    return [torch.cat(made, 1), logits, *held]
+
+
+@pytest.mark.parametrize("precision", EXACT_PRECISIONS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
+    view, inputs, tokens = on_onnx(family, precision).view, prompts(3), 36
+    torch.manual_seed(1)
+    hidden = torch.randn(3, tokens, view.model.config.hidden_size)
+    alone = [states_of(view, inputs, hidden, [1] * tokens, slice(row, row + 1)) for row in range(3)]
+    for windows in ([36], [2] * 18, [4, 8, 6, 9, 9], [1, 5, 1, 11, 17, 1], [33, 3]):
+        for ours, *theirs in zip(states_of(view, inputs, hidden, windows), *alone, strict=True):
+            assert torch.equal(ours, torch.cat(theirs)), windows
+
+
+@settings(max_examples=MAX_EXAMPLES, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
+    layer=st.integers(1, 5),
+    max_pending=st.sampled_from([None, 1, 3, 6]),
+    precision=st.sampled_from(EXACT_PRECISIONS),
+)
+def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, precision):
+    model, inputs = on_onnx("llama-tied", precision), prompts(batch, seed=seed)
+    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
+    options = {"max_new_tokens": 20, "eos_token_id": [1, 7, 11, 30]}
+    expected = decode(model, inputs, FullDepth(), **options)
+    assert torch.equal(decode(model, inputs, policy, **options), expected)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_every_product_with_weights_is_quantized(family):
+    engine = on_onnx(family, "int8").view.engine
+    for kind in (engine.layer_kind, "keys-values", "head"):
+        operators = [node.op_type for node in engine._piece(kind, 0).graph]
+        assert "MatMulIntegerToFloat" in operators, kind
+        assert not {"MatMul", "FusedMatMul", "Gemm"} & {*operators}, kind
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_cache_is_filled_and_continued(family):
+    model, inputs = on_onnx(family), prompts(2)
+    whole = decode(model, inputs, FullDepth())
+    options = {"return_dict_in_generate": True, "max_new_tokens": 5}
+    first = decode(model, inputs, FullDepth(), **options, cache=DynamicCache())
+    expected = greedy_causal(on_torch(family).model, inputs, **options, past_key_values=DynamicCache())
+    for ours, theirs in zip(first.cache.layers, expected.past_key_values.layers, strict=True):
+        seen = min(theirs.keys.shape[2], 3)  # Hugging Face drops what windows do not reach
+        torch.testing.assert_close(ours.keys[0, :, -seen:], theirs.keys[0, :, -seen:], atol=1e-4, rtol=1e-4)
+    new = first.sequences.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    given = {"input_ids": first.sequences, "attention_mask": mask, "cache": first.cache}
+    assert torch.equal(decode(model, given, FullDepth(), max_new_tokens=TOKENS - new), whole)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_given_embeddings_are_the_prompt(family):
+    torch_model, inputs = on_torch(family), prompts(1)
+    embedded = torch_model.model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
+    for policy in (FullDepth(), StaticExit(2)):
+        assert torch.equal(decode(on_onnx(family), given, policy), decode(torch_model, given, policy))
+
+
+def test_buffers_of_one_generation_serve_another_with_other_padding():
+    model = on_onnx("llama-tied")
+    for batch, seed in ((1, 1), (2, 5), (1, 3), (2, 4)):
+        inputs = prompts(batch, seed=seed)
+        assert torch.equal(
+            decode(model, inputs, FullDepth()), greedy_causal(on_torch("llama-tied").model, inputs)
+        )
+        bare = {name: tensor[:, 3:] for name, tensor in prompts(1, seed=seed).items()}  # without padding
+        assert torch.equal(
+            decode(model, bare, FullDepth()), greedy_causal(on_torch("llama-tied").model, bare)
+        )
+
+
+def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path):
+    class Mistaken(GPT2View):
+        def distance_bias(self, index, length):
+            return -torch.arange(length)[None].float()
+
+    monkeypatch.setitem(VIEWS, "gpt2", Mistaken)
+    with pytest.raises(UserError, match="differs from its modules"):
+        prepare(LoadedModel(tiny_causal("gpt2-tied"), None, ExitConfig()), cache_dir=tmp_path)
