@@ -178,6 +178,16 @@ def test_what_does_not_fit_gets_one_line(saved, capsys, words, line):
     assert stop.value.code == 2 and len(errors) == 1 and line in errors[0]
 
 
+def test_rows_without_a_dialogue_are_named(saved, capsys, tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("dialogue,talk\nAnn: hello,x\n ,y\n")
+    for column, row in (("dialogue", 2), ("speech", 1)):
+        with pytest.raises(SystemExit):
+            run_quickstart(saved, "--data", str(data), "--column", column)
+        error = capsys.readouterr().err
+        assert error == f"error: {data}, row {row}: no text in {column!r}; name it with --column.\n"
+
+
 # Colours
 
 
@@ -220,8 +230,11 @@ def test_characters_of_several_tokens_come_whole(saved):
     for byte in "aé€".encode():
         stats.columns.append([LAYER])
         streamer.put(torch.tensor([byte]))
+    assert screen.getvalue() == "aé€"
+    stats.columns.append([LAYER])
+    streamer.put(torch.tensor([0xE2]))  # an answer may end within a letter
     streamer.end()
-    assert screen.getvalue() == "aé€\n"
+    assert screen.getvalue() == "aé€\ufffd\n"
 
 
 # The wheel

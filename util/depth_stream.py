@@ -30,11 +30,19 @@ class DepthStreamer(BaseStreamer):
             return
         self.tokens += value.flatten().tolist()
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if text.endswith(UNFINISHED):
-            return
-        style = depth_style(self.stats.exit_layers[0][len(self.tokens) - 1], self.stats.num_layers)
-        new, self.printed = text[len(self.printed) :], text
-        self.console.print(new, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+        if not text.endswith(UNFINISHED):
+            self.show(text)
 
     def end(self) -> None:
+        if self.tokens:
+            self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
         self.console.print()
+
+    def show(self, text: str) -> None:
+        """Print what is new in all the text so far, in the colour of the newest token."""
+        assert self.tokens is not None
+        layer = self.stats.columns[len(self.tokens) - 1][0]
+        assert layer is not None  # the only row has not finished before its last token
+        new, self.printed = text[len(self.printed) :], text
+        style = depth_style(layer, self.stats.num_layers)
+        self.console.print(new, style=style, end="", markup=False, highlight=False, soft_wrap=True)

@@ -33,8 +33,9 @@ class QuickstartArguments:
         require(self.max_new_tokens > 1, f"--max_new_tokens must be at least 2, got {self.max_new_tokens}.")
         require_positive("shallow_exit_layer", self.shallow_exit_layer)
         require(bool(self.thresholds), "--thresholds: name at least one.")
-        for value in (*self.thresholds, self.min_agreement):
-            require_unit_interval("thresholds" if value in self.thresholds else "min_agreement", value)
+        require_unit_interval("min_agreement", self.min_agreement)
+        for value in self.thresholds:
+            require_unit_interval("thresholds", value)
 
 
 @dataclass
