@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from transformers import BatchEncoding
 
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats
@@ -34,6 +35,7 @@ from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.trace import LayerTrace, trace_layers
 from scripts.benchmarking.causal import (
+    WARM_UP_TOKENS,
     Answer,
     Prompt,
     answer_in_turn,
@@ -99,7 +101,9 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
     prompts = [Prompt(text, encode(loaded, text)) for text in texts]
     print(f"Preparing {backend.backend} {backend.precision}: the first time takes a minute", file=sys.stderr)
     fast = run_by_backend(loaded, backend)
-    answers = [ours(fast, FullDepth())(prompt, flags.max_new_tokens) for prompt in prompts]
+    decode = ours(fast, FullDepth())
+    decode(prompts[0], WARM_UP_TOKENS)
+    answers = [decode(prompt, flags.max_new_tokens) for prompt in prompts]
     traces = [
         trace_layers(loaded.model, **prompt.inputs, sequences=answer.sequences)
         for prompt, answer in zip(track(prompts, "Tracing", "prompt"), answers, strict=True)
@@ -159,7 +163,7 @@ def open_model(flags: QuickstartArguments) -> LoadedModel:
     return loaded
 
 
-def encode(loaded: LoadedModel, text: str) -> Any:
+def encode(loaded: LoadedModel, text: str) -> BatchEncoding:
     """(1, P) ids and mask of a user's text in the tokenizer's chat template; plain where there is none."""
     if loaded.tokenizer.chat_template is None:
         return loaded.tokenizer(text, return_tensors="pt")
@@ -186,7 +190,7 @@ def trace_table(loaded: LoadedModel, answer: Answer, trace: LayerTrace) -> Whole
         shares = [agrees[:, layer - 1].mean(), (settled <= layer).mean()]
         said = spell(loaded, trace.tokens[0, :length, layer - 1].tolist())
         columns.append((f"layer {layer}", [*said, *(f"{share:.0%}" for share in shares)]))
-    return WholeTable("What each layer would have said", columns)
+    return WholeTable("What each layer would have said, in torch fp32", columns)
 
 
 def shown_layers(num_layers: int) -> list[int]:

