@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from models import Free, SoftmaxGap, UserError, load_model
 from models.decoding import DecodeStats
 from scripts import quickstart_llm
-from scripts.benchmarking.causal import our_contestants
+from scripts.benchmarking.causal import Answer, Contestant, make_rows, our_contestants
 from util import wheels
 from util.depth_stream import DepthStreamer
 from util.wheels import WheelFile
@@ -148,6 +148,37 @@ def test_eight_bits_by_default_and_the_layer_by_the_cost_model(saved, tmp_path):
     layers = re.search(r"^layers: ([\d ]+)", output, re.MULTILINE)[1].split()
     assert {*layers} <= {str(layer), str(LAYERS)} and 0 < len(layers) <= TOKENS
     assert "\x1b" not in output, "no terminal"
+
+
+def test_only_work_that_is_saved_pays():
+    """A busy machine must not make a method fast that runs as many layers as full depth."""
+    fast = {"over_full_depth": 1.6, "ideal_speedup": 2.0, "timing_doubt": None, "equal_to_full_depth": 1.0}
+    assert quickstart_llm.pays(fast)
+    slower = {"over_full_depth": 1.0}, {"ideal_speedup": 0.95}, {"timing_doubt": "no"}
+    for other in (*slower, {"equal_to_full_depth": 0.5}):
+        assert not quickstart_llm.pays(fast | other)
+    rival = {"over_full_depth": 1.6, "equal_to_full_depth": 1.0}
+    assert not quickstart_llm.pays(rival), "it has no exits of ours"
+
+
+def test_speeds_are_compared_prompt_by_prompt():
+    def contestant(name, full, *answers):
+        made = [
+            Answer(None, tokens, seconds, DecodeStats(10, 1, [[2]] * 4, layer_calls=20, layer_tokens=24))
+            for tokens, seconds in answers
+        ]
+        return Contestant(name, full, None, made)
+
+    full = contestant("HF generate", "HF generate", ([1, 2, 3, 4], 1.0), ([5, 6, 7, 8], 4.0))
+    short = contestant("short", "HF generate", ([1, 2, 9, 9], 0.5), ([5, 6], 1.5))
+    reference, row = make_rows([full, short])
+    assert row["tokens_per_second"] == (8 + 4 / 3) / 2 and reference["tokens_per_second"] == (4 + 1) / 2
+    assert row["over_full_depth"] == pytest.approx((2 + 4 / 3) / 2)  # 8 / 4 and (4 / 3) / 1
+    assert row["equal_to_full_depth"] == (2 + 2) / 8
+    assert (row["ideal_speedup"], row["average_layers"], row["exit_share"]) == (2.0, 6.0, 1.0)
+    assert row["timing_doubt"] is None and "x, the work saved allows 2.00x" in str(
+        make_rows([full, contestant("odd", "HF generate", ([1], 0.01), ([5], 0.01))])[1]["timing_doubt"]
+    )
 
 
 def test_lossless_is_left_out_where_windows_round(saved):

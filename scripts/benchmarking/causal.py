@@ -17,6 +17,7 @@ from models.decoding import DecodeStats
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.loading import LoadedModel
+from util.evaluation.timing_doubts import doubt_speedup
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
 from util.progress import track
 from util.timing import Stopwatch
@@ -109,7 +110,7 @@ def answer_in_turn(contestants: list[Contestant], prompts: Sequence[Prompt], max
 
 
 def make_rows(contestants: list[Contestant]) -> list[dict[str, Any]]:
-    """A row of figures for each: its speed a median over prompts, all else over all tokens."""
+    """A row of figures for each: speeds are medians over prompts, all else is over all tokens."""
     by_name = {contestant.name: contestant for contestant in contestants}
     return [describe(one, by_name[one.full], by_name[HF_GENERATE]) for one in contestants]
 
@@ -118,23 +119,32 @@ def describe(contestant: Contestant, full: Contestant, plain: Contestant) -> dic
     answers = contestant.answers
     row: dict[str, Any] = {
         "name": contestant.name,
-        "tokens_per_second": median_speed(answers),
-        "over_full_depth": median_speed(answers) / median_speed(full.answers),
-        "over_hf_generate": median_speed(answers) / median_speed(plain.answers),
+        "tokens_per_second": statistics.median(map(speed, answers)),
+        "over_full_depth": median_ratio(answers, full.answers),
+        "over_hf_generate": median_ratio(answers, plain.answers),
         "equal_to_full_depth": share_of_equal(answers, full.answers),
         "equal_to_hf_generate": share_of_equal(answers, plain.answers),
     }
     stats = [answer.stats for answer in answers if answer.stats is not None]
     if stats:
         tokens = sum(one.tokens for one in stats)
+        ideal = stats[0].num_layers * tokens / sum(one.layer_calls for one in stats)
+        measured = row["over_full_depth"]
+        row["ideal_speedup"] = ideal
+        row["timing_doubt"] = doubt_speedup(measured, [measured], max(ideal, 1.0))
         row["average_layers"] = sum(one.layer_tokens for one in stats) / tokens
         row["exit_share"] = sum(one.exit_share * one.tokens for one in stats) / tokens
     return row
 
 
-def median_speed(answers: list[Answer]) -> float:
+def speed(answer: Answer) -> float:
     """Tokens a second."""
-    return statistics.median(len(answer.tokens) / answer.seconds for answer in answers)
+    return len(answer.tokens) / answer.seconds
+
+
+def median_ratio(answers: list[Answer], others: list[Answer]) -> float:
+    """Of speeds, prompt by prompt: a slow moment of the machine hits both."""
+    return statistics.median(speed(one) / speed(other) for one, other in zip(answers, others, strict=True))
 
 
 def share_of_equal(answers: list[Answer], others: list[Answer]) -> float:
