@@ -1,0 +1,154 @@
+"""What competes on a decoder-only model, prompt by prompt: our methods, and Hugging Face's own ways to be
+faster at the same output."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import BatchEncoding
+
+from models.choices import EXACT_PRECISIONS
+from models.confidence import SoftmaxGap
+from models.decoding import DecodeStats
+from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
+from models.free import Free
+from models.loading import LoadedModel
+from util.evaluation.timing_doubts import doubt_speedup
+from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
+from util.progress import track
+from util.timing import Stopwatch
+
+WARM_UP_TOKENS = 4
+PROMPT_LOOKUP_TOKENS = 10  # that a lookup proposes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str  # as the user wrote it
+    inputs: BatchEncoding  # of the text in the tokenizer's chat template: (1, P) ids and mask
+
+
+@dataclass
+class Answer:
+    sequences: Tensor  # (1, P + T)
+    tokens: list[int]  # (T)
+    seconds: float
+    stats: DecodeStats | None = None  # of our loop
+
+
+@dataclass
+class Contestant:
+    name: str
+    full: str  # the contestant that runs all layers with the same weights
+    decode: Callable[[Prompt, int], Answer]  # an answer of at most so many tokens
+    answers: list[Answer] = field(default_factory=list)
+
+
+def our_contestants(loaded: LoadedModel, layer: int, threshold: float) -> list[Contestant]:
+    """Full depth, and each method with its exit after `layer`; CALM also tests all deeper ones. Lossless
+    only where the precision allows it."""
+    gap = SoftmaxGap()
+    policies: dict[str, ExitPolicy] = {
+        BASELINE: FullDepth(),
+        f"{STATIC} {layer}": StaticExit(layer),
+        f"{CALM} {threshold}": Calm(gap, threshold, min_layer=layer),
+        f"{FREE} {threshold}": Free(layer, gap, threshold),
+    }
+    if loaded.precision in EXACT_PRECISIONS:
+        policies[f"{FREE_LOSSLESS} {threshold}"] = Free(layer, gap, threshold, lossless=True)
+    return [Contestant(name, BASELINE, ours(loaded, policy)) for name, policy in policies.items()]
+
+
+def their_contestants(loaded: LoadedModel, layer: int) -> list[Contestant]:
+    """Hugging Face's, all with the modules as they are, whatever runs our methods."""
+    options: dict[str, dict[str, int]] = {
+        HF_GENERATE: {},
+        f"HF assistant_early_exit {layer}": {"assistant_early_exit": layer},
+        "HF prompt lookup": {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS},
+    }
+    return [Contestant(name, HF_GENERATE, theirs(loaded, **more)) for name, more in options.items()]
+
+
+def ours(loaded: LoadedModel, policy: ExitPolicy) -> Callable[[Prompt, int], Answer]:
+    def decode(prompt: Prompt, max_new_tokens: int) -> Answer:
+        stats = DecodeStats()
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "decode_stats": stats}
+        with Stopwatch(loaded.model.device) as watch:
+            sequences = loaded.generate(**prompt.inputs, **options, exit_policy=policy)
+        return Answer(sequences, new_tokens(prompt, sequences), watch.seconds, stats)
+
+    return decode
+
+
+def theirs(loaded: LoadedModel, **options: int) -> Callable[[Prompt, int], Answer]:
+    def decode(prompt: Prompt, max_new_tokens: int) -> Answer:
+        length = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        with Stopwatch(loaded.model.device) as watch:
+            sequences = loaded.model.generate(**prompt.inputs, **length, **options)
+        return Answer(sequences, new_tokens(prompt, sequences), watch.seconds)
+
+    return decode
+
+
+def new_tokens(prompt: Prompt, sequences: Tensor) -> list[int]:
+    return sequences[0, prompt.inputs["input_ids"].shape[1] :].tolist()
+
+
+def answer_in_turn(contestants: list[Contestant], prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    """All contestants on one prompt before the next, each prompt starting with another one; before all, a few
+    tokens of each that do not count."""
+    for contestant in track(contestants, "Warming up", "contestant"):
+        contestant.decode(prompts[0], WARM_UP_TOKENS)
+    for number, prompt in enumerate(track(prompts, "Decoding", "prompt")):
+        first = number % len(contestants)
+        for contestant in contestants[first:] + contestants[:first]:
+            contestant.answers.append(contestant.decode(prompt, max_new_tokens))
+
+
+def make_rows(contestants: list[Contestant]) -> list[dict[str, Any]]:
+    """A row of figures for each: speeds are medians over prompts, all else is over all tokens."""
+    by_name = {contestant.name: contestant for contestant in contestants}
+    return [describe(one, by_name[one.full], by_name[HF_GENERATE]) for one in contestants]
+
+
+def describe(contestant: Contestant, full: Contestant, plain: Contestant) -> dict[str, Any]:
+    answers = contestant.answers
+    row: dict[str, Any] = {
+        "name": contestant.name,
+        "tokens_per_second": statistics.median(map(speed, answers)),
+        "over_full_depth": median_ratio(answers, full.answers),
+        "over_hf_generate": median_ratio(answers, plain.answers),
+        "equal_to_full_depth": share_of_equal(answers, full.answers),
+        "equal_to_hf_generate": share_of_equal(answers, plain.answers),
+    }
+    stats = [answer.stats for answer in answers if answer.stats is not None]
+    if stats:
+        tokens = sum(one.tokens for one in stats)
+        ideal = stats[0].num_layers * tokens / sum(one.layer_calls for one in stats)
+        measured = row["over_full_depth"]
+        row["ideal_speedup"] = ideal
+        row["timing_doubt"] = doubt_speedup(measured, [measured], max(ideal, 1.0))
+        row["average_layers"] = sum(one.layer_tokens for one in stats) / tokens
+        row["exit_share"] = sum(one.exit_share * one.tokens for one in stats) / tokens
+    return row
+
+
+def speed(answer: Answer) -> float:
+    """Tokens a second."""
+    return len(answer.tokens) / answer.seconds
+
+
+def median_ratio(answers: list[Answer], others: list[Answer]) -> float:
+    """Of speeds, prompt by prompt: a slow moment of the machine hits both."""
+    return statistics.median(speed(one) / speed(other) for one, other in zip(answers, others, strict=True))
+
+
+def share_of_equal(answers: list[Answer], others: list[Answer]) -> float:
+    """Tokens that are the same at their place, as a share of the longer answers' tokens."""
+    pairs = [(one.tokens, other.tokens) for one, other in zip(answers, others, strict=True)]
+    equal = sum(mine == theirs for pair in pairs for mine, theirs in zip(*pair, strict=False))
+    return equal / sum(max(map(len, pair)) for pair in pairs)
