@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.choices import INTERMEDIATE_LOSSES, PER_EXIT_HEADS
+from models.choices import ALL_LAYER_LOSSES, EXIT_CURRICULA, INTERMEDIATE_LOSSES, PER_EXIT_HEADS
 from models.errors import UserError
 from util.backend_arguments import BackendArguments
 from util.exit_arguments import ExitArguments
@@ -24,6 +24,7 @@ from util.flags import (
     refuse_idle_flags,
     require,
     require_file,
+    require_not_negative,
     require_positive,
     require_unit_interval,
 )
@@ -102,6 +103,16 @@ class DataArguments:
         None, "Target language: the same for targets and outputs; it also chooses BLEU's tokenizer."
     )
     source_prefix: str | None = flag(None, "Text put before every source (default: the data set's).")
+    prompt_template: str | None = flag(
+        None,
+        "How a model without an encoder is asked; {source} is the place of the source, \\n a line break "
+        "(default: the task's).",
+    )
+    use_chat_template: bool = flag(
+        False, "Ask it by a message of its tokenizer's chat template, which holds the prompt."
+    )
+    num_shots: int = flag(0, "Examples of the training split that a prompt shows first.")
+    shot_seed: int = flag(0, "Seed by which they are drawn.")
     data_dir: str | None = flag(
         None, "Folder of local files, named <split> or <data set>.<split>, read instead of the hub."
     )
@@ -155,6 +166,7 @@ class DataArguments:
         )
         for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams"):
             require_positive(name, getattr(self, name))
+        require_not_negative("num_shots", self.num_shots)
         for name in ("max_target_length", "val_max_target_length"):
             length = getattr(self, name)
             require(length is None or length > 1, f"--{name} must leave room for a token: at least 2.")
@@ -173,6 +185,19 @@ class LossArguments:
     )
     intermediate_loss_fn: str | None = flag(
         None, "Early-exit loss: which exits are trained, and how they are distilled.", INTERMEDIATE_LOSSES
+    )
+    e_scale: float = flag(1.0, "Scale of the intermediate layers' weights of sum_l (LayerSkip).")
+    exit_curriculum: str | None = flag(
+        None,
+        "Which of all layers have a loss at a step (LayerSkip): some in turn, or from the last down, ever "
+        "more in the first half of the training.",
+        EXIT_CURRICULA,
+    )
+    rotation_interval: int = flag(8, "Of --exit_curriculum rotational: every so many layers at once.")
+    layer_dropout: float = flag(
+        0.0,
+        "Chance that a sample skips the last decoder layer in training, that of others growing up to it "
+        "exponentially (LayerSkip).",
     )
     shallow_loss_weight: float | None = flag(
         None, "Share of the shallow exit in the cross-entropy of shallowdeep_* (default: S / (S + L))."
@@ -200,6 +225,26 @@ class LossArguments:
         require(
             self.shallow_loss_weight is None or (self.intermediate_loss_fn or "").startswith("shallowdeep_"),
             "--shallow_loss_weight needs --intermediate_loss_fn shallowdeep_*.",
+        )
+        require_unit_interval("layer_dropout", self.layer_dropout)
+        require_unit_interval("e_scale", self.e_scale)
+        require_positive("rotation_interval", self.rotation_interval)
+        require(
+            self.e_scale == 1 or self.intermediate_loss_fn == "sum_l",
+            "--e_scale needs --intermediate_loss_fn sum_l.",
+        )
+        require(
+            self.exit_curriculum is None or self.intermediate_loss_fn in ALL_LAYER_LOSSES,
+            f"--exit_curriculum needs --intermediate_loss_fn {', '.join(ALL_LAYER_LOSSES)}: others train one "
+            "exit.",
+        )
+        require(
+            self.rotation_interval == 8 or self.exit_curriculum == "rotational",
+            "--rotation_interval needs --exit_curriculum rotational.",
+        )
+        require(
+            not (self.train_meta_cm_head and self.layer_dropout),
+            "--train_meta_cm_head freezes the model: it contradicts --layer_dropout.",
         )
         require(
             not (self.train_meta_cm_head and self.intermediate_loss_fn),
