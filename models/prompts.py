@@ -1,8 +1,8 @@
 """How a decoder-only model is asked: the text around a source, and token ids of questions and answers.
 
 prompt = Prompt("{source}\\n\\nSummary:")
-asked = prompt.ask(tokenizer, "A long text.")
-ids, answer = prompt.encode(tokenizer, asked), prompt.encode_answer(tokenizer, asked, "Short.")
+asked = [prompt.ask(tokenizer, "A long text.")]
+ids, answers = prompt.encode(tokenizer, asked), prompt.encode_answers(tokenizer, asked, ["Short."])
 """
 
 from __future__ import annotations
@@ -43,21 +43,30 @@ class Prompt:
     def _fill(self, source: str) -> str:
         return self.template.replace(SOURCE, source)
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """Ids of a prompt: with the start token, if the tokenizer adds one, but no end token after it. A chat
-        template brings its own."""
-        token_ids = tokenizer(text, add_special_tokens=not self.chat, verbose=False).input_ids
-        ends = len(token_ids) > 1 and token_ids[-1] == tokenizer.eos_token_id
-        return token_ids[:-1] if ends and not self.chat else token_ids
+    def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+        """Ids of prompts: with the start token, if the tokenizer adds one, but no end token after them. A
+        chat template brings its own."""
+        rows = tokenizer(texts, add_special_tokens=not self.chat, verbose=False).input_ids
+        if self.chat:
+            return rows
+        end = tokenizer.eos_token_id
+        return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
 
-    def encode_answer(self, tokenizer: PreTrainedTokenizerBase, asked: str, answer: str) -> list[int]:
-        """Ids of an answer as they follow a prompt's, the end token at last."""
-        start, whole = self.encode(tokenizer, asked), self.encode(tokenizer, join(asked, answer))
-        if whole[: len(start)] == start:
-            token_ids = whole[len(start) :]
-        else:  # a token reaches over the border: the prompt stays as it is at decoding
-            token_ids = tokenizer(join("", answer), add_special_tokens=False, verbose=False).input_ids
-        return [*token_ids, tokenizer.eos_token_id]
+    def encode_answers(
+        self, tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[str]
+    ) -> list[list[int]]:
+        """Ids of answers as they follow those of their prompts, the end token at last."""
+        texts = list(map(join, asked, answers))
+        found = []
+        for start, whole, answer in zip(
+            self.encode(tokenizer, asked), self.encode(tokenizer, texts), answers, strict=True
+        ):
+            if whole[: len(start)] == start:
+                token_ids = whole[len(start) :]
+            else:  # a token reaches over the border: the prompt stays as it is at decoding
+                token_ids = tokenizer(join("", answer), add_special_tokens=False, verbose=False).input_ids
+            found.append([*token_ids, tokenizer.eos_token_id])
+        return found
 
 
 def message(role: str, content: str) -> dict[str, str]:

@@ -110,7 +110,7 @@ class PromptEncoder(Encoder):
         self.prompt = prompt
 
     def __call__(self, batch: dict[str, list[str]]) -> Columns:
-        prompts = [self.fit(source) for source in batch["source"]]
+        prompts = self.fit(batch["source"])
         columns: Columns = {"input_ids": [], "attention_mask": [], "labels": []}
         for (_, prompt_ids), answer in zip(prompts, self._answers(prompts, batch["target"]), strict=True):
             columns["input_ids"].append(prompt_ids + answer)
@@ -119,38 +119,41 @@ class PromptEncoder(Encoder):
         return columns
 
     def targets(self, batch: dict[str, list[str]]) -> list[list[int]]:
-        return self._answers([self.fit(source) for source in batch["source"]], batch["target"])
+        return self._answers(self.fit(batch["source"]), batch["target"])
 
     def _answers(self, prompts: list[tuple[str, list[int]]], targets: list[str]) -> list[list[int]]:
         """Ids of the targets after their prompts, cut but for the end token."""
-        answers = [
-            self.prompt.encode_answer(self.tokenizer, asked, target)
-            for (asked, _), target in zip(prompts, targets, strict=True)
-        ]
+        answers = self.prompt.encode_answers(self.tokenizer, [asked for asked, _ in prompts], targets)
         limit = self.max_target_length
         if limit is None:
             return answers
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in answers]
 
     def whole_sources(self, sources: list[str]) -> list[list[int]]:
-        return [self._encode(source)[1] for source in sources]
+        return [token_ids for _, token_ids in self._encode(sources)]
 
-    def _encode(self, source: str) -> tuple[str, list[int]]:
-        asked = self.prompt.ask(self.tokenizer, source)
-        return asked, self.prompt.encode(self.tokenizer, asked)
+    def _encode(self, sources: list[str]) -> list[tuple[str, list[int]]]:
+        asked = [self.prompt.ask(self.tokenizer, source) for source in sources]
+        return list(zip(asked, self.prompt.encode(self.tokenizer, asked), strict=True))
 
-    def fit(self, source: str) -> tuple[str, list[int]]:
-        """The prompt as text and ids, its source cut at the end until the whole fits.
+    def fit(self, sources: list[str]) -> list[tuple[str, list[int]]]:
+        """Prompts as text and ids, their sources cut at the end until the whole fits.
 
         Raises:
-            UserError: what surrounds the source leaves no room for it.
+            UserError: what surrounds a source leaves no room for it.
         """
-        asked, token_ids = self._encode(source)
-        limit = self.max_source_length
-        if limit is None or len(token_ids) <= limit:
-            return asked, token_ids
+        limit, prompts = self.max_source_length, self._encode(sources)
+        if limit is None:
+            return prompts
+        return [
+            prompt if len(prompt[1]) <= limit else self._cut(source, prompt[1], limit)
+            for source, prompt in zip(sources, prompts, strict=True)
+        ]
+
+    def _cut(self, source: str, token_ids: list[int], limit: int) -> tuple[str, list[int]]:
         if self.on_cut is not None:
             self.on_cut()
+        asked = ""
         while len(token_ids) > limit:
             own = len(self.tokenizer(source, add_special_tokens=False, verbose=False).input_ids)
             room = own - (len(token_ids) - limit)
@@ -161,11 +164,11 @@ class PromptEncoder(Encoder):
                 )
             shorter = split_text(source, self.tokenizer, room, 0)[0]
             source = shorter if len(shorter) < len(source) else source[:-1]
-            asked, token_ids = self._encode(source)
+            ((asked, token_ids),) = self._encode([source])
         return asked, token_ids
 
     def inputs(self, sources: list[str]) -> BatchEncoding:
-        token_ids = [self.fit(source)[1] for source in sources]
+        token_ids = [prompt_ids for _, prompt_ids in self.fit(sources)]
         return self.tokenizer.pad({"input_ids": token_ids}, padding=True, return_tensors="pt")
 
     def output_limit(self, max_length: int) -> dict[str, Any]:

@@ -79,8 +79,10 @@ def draw_shots(loaded: LoadedModel, data: DataArguments, prompt: Prompt) -> tupl
     random.Random(data.shot_seed).shuffle(pool)
     shots: list[tuple[str, str]] = []
     for source, target in pool:
+        if len(shots) == data.num_shots:
+            break
         text = join(prompt.ask(loaded.tokenizer, source), target)
-        if len(shots) < data.num_shots and len(prompt.encode(loaded.tokenizer, text)) <= limit:
+        if len(prompt.encode(loaded.tokenizer, [text])[0]) <= limit:
             shots.append((source, target))
     require(
         len(shots) == data.num_shots,
