@@ -108,6 +108,7 @@ def decoding_settings(
         "max_length": max_length,
         "backend": loaded.backend,
         "precision": loaded.precision,
+        "prompt": None if loaded.prompt is None else content_hash([asdict(loaded.prompt)]),
         "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
     }
     if data.task == "question_answering":
