@@ -60,6 +60,10 @@ class Encoder:
         )
         return encoded["input_ids"]
 
+    def whole(self) -> Encoder:
+        """One that cuts nothing."""
+        return Encoder(self.tokenizer)
+
     def whole_sources(self, sources: list[str]) -> list[list[int]]:
         """Ids of the sources, none cut."""
         return self.tokenizer(sources, verbose=False).input_ids
@@ -93,20 +97,18 @@ class Encoder:
     def _report_cuts(self, sources: list[str], token_ids: list[list[int]]) -> None:
         limit = self.max_source_length
         full = [row for row, ids in enumerate(token_ids) if len(ids) == limit]
-        if self.on_cut is None or not full:
+        if self.on_cut is None or limit is None or not full:
             return
         for ids in self.whole_sources([sources[row] for row in full]):
-            if len(ids) > self.max_source_length:
+            if len(ids) > limit:
                 self.on_cut()
 
 
 class PromptEncoder(Encoder):
     """An Encoder of prompts, which are cut in their source alone, and answers that go on from them."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *limits: Any, **settings: Any
-    ) -> None:
-        super().__init__(tokenizer, *limits, **settings)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *settings: Any) -> None:
+        super().__init__(tokenizer, *settings)
         self.prompt = prompt
 
     def __call__(self, batch: dict[str, list[str]]) -> Columns:
@@ -128,6 +130,9 @@ class PromptEncoder(Encoder):
         if limit is None:
             return answers
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in answers]
+
+    def whole(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.prompt)
 
     def whole_sources(self, sources: list[str]) -> list[list[int]]:
         return [token_ids for _, token_ids in self._encode(sources)]
@@ -185,13 +190,19 @@ class PromptEncoder(Encoder):
 
 
 def make_encoder(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None = None, *limits: int | None, **settings: Any
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | None = None,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
+    on_cut: Callable[[], None] | None = None,
 ) -> Encoder:
-    """Without a prompt, sources are an encoder's. `limits` are of sources and of targets, in tokens."""
-    if prompt is None:
-        return Encoder(tokenizer, *limits, **settings)
-    return PromptEncoder(tokenizer, prompt, *limits, **settings)
+    """Without a prompt, sources are an encoder's."""
+    settings = (max_source_length, max_target_length, on_cut)
+    return Encoder(tokenizer, *settings) if prompt is None else PromptEncoder(tokenizer, prompt, *settings)
 
 
-def encoder_for(loaded: LoadedModel, *limits: int | None) -> Encoder:
-    return make_encoder(loaded.tokenizer, loaded.prompt, *limits)
+def encoder_for(
+    loaded: LoadedModel, max_source_length: int | None = None, max_target_length: int | None = None
+) -> Encoder:
+    """That of a model prepared for a task."""
+    return make_encoder(loaded.tokenizer, loaded.prompt, max_source_length, max_target_length)

@@ -239,19 +239,20 @@ def tokenize(
 
 def warn_of_cuts(examples: Dataset, encoder: Encoder) -> None:
     """Say how many sources and targets are longer than the encoder's limits."""
-    source_limit, target_limit = encoder.max_source_length, encoder.max_target_length
-    cut = count_long_sources(examples, encoder)
+    cut, total = count_long_sources(examples, encoder), len(examples)
     if cut:
         logger.warning(
-            "%d of %d sources are cut to --max_source_length %d.", cut, len(examples), source_limit
+            "%d of %d sources are cut to --max_source_length %d.", cut, total, encoder.max_source_length
         )
-    whole = make_encoder(encoder.tokenizer, getattr(encoder, "prompt", None))
-    cut = sum(len(token_ids) > target_limit for token_ids in whole.targets(examples[:]))
+    cut = count_longer(encoder.whole().targets(examples[:]), encoder.max_target_length)
     if cut:
-        logger.warning("%d of %d targets are cut to %d tokens.", cut, len(examples), target_limit)
+        logger.warning("%d of %d targets are cut to %d tokens.", cut, total, encoder.max_target_length)
 
 
 def count_long_sources(examples: Dataset, encoder: Encoder) -> int:
     """How many sources have more tokens than the encoder's limit."""
-    limit = encoder.max_source_length
-    return sum(len(token_ids) > limit for token_ids in encoder.whole_sources(list(examples["source"])))
+    return count_longer(encoder.whole_sources(list(examples["source"])), encoder.max_source_length)
+
+
+def count_longer(rows: list[list[int]], limit: int | None) -> int:
+    return 0 if limit is None else sum(len(row) > limit for row in rows)

@@ -176,7 +176,7 @@ def build_loss(
     view = loaded.view
     keep_all_layers(view)
     if flags.layer_dropout > 0:
-        LayerDropout(view.layers, flags.layer_dropout)
+        drop_layers(view, flags.layer_dropout)
     if flags.train_meta_cm_head:
         freeze_backbone(loaded.model)
         return build_confidence_head_loss(view, shallow_layer), exit_config
@@ -194,6 +194,14 @@ def build_loss(
         curriculum=build_curriculum(flags, view.num_layers),
     )
     return loss, exit_config
+
+
+def drop_layers(view: DecoderView, highest: float) -> None:
+    """Let samples skip layers in training; UserError for a view from outside that does not list them."""
+    layers = getattr(view, "layers", None)
+    if layers is None:
+        raise UserError(f"--layer_dropout: {type(view).__name__} does not list its `layers`.")
+    LayerDropout(layers, highest)
 
 
 def read_exit_config(arguments: Arguments, before: ExitConfig) -> ExitConfig:
