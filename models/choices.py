@@ -6,9 +6,10 @@ BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.back
 PRECISIONS = ("fp32", "w8", "w4", "int8")  # of exported weights
 EXACT_PRECISIONS = ("fp32", "w8", "int8")  # in which a token has the same bits in every window
 PER_EXIT_HEADS = ("norm", "projection")
+ALL_LAYER_LOSSES = ("ce", "weighted_ce", "sum_l")  # with an exit after every layer
+EXIT_CURRICULA = ("rotational", "gradual")
 INTERMEDIATE_LOSSES = (
-    "ce",
-    "weighted_ce",
+    *ALL_LAYER_LOSSES,
     "shallowdeep_ce",
     "shallowdeep_kd_last",
     "shallowdeep_kd_unif",

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+PADDING_LABEL = -100  # of positions that no loss counts
+
 
 class DecoderState:
     """What one generation needs; views add caches, masks and encoder memory of their own.
@@ -93,6 +95,10 @@ class DecoderView(Protocol):
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         """States of a forward pass with `output_hidden_states`: layer i's output at index i (0:
         embeddings), un-normalized but for the last, which the decoder has already normalized."""
+
+    def training_labels(self, labels: Tensor) -> Tensor:
+        """What `training_states` are to predict at each position, of (B, T) labels as the model's own forward
+        pass takes them: those of a decoder-only model lie at the tokens themselves, one further."""
 
     def keep_all_layers(self) -> bool:
         """Switch off whatever skips layers at random in training; whether anything did."""

@@ -52,6 +52,7 @@ from models.lora import (
     load_lora,
     read_base_model,
 )
+from models.prompts import Prompt
 from models.tokenizer import load_tokenizer
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -67,6 +68,7 @@ class LoadedModel:
     backend: str = "torch"  # what runs it: see models.backends.prepare
     precision: str = "fp32"  # of its weights, where that is not the model's dtype
     _view: DecoderView | None = field(default=None, repr=False)
+    prompt: Prompt | None = None  # around sources, of a model without an encoder that tasks are prepared for
     _generation: Generation | None = field(default=None, init=False, repr=False)
 
     @property

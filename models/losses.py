@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from models.choices import INTERMEDIATE_LOSSES as INTERMEDIATE_LOSSES
-from models.decoder_view import DecoderView
+from models.decoder_view import PADDING_LABEL, DecoderView
 from models.errors import UserError
+from models.layer_skip import ExitCurriculum, sum_l_weights
 
-PADDING_LABEL = -100
 TOKENS_PER_CHUNK = 2048
 
 
@@ -50,7 +50,8 @@ class LossTerms:
 
 
 def token_share(labels: Tensor, total: Total = own_total) -> Tensor:
-    """The share that (B, T) labels have in the whole batch's target tokens."""
+    """The share that (B, T) labels, as `view.training_labels` places them, have in the whole batch's target
+    tokens."""
     own = (labels != PADDING_LABEL).sum()
     return own / total("tokens", own)
 
@@ -119,10 +120,19 @@ class ExitCrossEntropy:
 
     layer_weights: dict[int, float]
     label_smoothing: float = 0.0
+    curriculum: ExitCurriculum | None = None
+    progress: tuple[int, int] = (0, 1)  # the training step, from 0, and how many there are
+
+    def weights(self) -> dict[int, float]:
+        """Those of the exits that have a loss at this step; they sum to 1."""
+        if self.curriculum is None:
+            return self.layer_weights
+        enabled = self.curriculum.enabled(*self.progress)
+        return normalize({layer: weight for layer, weight in self.layer_weights.items() if layer in enabled})
 
     def __call__(self, view: DecoderView, outputs: Any, tokens: TargetTokens) -> LossTerms:
         states = view.training_states(outputs)
-        weights = self.layer_weights
+        weights = self.weights()
         losses = {layer: self._at(layer, view, states, tokens) for layer in weights}
         total = torch.stack([weight * losses[layer] for layer, weight in weights.items()]).sum()
         return LossTerms(total, {f"ce_layer_{layer}": loss.detach() for layer, loss in losses.items()})
@@ -133,23 +143,35 @@ class ExitCrossEntropy:
 
 
 def exit_layer_weights(
-    name: str, num_layers: int, shallow_layer: int | None, shallow_weight: float | None = None
+    name: str,
+    num_layers: int,
+    shallow_layer: int | None,
+    shallow_weight: float | None = None,
+    e_scale: float = 1.0,
 ) -> dict[int, float]:
     """Weight of each exit's cross-entropy under an `--intermediate_loss_fn`; they sum to 1.
 
-    `ce` weighs all layers alike, `weighted_ce` layer i by i (CALM, eq. 6), every `shallowdeep_*` layers S
-    and L by S and L (FREE, eq. 1), or by `shallow_weight` and the rest.
+    `ce` weighs all layers alike, `weighted_ce` layer i by i (CALM, eq. 6), `sum_l` by a sum up to its depth,
+    times `e_scale` (LayerSkip, section 4.1.2), every `shallowdeep_*` layers S and L by S and L (FREE, eq. 1),
+    or by `shallow_weight` and the rest.
     """
     raw: dict[int, float]
     if name == "ce":
         raw = dict.fromkeys(range(1, num_layers + 1), 1)
     elif name == "weighted_ce":
         raw = {layer: layer for layer in range(1, num_layers + 1)}
+    elif name == "sum_l":
+        raw = sum_l_weights(num_layers, e_scale)
     elif shallow_weight is None:
         raw = {layer: layer for layer in (require_layer(name, shallow_layer), num_layers)}
     else:
         raw = {require_layer(name, shallow_layer): shallow_weight, num_layers: 1 - shallow_weight}
-    return {layer: weight / sum(raw.values()) for layer, weight in raw.items()}
+    return normalize({layer: weight for layer, weight in raw.items() if weight > 0})
+
+
+def normalize(weights: dict[int, float]) -> dict[int, float]:
+    """The weights, divided by their sum."""
+    return {layer: weight / sum(weights.values()) for layer, weight in weights.items()}
 
 
 def require_layer(name: str, shallow_layer: int | None) -> int:
@@ -254,6 +276,10 @@ class ExitLoss:
     distillation: LayerwiseDistillation | None = None
     alpha: float = 0.0
 
+    def start_step(self, step: int, steps: int) -> None:
+        """Say which of how many training steps comes, from 0, which a curriculum asks for."""
+        self.cross_entropy.progress = (step, steps)
+
     @property
     def looks_around(self) -> bool:
         """Whether a micro-batch needs to know the states of the others."""
@@ -262,6 +288,7 @@ class ExitLoss:
     def __call__(
         self, view: DecoderView, outputs: Any, labels: Tensor, total: Total = own_total
     ) -> LossTerms:
+        labels = view.training_labels(labels)
         tokens, share = TargetTokens.of(labels), token_share(labels, total)
         terms = self.cross_entropy(view, outputs, tokens)
         if self.distillation is None:
@@ -296,7 +323,7 @@ class ConfidenceHeadLoss:
 
     def _read(self, view: DecoderView, outputs: Any, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """For each layer its states (N, D), and whether it predicts what the last layer does (N,)."""
-        states, tokens = view.training_states(outputs), TargetTokens.of(labels)
+        states, tokens = view.training_states(outputs), TargetTokens.of(view.training_labels(labels))
         deep_tokens = predict_tokens(view, tokens.select(normalized_state(view, states, view.num_layers)))
         read = [tokens.select(normalized_state(view, states, layer)).detach() for layer in self.layers]
         return read, [(predict_tokens(view, selected) == deep_tokens).long() for selected in read]
@@ -331,14 +358,16 @@ def build_exit_loss(
     label_smoothing: float = 0.0,
     mask_padding: bool = True,
     shallow_weight: float | None = None,
+    e_scale: float = 1.0,
+    curriculum: ExitCurriculum | None = None,
 ) -> ExitLoss:
     """The loss object of an `--intermediate_loss_fn` (one of `INTERMEDIATE_LOSSES`).
 
     Raises:
         UserError: it needs a `shallow_layer`, and there is none.
     """
-    weights = exit_layer_weights(name, view.num_layers, shallow_layer, shallow_weight)
-    cross_entropy = ExitCrossEntropy(weights, label_smoothing)
+    weights = exit_layer_weights(name, view.num_layers, shallow_layer, shallow_weight, e_scale)
+    cross_entropy = ExitCrossEntropy(weights, label_smoothing, curriculum)
     if not name.startswith("shallowdeep_kd_"):
         return ExitLoss(cross_entropy)
     students = require_layer(name, shallow_layer)

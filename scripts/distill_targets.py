@@ -29,12 +29,13 @@ from transformers import set_seed
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
 from util.arguments import DataArguments
-from util.data.examples import dataset_record, load_examples
+from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.device import move_model
 from util.files import json_line, locked_output_file
 from util.flags import parse_groups
 from util.progress import track
+from util.setup import read_split
 from util.tasks import DATASETS
 
 MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
@@ -71,21 +72,22 @@ def load_training_rows(flags: DistillationArguments, loaded: LoadedModel) -> Dat
         max_target_length=flags.max_length,
     )
     prepare(loaded, data, {"--max_length": flags.max_length + MARGIN})
-    return load_examples(dataset_record(data), data, "train", loaded.tokenizer)
+    return read_split(data, "train", loaded)
 
 
 @torch.inference_mode()
 def decode_beams(loaded: LoadedModel, sources: list[str], flags: DistillationArguments) -> list[list[str]]:
     """All finished beams of each source."""
-    inputs = loaded.tokenizer(sources, padding=True, return_tensors="pt").to(loaded.model.device)
+    encoder = encoder_for(loaded)
+    inputs = encoder.inputs(sources).to(loaded.model.device)
     outputs = loaded.model.generate(
         **inputs,
         num_beams=flags.num_beams,
         num_return_sequences=flags.num_beams,
-        max_length=flags.max_length + MARGIN,
         do_sample=False,
+        **encoder.output_limit(flags.max_length + MARGIN),
     )
-    texts = loaded.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+    texts = encoder.texts(outputs[:, encoder.output_start(inputs["input_ids"]) :].tolist())
     return [texts[row : row + flags.num_beams] for row in range(0, len(texts), flags.num_beams)]
 
 

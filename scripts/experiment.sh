@@ -6,9 +6,10 @@
 #   METHOD  free | lossless | calm | static | full
 #
 # LAYERS is FREE's exit and Static's depth where the checkpoint has no exit layer of its own. Lossless trains as
-# FREE does; its evaluation takes FREE's model if there is none in its folder. DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz)
-# and the like, read instead of the hub. Further flags go to run.py and win over those set here. Paths given by
-# the caller are relative to the caller's folder.
+# FREE does; its evaluation takes FREE's model if there is none in its folder. MODEL, if set, is a checkpoint with or
+# without an encoder; a smoke test makes its random model of that kind, and MODEL is then a folder or a config .json.
+# DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz) and the like, read instead of the hub. Further
+# flags go to run.py and win over those set here. Paths given by the caller are relative to the caller's folder.
 source scripts/environment.sh
 ROOT=$PWD
 cd "$OLDPWD"
@@ -85,11 +86,27 @@ run_smoke() {
   scratch=$(mktemp -d)
   trap "rm -rf '$scratch'" EXIT
   use_embedded_rows_without_data_dir
-  python "$ROOT/run.py" --config_name "$ROOT/$config" --tokenizer_name "$ROOT/checkpoints/debian-t5-free" \
+  config=$(smoke_config) || exit 2
+  python "$ROOT/run.py" --config_name "$config" --tokenizer_name "$ROOT/checkpoints/debian-t5-free" \
     "${data[@]}" "${rows[@]}" "${TRAINING[@]}" "${DECODING[@]}" --do_train --do_eval --output_dir "$scratch" \
     --use_cpu --report_to none --max_steps 2 --per_device_train_batch_size 2 --max_train_samples 8 --max_eval_samples 3 \
     --max_source_length 96 --max_target_length 12 --doc_stride 16 --save_strategy no \
     --deploy_scenario True --per_device_eval_batch_size 1 --disable_tqdm True "$@"
+}
+
+smoke_config() { # of the kind of MODEL, if it is set
+  local named=${MODEL:-}
+  [ ! -d "$named" ] || named=$named/config.json
+  if [ -z "$named" ]; then
+    echo "$ROOT/$config"
+  elif [ ! -f "$named" ]; then
+    echo "error: MODEL=$MODEL is no folder with a config.json, nor a config: a smoke test downloads nothing." >&2
+    return 2
+  elif grep -q '"is_encoder_decoder": *true' "$named"; then
+    echo "$ROOT/$config"
+  else
+    echo "$ROOT/scripts/configs/smoke_llama.json"
+  fi
 }
 
 use_embedded_rows_without_data_dir() { # sets rows and data

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from models.errors import one_line_errors
-from models.loading import load_model
+from models.loading import LoadedModel, load_model
 from util.files import locked_output_dir
 from util.flags import parse_groups, require
 
@@ -36,7 +36,7 @@ pipeline_tag: translation
 ---
 # {title}
 
-{parameters:.1f}M parameters, {layers} encoder and {layers} decoder layers, width {width}, a vocabulary of
+{parameters:.1f}M parameters, {layers}, width {width}, a vocabulary of
 {vocabulary} pieces, trained on short German-English package descriptions (`data/debian`, sources and targets
 of at most 28 tokens). A demonstration of early exiting, not a translator for other text.
 
@@ -70,8 +70,8 @@ def export(flags: ExportArguments) -> None:
     card = CARD.format(
         title=flags.title,
         parameters=sum(weight.numel() for weight in loaded.model.parameters()) / 1e6,
-        layers=loaded.view.num_layers,
-        width=config.d_model,
+        layers=describe_layers(loaded),
+        width=config.hidden_size,
         vocabulary=config.vocab_size,
         script=flags.train_script,
         origin=flags.origin,
@@ -84,6 +84,15 @@ def export(flags: ExportArguments) -> None:
         scores="\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else "",
     )
     (flags.output_dir / "README.md").write_text(card.rstrip() + "\n", encoding="utf8")
+
+
+def describe_layers(loaded: LoadedModel) -> str:
+    count = loaded.view.num_layers
+    return (
+        f"{count} encoder and {count} decoder layers"
+        if loaded.model.config.is_encoder_decoder
+        else f"{count} layers"
+    )
 
 
 def read_state(run: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from models.errors import UserError, one_line_errors
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.console import prepare_console
+from util.data.encoding import encoder_for
 from util.files import locked_output_file, write_json
 from util.flags import parse_groups
 from util.policies import require_exits
@@ -66,9 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def learn_shortlist(loaded: LoadedModel, examples: Dataset, size: int) -> dict[str, Any]:
     """The `size` most frequent target tokens (fewer if the split has fewer), by falling frequency."""
-    counts = Counter(
-        token for row in loaded.tokenizer(text_target=list(examples["target"]))["input_ids"] for token in row
-    )
+    texts = {name: list(examples[name]) for name in ("source", "target")}
+    counts = Counter(token for row in encoder_for(loaded).targets(texts) for token in row)
     frequent = counts.most_common(size)
     coverage = sum(count for _, count in frequent) / counts.total()
     return {"token_ids": [token for token, _ in frequent], "coverage": coverage}
@@ -86,12 +86,12 @@ def measure_decisions(
     measures = (SoftmaxGap(), ShortlistGap(view, torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
+    encoder = encoder_for(loaded, data.max_source_length)
+    limit = encoder.output_limit(data.val_max_target_length)
     sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])
     for source in track(sources, "Comparing", "sample"):
-        inputs = loaded.tokenizer(
-            source, truncation=True, max_length=data.max_source_length, return_tensors="pt"
-        ).to(loaded.model.device)
-        sequences = loaded.model.generate(**inputs, max_length=data.val_max_target_length, do_sample=False)
+        inputs = encoder.inputs([source]).to(loaded.model.device)
+        sequences = loaded.model.generate(**inputs, **limit, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])

@@ -8,6 +8,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+from tiny_causal import CAUSAL_SHAPES, prompts, tiny_causal
 from tiny_models import padded_inputs, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -24,7 +25,10 @@ CASES = [
     ("t5v1.1-untied", "weighted_ce"),
     ("bart-tied", "ce"),
     ("t5-tied", "confidence head"),
+    ("llama-tied", "shallowdeep_kd_dyna"),
+    ("gpt2-untied", "sum_l"),
 ]
+DROPLESS = {"gpt2-untied": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
 
 
 def main() -> None:
@@ -33,7 +37,8 @@ def main() -> None:
         tempfile.gettempdir(), use_cpu=True, ddp_backend="gloo", report_to="none"
     )
     for shape, name in CASES:
-        model = tiny_model(shape, num_layers=4).double().train()
+        make = tiny_causal if shape in CAUSAL_SHAPES else tiny_model
+        model = make(shape, num_layers=4, **DROPLESS.get(shape, {})).double().train()
         attach_exit_heads(model, ExitConfig("ce", 2, train_meta_cm_head=True, do_layer_transformation=True))
         for shard in (shard_1, shard_2):
             whole, sharded = copy.deepcopy(model), shard(copy.deepcopy(model))
@@ -60,6 +65,8 @@ def shard_2(model):
 
 
 def encoder_layers(model):
+    if not model.config.is_encoder_decoder:
+        return []
     encoder = model.get_encoder()
     return getattr(encoder, "block", None) or encoder.layers
 
@@ -70,13 +77,19 @@ def step(model, name, arguments):
     confidence = name == "confidence head"
     loss = build_confidence_head_loss(view, 2) if confidence else build_exit_loss(view, name, 2)
     trainer = EarlyExitTrainer(model=view.model, args=arguments, exit_loss=loss)
-    labels = torch.randint(2, 90, (2, 7), generator=torch.Generator().manual_seed(2))
-    labels[1, 4:] = -100
-    decoder_inputs = view.model.prepare_decoder_input_ids_from_labels(labels.clamp(min=0))
-    batch = padded_inputs(2) | {"decoder_input_ids": decoder_inputs, "labels": labels}
-    total = trainer.compute_loss(model, batch)
+    total = trainer.compute_loss(model, batch_for(view.model))
     total.backward()
     return {"total": total.detach(), **gradients_of(model)}
+
+
+def batch_for(model):
+    labels = torch.randint(2, 90, (2, 7), generator=torch.Generator().manual_seed(2))
+    labels[1, 4:] = -100
+    if not model.config.is_encoder_decoder:
+        inputs = {name: values[:1].repeat(2, 1) for name, values in prompts(2, length=7).items()}
+        return inputs | {"labels": labels}
+    decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels.clamp(min=0))
+    return padded_inputs(2) | {"decoder_input_ids": decoder_inputs, "labels": labels}
 
 
 def gradients_of(model):

@@ -166,7 +166,10 @@ def test_families_without_a_view_are_refused_before_their_weights_are_read(tmp_p
         load_model(str(tmp_path))
 
 
-def test_tasks_say_that_they_have_no_prompts_yet(tmp_path, tokenizer):
+def test_prompt_and_output_together_must_fit_the_positions(tmp_path, tokenizer):
     save("llama-tied", tmp_path, tokenizer)
-    with pytest.raises(UserError, match="llama has no encoder"):
-        prepare(load_model(str(tmp_path)), DataArguments(task="translation", dataset_name="debian_de_en"))
+    data = DataArguments("translation", "debian_de_en", max_source_length=40, val_max_target_length=25)
+    with pytest.raises(
+        UserError, match=r"^--max_source_length \+ --val_max_target_length 65: llama has 64 pos"
+    ):
+        prepare(load_model(str(tmp_path)), data)

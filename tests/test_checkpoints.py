@@ -46,3 +46,22 @@ def test_free_exits_on_easy_tokens_only():
     options = {"custom_generate": early_exit_decode, "exit_policy": policy, "decode_stats": stats}
     loaded.model.generate(**inputs, max_length=30, **options)
     assert 0 < stats.exit_share < 1 and stats.deep_passes > 0
+
+
+def test_a_decoder_only_checkpoint_is_prompted():
+    """Full depth equals generate, batched and alone; FREE exits on some tokens, lossless changes none."""
+    loaded = load_model(str(FOLDER / "debian-llama-free"))
+    assert loaded.exit_config.shallow_exit_layer == 2
+    prompts = [f"{sentence}\n\nTranslation:" for sentence in SENTENCES]
+    inputs = loaded.tokenizer(prompts, padding=True, return_tensors="pt")
+    start, options = inputs["input_ids"].shape[1], {"max_new_tokens": 30, "do_sample": False}
+    expected = loaded.model.generate(**inputs, **options)[:, start:].tolist()
+    assert loaded.generate(**inputs, exit_policy=FullDepth(), **options)[:, start:].tolist() == expected
+    stats, policy = DecodeStats(), Free(2, SoftmaxGap(), FixedThreshold(0.4))
+    loaded.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
+    assert 0 < stats.exit_share < 1
+    exact = Free(2, SoftmaxGap(), FixedThreshold(0.4), lossless=True)
+    assert loaded.generate(**inputs, exit_policy=exact, **options)[:, start:].tolist() == expected
+    text = loaded.tokenizer.decode(expected[0], skip_special_tokens=True).lower()
+    assert "development" in text or "library" in text
+    assert (FOLDER / "debian-llama-free" / "model.safetensors").stat().st_size < 30e6

@@ -259,7 +259,8 @@ def test_a_token_without_a_piece_is_unknown(marian):
 
 def test_a_shortlist_counts_target_pieces(marian):
     loaded = load_model(str(marian))
-    shortlist = learn_shortlist.learn_shortlist(loaded, {"target": ["the package", "the library"]}, 2)
+    examples = {"source": ["ein", "das"], "target": ["the package", "the library"]}
+    shortlist = learn_shortlist.learn_shortlist(loaded, examples, 2)
     assert shortlist["token_ids"][0] in (0, loaded.tokenizer.target_encoder["▁the"])
     assert set(shortlist["token_ids"]) == {0, loaded.tokenizer.target_encoder["▁the"]}
 

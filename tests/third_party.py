@@ -172,6 +172,9 @@ class PebbleView:
     def training_states(self, outputs):
         return outputs.decoder_hidden_states
 
+    def training_labels(self, labels):
+        return labels
+
     def keep_all_layers(self):
         return False
 

@@ -1,4 +1,5 @@
-"""The flags of run.py as dataclasses, but for those of decoding, which are in util/exit_arguments.py.
+"""The flags of run.py as dataclasses, but for those of decoding, in util/exit_arguments.py, and of what a
+training minimises, in util/loss_arguments.py.
 
 `parse_arguments(argv)` accepts flags, or one JSON/YAML file of them followed by flags that override it.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.choices import INTERMEDIATE_LOSSES, PER_EXIT_HEADS
 from models.errors import UserError
 from util.backend_arguments import BackendArguments
 from util.exit_arguments import ExitArguments
@@ -21,19 +21,17 @@ from util.flags import (
     Parser,
     expand_argument_file,
     flag,
-    refuse_idle_flags,
     require,
     require_file,
+    require_not_negative,
     require_positive,
-    require_unit_interval,
 )
+from util.loss_arguments import LoraArguments, LossArguments
 from util.presets import cpu_launch_flags, expand_paper_settings, expand_scratch_settings, launched_processes
 from util.tasks import DATASETS, TASKS
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
-
-LORA = "LoRA"  # the method of the adapters' flags
 
 
 def refuse_misspelt_dataset(name: str) -> None:
@@ -102,6 +100,16 @@ class DataArguments:
         None, "Target language: the same for targets and outputs; it also chooses BLEU's tokenizer."
     )
     source_prefix: str | None = flag(None, "Text put before every source (default: the data set's).")
+    prompt_template: str | None = flag(
+        None,
+        "How a model without an encoder is asked; {source} is the place of the source, \\n a line break "
+        "(default: the task's).",
+    )
+    use_chat_template: bool = flag(
+        False, "Ask it by a message of its tokenizer's chat template, which holds the prompt."
+    )
+    num_shots: int = flag(0, "Examples of the training split that a prompt shows first.")
+    shot_seed: int = flag(0, "Seed by which they are drawn.")
     data_dir: str | None = flag(
         None, "Folder of local files, named <split> or <data set>.<split>, read instead of the hub."
     )
@@ -155,6 +163,7 @@ class DataArguments:
         )
         for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams"):
             require_positive(name, getattr(self, name))
+        require_not_negative("num_shots", self.num_shots)
         for name in ("max_target_length", "val_max_target_length"):
             length = getattr(self, name)
             require(length is None or length > 1, f"--{name} must leave room for a token: at least 2.")
@@ -162,83 +171,6 @@ class DataArguments:
             require_positive(name, getattr(self, name))
         if self.val_max_target_length is None:
             self.val_max_target_length = self.max_target_length
-
-
-@dataclass
-class LossArguments:
-    _argument_group_name = "Losses at exits"
-
-    output_hidden_states_decoder: bool = flag(
-        False, "Train with losses at intermediate layers (implied by --intermediate_loss_fn)."
-    )
-    intermediate_loss_fn: str | None = flag(
-        None, "Early-exit loss: which exits are trained, and how they are distilled.", INTERMEDIATE_LOSSES
-    )
-    shallow_loss_weight: float | None = flag(
-        None, "Share of the shallow exit in the cross-entropy of shallowdeep_* (default: S / (S + L))."
-    )
-    distill_layer_alpha: float = flag(0.5, "Weight of the distillation loss of shallowdeep_kd_*.")
-    do_layer_transformation: bool = flag(False, "Map shallow states linearly before they are distilled.")
-    per_exit_head: str | None = flag(
-        None, "Give each exit a norm, or a projection and a norm, of its own.", PER_EXIT_HEADS
-    )
-    early_stopping_patience: int | None = flag(
-        None, "Stop after this many evaluations without a better --metric_for_best_model."
-    )
-    paper_settings: bool = flag(False, "Start from the FREE paper's hyper-parameters for --dataset_name.")
-    use_muon: bool = flag(False, "Train hidden matrices with Muon instead of AdamW (from scratch).")
-    train_meta_cm_head: bool = flag(False, "Freeze the model and train the confidence head alone.")
-
-    def __post_init__(self) -> None:
-        if self.output_hidden_states_decoder and not self.train_meta_cm_head:
-            require(
-                self.intermediate_loss_fn is not None,
-                "--output_hidden_states_decoder needs an --intermediate_loss_fn.",
-            )
-        require(self.distill_layer_alpha >= 0, "--distill_layer_alpha must not be negative.")
-        require_unit_interval("shallow_loss_weight", self.shallow_loss_weight)
-        require(
-            self.shallow_loss_weight is None or (self.intermediate_loss_fn or "").startswith("shallowdeep_"),
-            "--shallow_loss_weight needs --intermediate_loss_fn shallowdeep_*.",
-        )
-        require(
-            not (self.train_meta_cm_head and self.intermediate_loss_fn),
-            "--train_meta_cm_head freezes the model: it contradicts --intermediate_loss_fn.",
-        )
-        require(
-            not (self.train_meta_cm_head and self.use_muon),
-            "--use_muon is for training from scratch: it contradicts --train_meta_cm_head.",
-        )
-        require(
-            self.per_exit_head is None or self.intermediate_loss_fn is not None,
-            "--per_exit_head needs an --intermediate_loss_fn that trains it.",
-        )
-        distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
-        require(
-            distils or not self.do_layer_transformation,
-            "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
-        )
-
-
-@dataclass
-class LoraArguments:
-    _argument_group_name = "LoRA"
-
-    use_lora: bool = flag(
-        False, "Train low-rank adapters (PEFT) and exit heads instead of all weights.", switches=LORA
-    )
-    lora_rank: int = flag(16, "Rank of the adapters.", method=LORA)
-    lora_alpha: int = flag(32, "Their scale: the update is multiplied by alpha / rank.", method=LORA)
-    lora_dropout: float = flag(0.05, "Dropout before the adapters.", method=LORA)
-    lora_target_modules: list[str] | None = flag(
-        None, "Names of the linear layers adapted (default: queries and values).", method=LORA
-    )
-
-    def __post_init__(self) -> None:
-        require_positive("lora_rank", self.lora_rank)
-        require_positive("lora_alpha", self.lora_alpha)
-        require_unit_interval("lora_dropout", self.lora_dropout)
-        refuse_idle_flags(self)
 
 
 @dataclass

@@ -18,7 +18,7 @@ class BackendArguments:
     backend: str = flag(
         AUTOMATIC,
         "What runs the layers of an evaluation: onnx is several times faster on a CPU; auto takes it where "
-        "it can run the model (encoder-decoder, float32, CPU), else torch; compile is torch.compile.",
+        "it can run the model (float32, on the CPU), else torch; compile is torch.compile.",
         (AUTOMATIC, *BACKENDS),
     )
     precision: str = flag(

@@ -30,7 +30,7 @@ def open_checkpoint(path: str, data: DataArguments, backend: BackendArguments | 
 
 def read_split(data: DataArguments, split: str, loaded: LoadedModel, limit: int | None = None) -> Dataset:
     """Rows (id, source, target) of a split, the first `limit` of them."""
-    return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit)
+    return load_examples(dataset_record(data), data, split, loaded.tokenizer, limit, loaded.prompt)
 
 
 def comparison_settings(data: DataArguments, records_file: Path) -> EvaluationSettings:

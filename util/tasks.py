@@ -15,10 +15,15 @@ DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 
 @dataclass(frozen=True)
 class Task:
-    """`metric` names one of `util.evaluation.metrics`; `main_score` the figure that compares methods."""
+    """`metric` names one of `util.evaluation.metrics`; `main_score` the figure that compares methods.
+
+    Models without an encoder are asked by `prompt`, or by `message` through a chat template.
+    """
 
     metric: str
     main_score: str
+    prompt: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,18 @@ class DatasetRecord:
 
 
 TASKS = {
-    "summarization": Task("rouge", "rougeLsum"),
-    "translation": Task("bleu", "bleu"),
-    "question_answering": Task("squad", "f1"),
-}
+    "summarization": Task(
+        "rouge", "rougeLsum", "{source}\n\nSummary:", "Summarize the following text.\n\n{source}"
+    ),
+    "translation": Task(
+        "bleu", "bleu", "{source}\n\nTranslation:",
+        "Translate from {source_lang} to {target_lang}. Answer with the translation alone.\n\n{source}",
+    ),
+    "question_answering": Task(
+        "squad", "f1", "{source}\n\nAnswer:",
+        "Answer the question with words of its context, as few as possible.\n\n{source}",
+    ),
+}  # fmt: skip
 
 PARQUET = "refs/convert/parquet"  # where the hub keeps script data sets as plain files
 

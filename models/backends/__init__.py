@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,14 +62,14 @@ def prepare(
         if threads is not None or cache_dir is not None:
             raise UserError(f"threads and cache_dir are options of backend onnx, not of {backend}.")
         compiled = open_compiled(loaded) if backend == "compile" else None
-        return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, compiled)
+        return replace(loaded, backend=backend, precision=precision, _view=compiled)
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
     reason = why_not_onnx(loaded)
     if reason is not None:
         raise UserError(f"backend onnx: {reason}; use backend torch.")
     view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir)
-    return LoadedModel(loaded.model, loaded.tokenizer, loaded.exit_config, backend, precision, view)
+    return replace(loaded, backend=backend, precision=precision, _view=view)
 
 
 def why_not_onnx(loaded: LoadedModel) -> str | None:

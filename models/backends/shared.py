@@ -43,6 +43,9 @@ class BackendView:
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         return self.eager.training_states(outputs)
 
+    def training_labels(self, labels: Tensor) -> Tensor:
+        return self.eager.training_labels(labels)
+
     def keep_all_layers(self) -> bool:
         return self.eager.keep_all_layers()
 

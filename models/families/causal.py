@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from models.decoder_view import DecoderState, ModelInputs
+from models.decoder_view import PADDING_LABEL, DecoderState, ModelInputs
 from models.errors import UserError
 from models.families.buffers import as_dynamic_cache, hand_over, make_buffers, refuse_uneven
 from models.families.masks import padding_mask, step_mask
@@ -186,6 +187,9 @@ class CausalView(StackView):
 
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         return outputs.hidden_states
+
+    def training_labels(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=PADDING_LABEL)
 
 
 def prompt_positions(like: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

@@ -160,6 +160,9 @@ class EncoderDecoderView(StackView):
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         return outputs.decoder_hidden_states
 
+    def training_labels(self, labels: Tensor) -> Tensor:
+        return labels
+
 
 def read_source(view: Any, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
     """The source of a call, encoded by `view.encode`; what outputs start with is for the options to say."""

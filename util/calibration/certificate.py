@@ -110,6 +110,8 @@ def decoding_settings(
         "precision": loaded.precision,
         "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
     }
+    if loaded.prompt is not None:
+        settings["prompt"] = content_hash([asdict(loaded.prompt)])
     if data.task == "question_answering":
         settings["doc_stride"] = data.doc_stride
     if flags.max_pending_tokens is not None:  # rows of a batch share their deep passes

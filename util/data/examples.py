@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from models.languages import mark_target
+from models.prompts import Prompt
 from util.arguments import DataArguments
+from util.data.encoding import Encoder, make_encoder
 from util.data.rows import QUESTION, RowReader, check_columns, read_examples
 from util.data.sources import columns_of, load_rows, peek
 from util.data.sources import load_file as load_file  # read from here by gpt_eval
@@ -64,8 +66,16 @@ def target_language(data_args: DataArguments) -> str | None:
     return (dataset_record(data_args).languages or (None, None))[1]
 
 
-def with_target_mark(record: DatasetRecord, tokenizer: PreTrainedTokenizerBase | None) -> DatasetRecord:
-    """The record with a prefix by which a multilingual Marian is told the target language."""
+def with_prefix_for(
+    record: DatasetRecord,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt | None,
+) -> DatasetRecord:
+    """The record with a model's own prefix of sources: one by which a multilingual Marian is told the target
+    language; where a prompt says what is asked for, none but the flag's."""
+    if prompt is not None:
+        return replace(record, prefix=data_args.source_prefix or "")
     target = (record.languages or (None, None))[1]
     return replace(record, prefix=mark_target(tokenizer, target, record.prefix))
 
@@ -76,6 +86,7 @@ def load_examples(
     split: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_samples: int | None = None,
+    prompt: Prompt | None = None,
 ) -> Dataset:
     """Rows of a split as columns id (str), source, target; seen_in_train where the data set knows it.
 
@@ -94,14 +105,15 @@ def load_examples(
         raise UserError(f"{origin}: the {split} split is empty.")
     check_columns(first, record, origin)
     limit = None if data_args.drop_long_samples else max_samples
-    record = with_target_mark(record, tokenizer)
+    record = with_prefix_for(record, data_args, tokenizer, prompt)
     examples = read_examples(rows, RowReader(record, columns_of(first)), limit)
     kept = number_repeated_ids(skip_bad_rows(examples, origin, split, data_args), origin)
-    if data_args.drop_long_samples and tokenizer is not None:
-        kept = drop_long(kept, tokenizer, data_args)
+    encoder = None if tokenizer is None else make_encoder(tokenizer, prompt)
+    if data_args.drop_long_samples and encoder is not None:
+        kept = drop_long(kept, encoder, data_args)
     kept = kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
     if record.task == "question_answering":
-        return split_contexts(kept, kept.column_names, record, data_args, split, tokenizer)
+        return split_contexts(kept, kept.column_names, record, data_args, split, encoder)
     return kept
 
 
@@ -153,22 +165,22 @@ def split_contexts(
     record: DatasetRecord,
     data_args: DataArguments,
     split: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    encoder: Encoder | None,
 ) -> Dataset | IterableDataset:
     """One row for each window of a question's context, with other `columns`; for training, only windows that
     hold the answer."""
 
     def windows(row: dict[str, Any]) -> list[str]:
-        if tokenizer is None:
+        if encoder is None:
             return [row["context"]]
         question = record.prefix + QUESTION.format(question=row["question"], context="")
-        room = data_args.max_source_length - len(tokenizer(question).input_ids) - 1
+        room = data_args.max_source_length - len(encoder.whole_sources([question])[0]) - 1
         if room <= data_args.doc_stride:
             raise UserError(
                 f"Question {row['id']} leaves {room} tokens for its context: raise --max_source_length or "
                 "lower --doc_stride."
             )
-        return split_text(row["context"], tokenizer, room, data_args.doc_stride)
+        return split_text(row["context"], encoder.tokenizer, room, data_args.doc_stride)
 
     def expand(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -189,12 +201,11 @@ def split_contexts(
     return examples.map(expand, batched=True, remove_columns=columns)
 
 
-def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
+def drop_long(examples: Dataset, encoder: Encoder, data_args: DataArguments) -> Dataset:
     """Rows that fit --max_source_length and --max_target_length; those that do not are counted."""
 
     def fits(batch: dict[str, list[str]]) -> list[bool]:
-        sources = tokenizer(batch["source"], verbose=False).input_ids
-        targets = tokenizer(text_target=batch["target"], verbose=False).input_ids
+        sources, targets = encoder.whole_sources(batch["source"]), encoder.targets(batch)
         return [
             len(source) <= data_args.max_source_length and len(target) <= data_args.max_target_length
             for source, target in zip(sources, targets, strict=True)
@@ -207,38 +218,18 @@ def drop_long(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: 
     return kept
 
 
-class Encoder:
-    """Maps a batch of sources and targets to token ids of at most the given lengths; picklable."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_source_length: int, max_target_length: int
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_source_length = max_source_length
-        self.max_target_length = max_target_length
-
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = self.tokenizer(batch["source"], max_length=self.max_source_length, truncation=True)
-        targets = self.tokenizer(
-            text_target=batch["target"], max_length=self.max_target_length, truncation=True
-        )
-        return {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "labels": targets["input_ids"],
-        }
-
-
 def tokenize(
-    examples: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, max_target_length: int
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    max_target_length: int,
+    prompt: Prompt | None = None,
 ) -> Dataset:
     """Columns input_ids, attention_mask, labels: lists of token ids, cut to the given lengths."""
-    cut = count_long_sources(examples, tokenizer, data_args.max_source_length)
-    if cut:
-        limit = data_args.max_source_length
-        logger.warning("%d of %d sources are cut to --max_source_length %d.", cut, len(examples), limit)
+    encoder = make_encoder(tokenizer, prompt, data_args.max_source_length, max_target_length)
+    warn_of_cuts(examples, encoder)
     return examples.map(
-        Encoder(tokenizer, data_args.max_source_length, max_target_length),
+        encoder,
         batched=True,
         remove_columns=examples.column_names,
         num_proc=data_args.preprocessing_num_workers,
@@ -246,7 +237,22 @@ def tokenize(
     )
 
 
-def count_long_sources(examples: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
-    """How many sources have more than `limit` tokens."""
-    encoded = tokenizer(list(examples["source"]), verbose=False).input_ids
-    return sum(len(token_ids) > limit for token_ids in encoded)
+def warn_of_cuts(examples: Dataset, encoder: Encoder) -> None:
+    """Say how many sources and targets are longer than the encoder's limits."""
+    cut, total = count_long_sources(examples, encoder), len(examples)
+    if cut:
+        logger.warning(
+            "%d of %d sources are cut to --max_source_length %d.", cut, total, encoder.max_source_length
+        )
+    cut = count_longer(encoder.whole().targets(examples[:]), encoder.max_target_length)
+    if cut:
+        logger.warning("%d of %d targets are cut to %d tokens.", cut, total, encoder.max_target_length)
+
+
+def count_long_sources(examples: Dataset, encoder: Encoder) -> int:
+    """How many sources have more tokens than the encoder's limit."""
+    return count_longer(encoder.whole_sources(list(examples["source"])), encoder.max_source_length)
+
+
+def count_longer(rows: list[list[int]], limit: int | None) -> int:
+    return 0 if limit is None else sum(len(row) > limit for row in rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
+from models.prompts import Prompt
 from util.arguments import DataArguments
-from util.data.examples import Encoder, skipped_entry, skipped_rows_file, split_contexts, with_target_mark
+from util.data.encoding import make_encoder
+from util.data.examples import skipped_entry, skipped_rows_file, split_contexts, with_prefix_for
 from util.data.rows import RowReader, check_columns
 from util.data.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
 from util.files import json_line
@@ -28,7 +31,11 @@ SHUFFLE_BUFFER = 10_000
 
 
 def stream_training_rows(
-    record: DatasetRecord, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+    record: DatasetRecord,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    prompt: Prompt | None = None,
 ) -> IterableDataset:
     """Tokenized training rows, read, shuffled and encoded as they are needed.
 
@@ -45,7 +52,7 @@ def stream_training_rows(
     if not first:
         raise UserError(f"{origin}: the train split is empty.")
     check_columns(first, record, origin)
-    record = with_target_mark(record, tokenizer)
+    record = with_prefix_for(record, data_args, tokenizer, prompt)
     reader = RowReader(record, columns_of(first))
     stream = {
         "rows": rows,
@@ -56,9 +63,12 @@ def stream_training_rows(
     examples = IterableDataset.from_generator(usable_examples, gen_kwargs=stream)
     columns = [name for name in reader.features if name != "problem"]
     if record.task == "question_answering":
-        examples = split_contexts(examples, columns, record, data_args, "train", tokenizer)
+        whole = make_encoder(tokenizer, prompt)
+        examples = split_contexts(examples, columns, record, data_args, "train", whole)
         columns = ["id", "window", "source", "target", "references"]
-    encode = CountingEncoder(tokenizer, data_args.max_source_length, data_args.max_target_length)
+    lengths = (data_args.max_source_length, data_args.max_target_length)
+    say_cut = partial(Tally().add, "A source is cut to --max_source_length %d", data_args.max_source_length)
+    encode = make_encoder(tokenizer, prompt, *lengths, on_cut=say_cut)
     encoded = examples.map(encode, batched=True, remove_columns=columns)
     return encoded.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
@@ -122,20 +132,3 @@ class SkippedRows:
                 file.write(json_line(skipped_entry(self.origin, row, name, problem)))
         self.seen.add(row)
         self.tally.add("%s: row %d is skipped: %s (%s)", self.origin, row, problem, self.place)
-
-
-class CountingEncoder(Encoder):
-    """An Encoder that says how many sources it cut."""
-
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
-        self.tally = Tally()
-
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = super().__call__(batch)
-        limit = self.max_source_length
-        full = [row for row, token_ids in enumerate(encoded["input_ids"]) if len(token_ids) == limit]
-        for row in full:
-            if len(self.tokenizer(batch["source"][row], verbose=False).input_ids) > limit:
-                self.tally.add("A source is cut to --max_source_length %d", limit)
-        return encoded

@@ -12,7 +12,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from models.errors import UserError
@@ -22,6 +21,7 @@ from models.languages import target_token_ids
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.analysis import GOOD_SHARE, pareto_front
+from util.data.encoding import encoder_for
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
@@ -138,9 +138,9 @@ def trace_output(setting: LiveSetting, record: Record, source: str, evaluation: 
     """What every layer predicts at each token of a comparison's record."""
     assert record.row is not None  # as `mark_record` leaves it
     model, tokenizer = setting.loaded.model, setting.loaded.tokenizer
-    inputs = tokenizer(source, max_length=evaluation.max_source_length, truncation=True, return_tensors="pt")
-    start = model.generation_config.decoder_start_token_id
-    sequence = torch.tensor([[start, *target_token_ids(tokenizer, record.pieces)]])  # (1, 1 + T)
+    encoder = encoder_for(setting.loaded, evaluation.max_source_length)
+    inputs = encoder.inputs([source])
+    sequence = encoder.sequence(model, inputs["input_ids"], target_token_ids(tokenizer, record.pieces))
     tensors = (inputs["input_ids"], inputs["attention_mask"], sequence)
     input_ids, mask, sequences = (tensor.to(model.device) for tensor in tensors)
     trace = trace_layers(model, input_ids, mask, sequences)

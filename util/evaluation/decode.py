@@ -21,6 +21,7 @@ from models.decoding import DecodeStats
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
+from util.data.encoding import encoder_for
 from util.data.examples import count_long_sources
 from util.data.rows import SEEN_COLUMN
 from util.environment import environment
@@ -78,7 +79,7 @@ def evaluate(
     samples = best_windows(records)
     scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
     write_sample_scores(scores_path, samples, settings.task, settings.language)
-    cut = count_long_sources(examples, loaded.tokenizer, settings.max_source_length)
+    cut = count_long_sources(examples, encoder_for(loaded, settings.max_source_length))
     extra = {"truncated_sources": cut, "environment": environment(loaded)}
     return results | judge(samples, settings, baseline) | extra
 
@@ -177,15 +178,11 @@ def decode_batch(
 
     Without a policy Hugging Face's own loop decodes, which is also the one for beam search.
     """
-    inputs = loaded.tokenizer(
-        list(batch["source"]),
-        max_length=settings.max_source_length,
-        truncation=True,
-        padding=True,
-        return_tensors="pt",
-    ).to(loaded.model.device)
+    encoder = encoder_for(loaded, settings.max_source_length)
+    inputs = encoder.inputs(list(batch["source"])).to(loaded.model.device)
     stats = DecodeStats()
-    options: dict[str, Any] = SETTLED | {"max_length": settings.max_length, "num_beams": settings.num_beams}
+    options: dict[str, Any] = SETTLED | encoder.output_limit(settings.max_length)
+    options |= {"num_beams": settings.num_beams}
     competes = "window" in batch.column_names
     if competes:
         options |= {"return_dict_in_generate": True, "output_scores": True}
@@ -194,7 +191,8 @@ def decode_batch(
     decode: Callable[..., Any] = loaded.model.generate if policy is None else loaded.generate
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
         output = decode(**inputs, **options)
-    tokens = generated_tokens(loaded, output.sequences if competes else output)
+    start = encoder.output_start(inputs["input_ids"])
+    tokens = generated_tokens(loaded, output.sequences if competes else output, start)
     scores = sequence_scores(output, tokens) if competes else None
     threshold = getattr(policy, "threshold", None)
     return Decoded(tokens, watch.seconds, stats, scores, None if threshold is None else threshold.at(0))
@@ -208,12 +206,12 @@ def sequence_scores(output: GenerateEncoderDecoderOutput, tokens: list[list[int]
     return [log_probs[: len(row), index].mean().item() for index, row in enumerate(tokens)]
 
 
-def generated_tokens(loaded: LoadedModel, sequences: Tensor) -> list[list[int]]:
-    """Token ids without start token and padding, end-of-sequence included."""
+def generated_tokens(loaded: LoadedModel, sequences: Tensor, start: int = 1) -> list[list[int]]:
+    """Token ids from `start` on, behind start token or prompt, without padding, end-of-sequence included."""
     ends = loaded.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     rows = []
-    for row in sequences[:, 1:].tolist():
+    for row in sequences[:, start:].tolist():
         length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         rows.append(row[:length])
     return rows
@@ -221,7 +219,7 @@ def generated_tokens(loaded: LoadedModel, sequences: Tensor) -> list[list[int]]:
 
 def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> list[Record]:
     """One record a sample. Time and work of a batch are shared out evenly over its samples."""
-    texts = loaded.tokenizer.batch_decode(decoded.sequences, skip_special_tokens=True)
+    texts = encoder_for(loaded).texts(decoded.sequences)
     size, stats = len(batch), decoded.stats
     shared: dict[str, Any] = {
         "seconds": decoded.seconds / size,

@@ -5,11 +5,13 @@ What was interrupted continues from the newest whole checkpoint in --output_dir.
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,18 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from models.choices import ALL_LAYER_LOSSES
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.layer_skip import ExitCurriculum, LayerDropout
 from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
-from util.arguments import Arguments, DataArguments
+from models.prompts import Prompt
+from util.arguments import Arguments, DataArguments, LossArguments
 from util.data.examples import dataset_record, load_examples, target_language, tokenize
+from util.data.preparation import LABEL_MULTIPLE
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch, own_share
@@ -65,7 +71,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
     newest = resume or last_complete_checkpoint(arguments.training.output_dir)
-    identity = identify_training(arguments.data, trainer)
+    identity = identify_training(arguments.data, trainer, loaded.prompt)
     if newest is not None:
         refuse_other_exits(newest, exit_config)
         refuse_other_rows(newest, identity)
@@ -129,7 +135,9 @@ def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
         )
 
 
-def identify_training(data: DataArguments, trainer: EarlyExitTrainer) -> dict[str, str]:
+def identify_training(
+    data: DataArguments, trainer: EarlyExitTrainer, prompt: Prompt | None
+) -> dict[str, str]:
     """What is learnt from: the encoded rows; of a stream, not read to its end, what they come from."""
     identity = {"tokenizer": hash_tokenizer(trainer.processing_class)}
     if not data.streaming:
@@ -139,7 +147,8 @@ def identify_training(data: DataArguments, trainer: EarlyExitTrainer) -> dict[st
     files = [file_hash(path) for path in rows.paths] if isinstance(rows, RowFile) else [origin]
     reading = [record.source, record.target, record.prefix, record.languages, record.config, record.revision]
     lengths = [data.max_source_length, data.max_target_length, data.max_train_samples]
-    return identity | {"training rows": content_hash([files, reading, lengths])}
+    prompts = [] if prompt is None else [asdict(prompt)]
+    return identity | {"training rows": content_hash([files, reading, lengths, *prompts])}
 
 
 def refuse_other_rows(checkpoint: str, identity: dict[str, str]) -> None:
@@ -161,24 +170,13 @@ def build_loss(
 ) -> tuple[ExitLoss | ConfidenceHeadLoss | None, ExitConfig]:
     """The loss that the flags name and the exit configuration to save with the checkpoint."""
     flags = arguments.loss
-    trains_all_layers = flags.intermediate_loss_fn in ("ce", "weighted_ce")
-    inherited_layer = None if trains_all_layers else loaded.exit_config.shallow_exit_layer
-    shallow_layer = arguments.exit.shallow_exit_layer or inherited_layer
-    if flags.intermediate_loss_fn and not trains_all_layers and shallow_layer is None:
-        raise UserError(f"--intermediate_loss_fn {flags.intermediate_loss_fn} needs --shallow_exit_layer.")
-    before = loaded.exit_config
-    distils = (flags.intermediate_loss_fn or "").startswith("shallowdeep_kd")
-    exit_config = ExitConfig(
-        flags.intermediate_loss_fn or before.intermediate_loss_fn,
-        shallow_layer,
-        flags.distill_layer_alpha if distils else None,
-        flags.do_layer_transformation or before.do_layer_transformation,
-        flags.train_meta_cm_head or before.train_meta_cm_head,
-        flags.per_exit_head or before.per_exit_head,
-    )
+    exit_config = read_exit_config(arguments, loaded.exit_config)
+    shallow_layer = exit_config.shallow_exit_layer
     attach_exit_heads(loaded.model, exit_config)
     view = loaded.view
     keep_all_layers(view)
+    if flags.layer_dropout > 0:
+        drop_layers(view, flags.layer_dropout)
     if flags.train_meta_cm_head:
         freeze_backbone(loaded.model)
         return build_confidence_head_loss(view, shallow_layer), exit_config
@@ -192,8 +190,43 @@ def build_loss(
         flags.distill_layer_alpha,
         smoothing,
         shallow_weight=flags.shallow_loss_weight,
+        e_scale=flags.e_scale,
+        curriculum=build_curriculum(flags, view.num_layers),
     )
     return loss, exit_config
+
+
+def drop_layers(view: DecoderView, highest: float) -> None:
+    """Let samples skip layers in training; UserError for a view from outside that does not list them."""
+    layers = getattr(view, "layers", None)
+    if layers is None:
+        raise UserError(f"--layer_dropout: {type(view).__name__} does not list its `layers`.")
+    LayerDropout(layers, highest)
+
+
+def read_exit_config(arguments: Arguments, before: ExitConfig) -> ExitConfig:
+    """What the flags say of exits, and, where they say nothing, what the checkpoint knew before."""
+    flags = arguments.loss
+    trains_all_layers = flags.intermediate_loss_fn in ALL_LAYER_LOSSES
+    inherited_layer = None if trains_all_layers else before.shallow_exit_layer
+    shallow_layer = arguments.exit.shallow_exit_layer or inherited_layer
+    if flags.intermediate_loss_fn and not trains_all_layers and shallow_layer is None:
+        raise UserError(f"--intermediate_loss_fn {flags.intermediate_loss_fn} needs --shallow_exit_layer.")
+    distils = (flags.intermediate_loss_fn or "").startswith("shallowdeep_kd")
+    return ExitConfig(
+        flags.intermediate_loss_fn or before.intermediate_loss_fn,
+        shallow_layer,
+        flags.distill_layer_alpha if distils else None,
+        flags.do_layer_transformation or before.do_layer_transformation,
+        flags.train_meta_cm_head or before.train_meta_cm_head,
+        flags.per_exit_head or before.per_exit_head,
+    )
+
+
+def build_curriculum(flags: LossArguments, num_layers: int) -> ExitCurriculum | None:
+    if flags.exit_curriculum is None:
+        return None
+    return ExitCurriculum(flags.exit_curriculum, num_layers, flags.rotation_interval)
 
 
 def keep_all_layers(view: DecoderView) -> None:
@@ -205,18 +238,19 @@ def keep_all_layers(view: DecoderView) -> None:
 def build_trainer(
     arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, **exit_options: Any
 ) -> EarlyExitTrainer:
-    data, training, tokenizer = arguments.data, arguments.training, loaded.tokenizer
+    data, training = arguments.data, arguments.training
+    tokenizer, prompt = loaded.tokenizer, loaded.prompt
     use_one_gpu(training)
     record = dataset_record(data)
     if data.streaming:
-        train_rows = stream_training_rows(record, data, tokenizer, training.seed)
+        train_rows = stream_training_rows(record, data, tokenizer, training.seed, prompt)
     else:
-        train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples)
-        train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length)
+        train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples, prompt)
+        train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length, prompt)
     eval_rows, scorer = None, None
     if training.eval_strategy != "no":
-        examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples)
-        eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length)
+        examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples, prompt)
+        eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length, prompt)
         if training.predict_with_generate:
             scorer = generation_score(arguments, exit_flags, loaded, examples)
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
@@ -227,12 +261,20 @@ def build_trainer(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=8),
+        data_collator=build_collator(loaded),
         score=scorer,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
         **exit_options,
     )
+
+
+def build_collator(loaded: LoadedModel) -> DataCollatorForSeq2Seq:
+    """Pads on the right, where nothing shifts the positions of tokens: without a mask for each step, prompts
+    padded on the left, as for decoding, would be other ones to models that learned their positions."""
+    tokenizer = copy.copy(loaded.tokenizer)
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer, loaded.model, pad_to_multiple_of=LABEL_MULTIPLE)
 
 
 def use_one_gpu(training: Seq2SeqTrainingArguments) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from models.decoder_view import DecoderView
 from models.exit_heads import ExitConfig, load_exit_heads
 from models.families import view_for
 from models.lora import EXIT_HEADS_NAME, is_adapted, save_exit_heads
@@ -61,14 +62,18 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         self.micro_batches: list[Batch] = []  # of the optimizer step to come
         self.totals: dict[str, Tensor] = {}  # what losses must know of all of them, if they are several
         self.loss_parts: dict[str, Tensor] = {}  # sums since the last log
-        self.steps_since_log = 0
+        self.parts_of_step: set[str] = set()
+        self.logged_steps: Counter[str] = Counter()  # with each part, of those before this since the last log
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
         self.micro_batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.totals = {}
-        self.steps_since_log += 1
+        self.logged_steps.update(self.parts_of_step)
+        self.parts_of_step = set()
+        if isinstance(self.exit_loss, ExitLoss):
+            self.exit_loss.start_step(self.state.global_step, self.state.max_steps)
         return self.micro_batches, None
 
     def compute_loss(
@@ -85,7 +90,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         if len(self.micro_batches) > 1 and not self.totals:
             self.totals = self._survey_micro_batches(model)
         if self.exit_loss is None:
-            share = token_share(inputs["labels"], self._total)
+            share = token_share(self._view.training_labels(inputs["labels"]), self._total)
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             total = share * loss
         else:
@@ -93,8 +98,13 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             total = outputs.pop("total")
             for name, value in outputs.items():
                 self.loss_parts[name] = self.loss_parts.get(name, 0) + value.detach()
+            self.parts_of_step |= set(outputs)
         total = total * self.accelerator.num_processes  # over which gradients are averaged
         return (total, outputs) if return_outputs else total
+
+    @property
+    def _view(self) -> DecoderView:
+        return view_for(self.accelerator.unwrap_model(self.model))
 
     def _total(self, name: str, own: Tensor) -> Tensor:
         """Sum of a count over the micro-batches and processes of this optimizer step."""
@@ -115,7 +125,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
                     self._forward(self.exit_loss, model, self._prepare_inputs(batch), add)
         else:
             for batch in self.micro_batches:
-                token_share(batch["labels"].to(self.args.device), add)
+                token_share(self._view.training_labels(batch["labels"].to(self.args.device)), add)
         return {name: self.accelerator.reduce(own, "sum") for name, own in sums.items()}
 
     def _forward(
@@ -126,7 +136,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         # Without labels the forward pass computes no loss of its own; the collator made decoder_input_ids.
         features = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
-        view = view_for(unwrapped)
+        view = self._view
 
         def compute(module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
             with self.accelerator.autocast():
@@ -150,14 +160,19 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each part of the loss since the last log to the training logs."""
+        """Add the mean of each part of the loss since the last log, over the steps that had it, to the
+        training logs."""
         if "loss" in logs and self.loss_parts:
-            sums = self.accelerator.reduce(torch.stack(list(self.loss_parts.values())), "sum")
-            means = (sums / self.steps_since_log).tolist()
-            logs = logs | dict(zip(self.loss_parts, means, strict=True))
+            sums = self.accelerator.reduce(torch.stack(list(self.loss_parts.values())), "sum").tolist()
+            self.logged_steps.update(self.parts_of_step)
+            means = {
+                name: total / self.logged_steps[name]
+                for name, total in zip(self.loss_parts, sums, strict=True)
+            }
+            logs = logs | means
             self.loss_parts.clear()
-        if "loss" in logs:
-            self.steps_since_log = 0
+            self.parts_of_step = set()
+            self.logged_steps.clear()
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
