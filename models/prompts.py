@@ -1,8 +1,10 @@
 """How a decoder-only model is asked: the text around a source, and token ids of questions and answers.
 
-prompt = Prompt("{source}\\n\\nSummary:")
-asked = [prompt.ask(tokenizer, "A long text.")]
-ids, answers = prompt.encode(tokenizer, asked), prompt.encode_answers(tokenizer, asked, ["Short."])
+    prompt = Prompt("{source}\\n\\nSummary:")
+    asked = [prompt.ask(tokenizer, "A long text.")]
+    ids, answers = prompt.encode(tokenizer, asked), prompt.encode_answers(tokenizer, asked, ["Short."])
+
+Answers end in the tokenizer's end token.
 """
 
 from __future__ import annotations
