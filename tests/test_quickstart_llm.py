@@ -182,7 +182,7 @@ def test_speeds_are_compared_prompt_by_prompt():
 
 
 def test_lossless_is_left_out_where_windows_round(saved):
-    loaded = dataclasses.replace(load_model(str(saved)), precision="int8")
+    loaded = dataclasses.replace(load_model(str(saved)), precision="w4")
     names = [contestant.name for contestant in our_contestants(loaded, LAYER, THRESHOLD)]
     assert names == ["Full depth", f"Static {LAYER}", f"CALM {THRESHOLD}", f"FREE {THRESHOLD}"]
 
