@@ -29,6 +29,15 @@ EACH_SHAPE = [
     shape if shape in DAILY else pytest.param(shape, marks=pytest.mark.slow) for shape in CAUSAL_SHAPES
 ]
 
+IN_WINDOWS = [
+    *itertools.product(DAILY, EXACT_PRECISIONS),
+    *(
+        pytest.param(family, "fp32", marks=pytest.mark.slow)
+        for family in CAUSAL_FAMILIES
+        if family not in DAILY
+    ),
+]
+
 
 @functools.cache
 def on_torch(shape):
@@ -79,8 +88,7 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
     return [torch.cat(made, 1), logits, *held]
 
 
-@pytest.mark.parametrize("precision", EXACT_PRECISIONS)
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize(("family", "precision"), IN_WINDOWS)
 def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
     view, inputs, tokens = on_onnx(family, precision).view, prompts(3), 36
     torch.manual_seed(1)
