@@ -128,17 +128,18 @@ def test_every_product_with_weights_is_quantized(family):
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_a_cache_is_filled_and_continued(family):
     model, inputs = on_onnx(family), prompts(2)
-    whole = decode(model, inputs, FullDepth())
-    options = {"return_dict_in_generate": True, "max_new_tokens": 5}
+    endless = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS}  # a row that ends early would be padded
+    whole = decode(model, inputs, FullDepth(), **endless)
+    options = {"return_dict_in_generate": True, "min_new_tokens": 5, "max_new_tokens": 5}
     first = decode(model, inputs, FullDepth(), **options, cache=DynamicCache())
     expected = greedy_causal(on_torch(family).model, inputs, **options, past_key_values=DynamicCache())
     for ours, theirs in zip(first.cache.layers, expected.past_key_values.layers, strict=True):
         seen = min(theirs.keys.shape[2], 3)  # Hugging Face drops what windows do not reach
         torch.testing.assert_close(ours.keys[0, :, -seen:], theirs.keys[0, :, -seen:], atol=1e-4, rtol=1e-4)
-    new = first.sequences.shape[1] - inputs["attention_mask"].shape[1]
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
     given = {"input_ids": first.sequences, "attention_mask": mask, "cache": first.cache}
-    assert torch.equal(decode(model, given, FullDepth(), max_new_tokens=TOKENS - new), whole)
+    rest = {"min_new_tokens": TOKENS - 5, "max_new_tokens": TOKENS - 5}
+    assert torch.equal(decode(model, given, FullDepth(), **rest), whole)
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
