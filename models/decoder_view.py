@@ -12,11 +12,15 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from models.exit_adapter import ExitAdapter
+
 PADDING_LABEL = -100  # of positions that no loss counts
 
 
 class DecoderState:
     """What one generation needs; views add caches, masks and encoder memory of their own.
+
+    An exit adapter that keeps keys/values counts as one more layer after the last.
 
     `lengths[i]` counts the tokens whose keys/values layer i (from 0) holds. It is the truth: whatever a
     buffer holds beyond it does not exist.
@@ -49,6 +53,7 @@ class DecoderView(Protocol):
 
     model: PreTrainedModel
     num_layers: int
+    exit_adapter: ExitAdapter | None  # behind one layer, see `models.exit_adapter`
     mixes_windows: bool  # tokens of a window change each other by more than rounding: no lossless decoding
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
@@ -71,6 +76,10 @@ class DecoderView(Protocol):
         other in both directions, which only the original's `--parallel_causal_mask False` asks for.
         """
 
+    def read_exit(self, state: Any, hidden: Tensor, layer: int) -> Tensor:
+        """What `predict` reads of an exit after `layer`, (B, Q, D), of the states that layers 1..`layer` have
+        just made of the newest Q tokens: the same, unless an exit adapter is there."""
+
     def write_kv(self, state: Any, hidden: Tensor, start: int, stop: int) -> None:
         """Cache what layers `start`..`stop - 1` make of (B, Q, D) as keys/values, without running them."""
 
@@ -78,7 +87,7 @@ class DecoderView(Protocol):
         """Put the keys/values of the tokens that every layer holds into `cache`, or into a new one."""
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
-        """Logits of the exit after `layer`: un-normalized (..., D) -> (..., V)."""
+        """Logits of the exit after `layer`, of what `read_exit` gives: un-normalized (..., D) -> (..., V)."""
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).

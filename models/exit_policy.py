@@ -45,6 +45,9 @@ class Drafts:
 
 
 class ExitPolicy(Protocol):
+    """A policy may say by an attribute `exit_layer` after which one layer its tokens stop: an exit adapter
+    there then reads the prompt, too."""
+
     @property
     def retracts(self) -> bool:
         """Whether steps may take tokens back."""
@@ -68,6 +71,7 @@ class SequencePolicy:
     """Defaults of policies that keep nothing between steps."""
 
     retracts = False
+    exit_layer: int | None = None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         pass
@@ -93,7 +97,7 @@ class StaticExit(SequencePolicy):
     """
 
     def __init__(self, layer: int) -> None:
-        self.layer = as_count("StaticExit: layer", layer)
+        self.exit_layer = self.layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         check_layer("StaticExit", self.layer, view.num_layers)
@@ -131,6 +135,10 @@ class Calm(SequencePolicy):
         )
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
+        if view.exit_adapter is not None:
+            raise UserError(
+                "CALM tests many layers, and an exit adapter serves one: load the model without exit_adapter."
+            )
         check_layer("Calm: min_layer", self.min_layer, view.num_layers)
         for layer in self.exit_layers or ():
             check_layer("Calm: exit_layers", layer, view.num_layers)
@@ -174,7 +182,7 @@ class Calm(SequencePolicy):
 def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layers: int) -> StepResult:
     """Run the first `layers` layers and predict from there."""
     hidden = view.run_layers(state, view.embed(state, token_ids), 0, layers)
-    logits = view.predict(hidden[:, -1], layers)
+    logits = view.predict(view.read_exit(state, hidden, layers)[:, -1], layers)
     return StepResult(logits, [layers] * len(logits), layers, layers)
 
 

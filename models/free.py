@@ -76,6 +76,10 @@ class Free:
         return self.verification is not None
 
     @property
+    def exit_layer(self) -> int:
+        return self.shallow_layer
+
+    @property
     def drafts(self) -> bool:
         """Whether shallow tokens are only proposals (`lossless`)."""
         return isinstance(self.verification, Drafting)
@@ -93,6 +97,11 @@ class Free:
                 "precision fp32, w8 or int8."
             )
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
+        adapter = view.exit_adapter
+        if adapter is not None and adapter.layer != self.shallow_layer:
+            raise UserError(
+                f"Free: shallow_layer {self.shallow_layer}: the exit adapter stands after {adapter.layer}."
+            )
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
             raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
@@ -103,7 +112,8 @@ class Free:
     ) -> StepResult:
         # Step 1. Run the shallow layers and test their prediction.
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)
-        measured = self.confidence(view, hidden[:, -1], self.shallow_layer)
+        exit_states = view.read_exit(state, hidden, self.shallow_layer)[:, -1]  # (B, D)
+        measured = self.confidence(view, exit_states, self.shallow_layer)
         confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
         sure = [value > threshold for value in confidence]
         if self.max_pending is not None and len(state.waiting) >= self.max_pending:
@@ -111,7 +121,7 @@ class Free:
         exits = all(row or not running for row, running in zip(sure, active, strict=True))
         logits, learns = measured.logits, self.learner is not None
         if logits is None and (exits or any(sure) or learns):
-            logits = view.predict(hidden[:, -1], self.shallow_layer)
+            logits = view.predict(exit_states, self.shallow_layer)
         compared = logits if learns or self.retracts else None
         token = WaitingToken(hidden, confidence, sure, active, compared)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.

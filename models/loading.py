@@ -28,6 +28,8 @@ from transformers import (
 from models.checkpoint_files import LOADING_ERRORS, find_damage, find_file, first_line, read_weights
 from models.decoder_view import DecoderView
 from models.errors import UserError
+from models.exit_adapter import exit_adapter_of
+from models.exit_adapter_files import is_exit_adapter, load_exit_adapter, read_base_of_exit
 from models.exit_heads import (
     EXIT_CONFIG_NAME,
     HEAD_NAMES,
@@ -75,13 +77,15 @@ class LoadedModel:
     def view(self) -> DecoderView:
         """The model's view: one for all calls, until `model` is another."""
         base = self.model.get_base_model() if is_adapted(self.model) else self.model
-        if self._view is None or self._view.model is not base:
+        view = self._view
+        if view is None or view.model is not base or view.exit_adapter is not exit_adapter_of(base):
             if self.backend != "torch":
                 raise UserError(
-                    f"The model was replaced after it was prepared for {self.backend}: prepare it again."
+                    f"The model or its exit adapter was replaced after the model was prepared for "
+                    f"{self.backend}: prepare it again."
                 )
-            self._view = view_for(base)
-        return self._view
+            view = self._view = view_for(base)
+        return view
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Output:
         """`model.generate(inputs, custom_generate=early_exit_decode, **options)`, which prepares a call only
@@ -97,23 +101,32 @@ def load_model(
     tokenizer_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     merge_adapter: bool = True,
+    exit_adapter: str | None = None,
     **hub: Any,
 ) -> LoadedModel:
     """Load a checkpoint with everything it knows about exiting, as `dtype` however it is stored.
 
     A folder with an adapter (LoRA, or another that merges into weights) loads the base model that it names;
     the adapter is merged into it, or kept apart and trainable with `merge_adapter=False`. A `.gguf` file,
-    local or `user/repository/file.gguf`, comes dequantized. `hub` takes cache_dir, revision and token.
+    local or `user/repository/file.gguf`, comes dequantized. `exit_adapter` names the folder or repository of
+    one that was taught for this model; alone, such a folder loads the model that it names. `hub` takes
+    cache_dir, revision and token.
 
     Raises:
         UserError: nothing loadable at `name_or_path`, or weights that do not fit the architecture.
     """
     refuse_misspelt_folder(name_or_path)
+    if exit_adapter is None and is_exit_adapter(name_or_path, **hub):
+        name_or_path, exit_adapter = read_base_of_exit(name_or_path, **hub), name_or_path
     model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
     home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
     if home != name_or_path:
         hub = {**hub, "revision": "main"}  # the revision is the model's
     tokenizer = load_fitting_tokenizer(home, model.config, **hub)
+    if exit_adapter is not None:
+        refuse_lora(model)
+        layer = load_exit_adapter(model, exit_adapter, **hub).layer
+        exit_config = replace(exit_config, shallow_exit_layer=layer)
     return LoadedModel(model.eval(), tokenizer, exit_config)
 
 
@@ -197,6 +210,11 @@ def refuse_misspelt_folder(name_or_path: str) -> None:
     siblings = sorted(path.parent.name for path in parent.glob("*/config.json"))
     if siblings:
         raise UserError(f"There is no checkpoint {name_or_path}; {parent} has {', '.join(siblings)}.")
+
+
+def refuse_lora(model: PreTrainedModel) -> None:
+    if is_adapted(model):
+        raise UserError("exit_adapter: merge the LoRA adapter (merge_adapter=True) that the exit reads from.")
 
 
 def load_adapted_weights(

@@ -57,7 +57,7 @@ def trace_layers(
     confidences, tokens = [], []
     for layer in range(1, view.num_layers + 1):
         hidden = view.run_layers(state, hidden, layer - 1, layer)
-        predicting = hidden[:, prompt_length - 1 :]  # (B, T, D)
+        predicting = view.read_exit(state, hidden, layer)[:, prompt_length - 1 :]  # (B, T, D)
         states = predicting.flatten(0, 1)  # (B * T, D)
         measured = measure(view, states, layer)
         logits = view.predict(states, layer) if measured.logits is None else measured.logits

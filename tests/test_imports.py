@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINE = ("models", "models.errors", "models.decoder_view", "models.families")
+ENGINE = (
+    "models", "models.choices", "models.errors", "models.exit_adapter", "models.decoder_view", "models.families",
+)  # fmt: skip
 GROUND = ("util",)  # the files that lie in util/ itself
 DATA = (*ENGINE, *GROUND, "util.data")
 EVALUATION = (*DATA, "util.evaluation")
@@ -24,8 +26,10 @@ EVERYTHING = (*TRAINING, "util.setup", "util.report", "gpt_eval", "run")
 MAY_IMPORT = {
     "models": ENGINE,
     "models.errors": (),
-    "models.decoder_view": (),  # knows no family
-    "models.families": ("models.errors", "models.decoder_view"),
+    "models.choices": (),
+    "models.exit_adapter": ("models.choices", "models.errors"),
+    "models.decoder_view": ("models.exit_adapter",),  # knows no family
+    "models.families": ("models.errors", "models.exit_adapter", "models.decoder_view"),
     "util": (*ENGINE, *GROUND),
     "util.data": DATA,
     "util.evaluation": EVALUATION,
@@ -40,7 +44,7 @@ MAY_IMPORT = {
     "scripts": EVERYTHING,
 }
 READ_THE_REGISTRY = {  # all others are handed a view
-    "models", "models.decoding", "models.exit_heads", "models.gguf", "models.loading", "models.trace",
+    "models", "models.decoding", "models.exit_adapter_files", "models.exit_heads", "models.gguf", "models.loading", "models.trace",
     "run", "util.evaluation", "util.policies", "util.training", "scripts",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets"}

@@ -127,6 +127,7 @@ class PebbleView:
 
     def __init__(self, model):
         self.model, self.num_layers, self.mixes_windows = model, len(model.pile), False
+        self.exit_adapter = None
 
     def read(self, input_ids, attention_mask):
         encoder_outputs = self.model.reader(input_ids, attention_mask)
@@ -147,6 +148,9 @@ class PebbleView:
             unseen = torch.ones(new, keys.shape[1], dtype=torch.bool).triu(keys.shape[1] - new + 1)
             hide = unseen if causal else torch.zeros_like(unseen)
             hidden = stone(hidden, keys, values, hide, state.source, state.source_mask)
+        return hidden
+
+    def read_exit(self, state, hidden, layer):
         return hidden
 
     def write_kv(self, state, hidden, start, stop):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderState
 from models.errors import UserError
+from models.exit_adapter import Nothing
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import Block, split_heads
 
@@ -38,6 +39,9 @@ class BartView(EncoderDecoderView):
 
     def finish_source(self, hidden: Tensor) -> Tensor:
         return getattr(self.model.get_encoder(), "layer_norm", nn.Identity())(hidden)
+
+    def drop_feed_forward(self, layer: Block) -> None:
+        layer.fc1, layer.fc2 = nn.Identity(), Nothing()
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalizes_before:

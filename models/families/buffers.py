@@ -6,6 +6,7 @@ the generation's state, so that taking tokens back is setting a number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -66,10 +67,10 @@ def make_buffers(lengths: list[int], cache: Cache | None = None) -> Cache:
     return Cache(layers=layers)
 
 
-def as_dynamic_cache(cache: Cache, length: int) -> DynamicCache:
-    """A cache of Hugging Face's with copies of the first `length` tokens of every layer."""
+def as_dynamic_cache(layers: Sequence[Any], length: int) -> DynamicCache:
+    """A cache of Hugging Face's with copies of the first `length` tokens of the layers of another."""
     copies = DynamicCache()
-    for index, layer in enumerate(cache.layers if length > 0 else ()):
+    for index, layer in enumerate(layers if length > 0 else ()):
         copies.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
     return copies
 

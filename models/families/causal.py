@@ -79,6 +79,7 @@ class CausalView(StackView):
         config = model.config
         refuse_other_attention(config)
         self.kinds = layer_kinds(config, self.num_layers)
+        self.kinds += self.kinds[-1:] * (len(self.layers) - self.num_layers)  # an exit adapter is as the last
         window = getattr(config, "sliding_window", None)
         self.windows = {kind: window if kind == SLIDING else None for kind in sorted(set(self.kinds))}
         self.output_bias = getattr(model.get_output_embeddings(), "bias", None)
@@ -95,7 +96,8 @@ class CausalView(StackView):
         inputs_embeds: Tensor | None = None,
     ) -> CausalState:
         like = self.model.get_input_embeddings().weight
-        return CausalState(self.num_layers, like, cache, attention_mask, position_ids, inputs_embeds)
+        self.check_cache(cache)
+        return CausalState(len(self.layers), like, cache, attention_mask, position_ids, inputs_embeds)
 
     def embed(self, state: CausalState, token_ids: Tensor) -> Tensor:
         """Embed the token ids that follow those of layer 0, or what was given in their place: (B, Q) ->
@@ -180,7 +182,8 @@ class CausalView(StackView):
             state.cache.update(keys, values, index)
 
     def deliver_cache(self, state: CausalState, cache: Cache | None) -> DynamicCache:
-        return hand_over(as_dynamic_cache(state.cache, min(state.lengths)), cache)
+        layers = state.cache.layers[: self.num_layers]
+        return hand_over(as_dynamic_cache(layers, min(state.lengths[: self.num_layers])), cache)
 
     def project(self, normalized: Tensor) -> Tensor:
         return self.cap(self.model.get_output_embeddings()(normalized))

@@ -72,8 +72,9 @@ class EncoderDecoderView(StackView):
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
     ) -> EncoderDecoderState:
+        self.check_cache(cache)
         state = EncoderDecoderState(
-            self.num_layers, cache, encoder_outputs[0], attention_mask, decoder_attention_mask
+            len(self.layers), cache, encoder_outputs[0], attention_mask, decoder_attention_mask
         )
         refuse_uneven(state.lengths)
         return state
@@ -152,9 +153,10 @@ class EncoderDecoderView(StackView):
             state.cache.self_attention_cache.update(keys, values, index)
 
     def deliver_cache(self, state: EncoderDecoderState, cache: Cache | None) -> EncoderDecoderCache:
-        held = min(state.lengths)
+        held = min(state.lengths[: self.num_layers])
         cross_attention = state.cache.cross_attention_cache if held > 0 else DynamicCache()
-        own = as_dynamic_cache(state.cache.self_attention_cache, held)
+        del cross_attention.layers[self.num_layers :]  # an exit adapter's
+        own = as_dynamic_cache(state.cache.self_attention_cache.layers[: self.num_layers], held)
         return hand_over(EncoderDecoderCache(own, cross_attention), cache)
 
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.exit_adapter import Nothing
 from models.families.causal import CausalState, CausalView
 from models.families.learned_positions import check_positions
 from models.families.stack import Block, split_heads
@@ -28,6 +29,9 @@ class OPTView(CausalView):
             embedded = self.decoder.project_in(embedded)
         numbered = state.positions[:, past:total]
         return embedded + positions(numbered, position_ids=numbered)
+
+    def drop_feed_forward(self, layer: Block) -> None:
+        layer.fc1, layer.fc2 = nn.Identity(), Nothing()
 
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if layer.do_layer_norm_before:

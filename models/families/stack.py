@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+
+from models.errors import UserError
+from models.exit_adapter import ExitAdapter, Nothing, exit_adapter_of
 
 Block = Any  # a decoder layer of Hugging Face's, whose parts no type declares
 
@@ -30,6 +34,9 @@ class StackView:
         self.decoder = decoder
         self.layers = list(layers)  # slicing a ModuleList would build a new module
         self.num_layers = len(self.layers)
+        self.exit_adapter = exit_adapter_of(model)
+        if self.exit_adapter is not None and self.exit_adapter.block is not None:
+            self.layers.append(self.exit_adapter.block)  # with keys/values as layers have them
         self.final_norm = final_norm
         self.width = model.config.hidden_size
 
@@ -51,6 +58,12 @@ class StackView:
     def run_layers(self, state: Any, hidden: Tensor, start: int, stop: int, *, causal: bool = True) -> Tensor:
         inputs = self.step_inputs(state, start, hidden.shape[1], causal)
         return self.apply_layers(hidden, inputs, state.cache, start, stop)
+
+    def read_exit(self, state: Any, hidden: Tensor, layer: int) -> Tensor:
+        adapter = self.adapter_of(layer)
+        if adapter is None or adapter.block is None:
+            return hidden
+        return self.run_layers(state, hidden, self.num_layers, self.num_layers + 1)
 
     def apply_layers(
         self, hidden: Tensor, inputs: dict[str, Any], cache: Cache, start: int, stop: int
@@ -92,10 +105,33 @@ class StackView:
         raise NotImplementedError
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
-        return self.project(self.normalize(hidden, layer))
+        normalized, adapter = self.normalize(hidden, layer), self.adapter_of(layer)
+        if adapter is None or adapter.shortlist is None:
+            return self.project(normalized)
+        logits = torch.cat([self.project_listed(normalized), adapter.others(normalized)], dim=-1)
+        return adapter.complete(logits, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, as the LM head has it."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @cached_property
+    def project_listed(self) -> Callable[[Tensor], Tensor]:
+        """`project` for the tokens on the exit adapter's shortlist."""
+        assert self.exit_adapter is not None and self.exit_adapter.shortlist is not None
+        return self.projection_onto(self.exit_adapter.shortlist)
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
+        adapter = self.adapter_of(layer)
+        if adapter is not None:
+            return adapter.normalize(hidden)
         return self.final_norm(self.apply_exit_head(hidden, layer))
+
+    def adapter_of(self, layer: int) -> ExitAdapter | None:
+        """That of the exit after `layer`, if it has one."""
+        adapter = self.exit_adapter
+        return adapter if adapter is not None and adapter.layer == layer else None
 
     def apply_exit_head(self, hidden: Tensor, layer: int) -> Tensor:
         """States (..., D) after `layer` through its own head, if it has one."""
@@ -103,16 +139,35 @@ class StackView:
         return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        weight = self.model.get_output_embeddings().weight.detach()[token_ids]  # (K, D), copied
-        scale, bias = self.output_scale, self.output_bias
-        weight = weight if scale is None else weight * scale
-        bias = None if bias is None else bias.detach().flatten()[token_ids]
+        weight, bias = self.projection_weights(token_ids)
         return lambda normalized: self.cap(F.linear(normalized, weight, bias))
+
+    def projection_weights(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights (K, D) and biases (K,) by which normalized states become logits of the tokens (None: all),
+        the family's scale included."""
+        weight, bias = self.model.get_output_embeddings().weight.detach(), self.output_bias
+        bias = None if bias is None else bias.detach().flatten()
+        if token_ids is not None:
+            weight, bias = weight[token_ids], None if bias is None else bias[token_ids]
+        return weight if self.output_scale is None else weight * self.output_scale, bias
 
     def cap(self, logits: Tensor) -> Tensor:
         if self.output_cap is None:
             return logits
         return torch.tanh(logits / self.output_cap) * self.output_cap
+
+    def drop_feed_forward(self, layer: Block) -> None:
+        """Leave nothing of a copied decoder layer but its attention."""
+        layer.mlp = Nothing()
+
+    def check_cache(self, cache: Cache | None) -> None:
+        """Raise UserError for a cache that holds tokens of which the exit adapter has kept nothing."""
+        adapter = self.exit_adapter
+        if adapter is not None and adapter.keeps and cache is not None and cache.get_seq_length() > 0:
+            raise UserError(
+                "A given cache holds nothing of the exit adapter: give the whole prompt, or load the model "
+                "without exit_adapter."
+            )
 
     def keep_all_layers(self) -> bool:
         dropped = getattr(self.decoder, "layerdrop", 0) > 0

@@ -50,6 +50,9 @@ class T5View(EncoderDecoderView):
         width = attention.key_value_proj_dim
         return split_heads(attention.k(normalized), width), split_heads(attention.v(normalized), width)
 
+    def drop_feed_forward(self, layer: Block) -> None:
+        layer.layer[-1] = nn.Identity()
+
     def embed_source(self, token_ids: Tensor) -> Tensor:
         return self.model.get_encoder().embed_tokens(token_ids)
 

@@ -96,6 +96,9 @@ class CompiledView(BackendView):
         source = ((keys[:, :, :kept], values[:, :, :kept]) for keys, values in memory)
         return deliver_copies(own, source, cache)
 
+    def read_exit(self, state: CompiledState, hidden: Tensor, layer: int) -> Tensor:
+        return hidden
+
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
         return self.eager.predict(hidden, layer)
 
@@ -167,6 +170,8 @@ def why_not_compiled(view: DecoderView) -> str | None:
     config, dtype = view.model.config, view.model.dtype
     if not isinstance(view, EncoderDecoderView):
         return f"there are no compiled layers for model family {config.model_type!r}"
+    if view.exit_adapter is not None:
+        return "it runs no exit adapter"
     if config.model_type == "longt5" and dtype == torch.float16:
         return "LongT5's layers branch on their states in float16: load it in bfloat16 or float32"
     return None

@@ -19,7 +19,7 @@ class OnnxCausalState(OnnxState):
 
     def __init__(self, shelf: Shelf[Buffers], view: CausalView, begun: CausalState) -> None:
         padding = None if begun.padding is None else begun.padding.numpy()
-        super().__init__(shelf, view.num_layers, begun.prompt_mask, padding)
+        super().__init__(shelf, view, begun.prompt_mask, padding)
         self.view = view
         self.begun = begun
         self.prompt_embeds = begun.prompt_embeds

@@ -51,6 +51,7 @@ class OnnxEncoderDecoderView(OnnxView):
         decoder_attention_mask: Tensor | None = None,
     ) -> OnnxState:
         refuse_other_caches(cache)
+        self.eager.check_cache(cache)
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         made = self.engine.memory().run_with_ort_values(None, {"hidden": shared(hidden.contiguous().numpy())})
@@ -58,7 +59,7 @@ class OnnxEncoderDecoderView(OnnxView):
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             padding = padding_mask(hidden, decoder_attention_mask).numpy()
         memory = list(zip(made[::2], made[1::2], strict=True))
-        state = OnnxState(self.shelf, self.num_layers, decoder_attention_mask, padding)
+        state = OnnxState(self.shelf, self.eager, decoder_attention_mask, padding)
         state.source = Source(shared(mask.int().contiguous().numpy()), memory)
         own = getattr(cache, "self_attention_cache", None)
         if own is not None:

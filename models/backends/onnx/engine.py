@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -10,10 +10,18 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 import onnxruntime
 
-from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory, Piece
+from models.backends.onnx.pieces import (
+    DecoderLayer,
+    EncoderLayer,
+    ExitHead,
+    Head,
+    KeysValues,
+    Memory,
+    Piece,
+)
 from models.backends.onnx.quantization import quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, makers
+from models.backends.onnx.store import Store, fingerprint, hash_weights, makers
 from models.backends.onnx.tracing import Kinds
 from models.choices import EXACT_PRECISIONS
 from models.families.encoder_decoder import EncoderDecoderView
@@ -27,6 +35,7 @@ PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "memory": Memory,
     "encoder": EncoderLayer,
     "head": lambda view, index: Head(view),
+    "exit-head": lambda view, index: ExitHead(view),
 }
 KINDS = f"kinds-{makers()}"
 ERRORS_ONLY = 3  # of ONNX Runtime's severities
@@ -43,6 +52,8 @@ class Engine:
         self.exact = precision in EXACT_PRECISIONS
         self.layer_kind = "exact-layer" if self.exact else "layer"
         self.kinds = Kinds(Store(cache_dir / KINDS))
+        adapter = view.exit_adapter
+        self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
@@ -54,15 +65,17 @@ class Engine:
             kinds.append("memory")
             encoder = len(view.encoder_layers) if view.exports_encoder else 0
         for kind in kinds:
-            for index in range(view.num_layers):
+            for index in range(len(view.layers)):
                 self._piece(kind, index)
         for index in range(encoder):
             self._piece("encoder", index)
         self._piece("head", 0)
+        if self.adapted is not None:
+            self._piece("exit-head", 0)
         return self.store.made > before
 
     def layers(self, start: int, stop: int) -> Session:
-        """Decoder layers `start`..`stop - 1`."""
+        """Decoder layers `start`..`stop - 1`, and beside them the exit adapter that reads what they make."""
         return self._session(self.layer_kind, start, stop)
 
     def keys_values(self, start: int, stop: int) -> Session:
@@ -71,7 +84,7 @@ class Engine:
 
     def memory(self) -> Session:
         """Keys/values that all decoder layers make of the source."""
-        return self._session("memory", 0, self.view.num_layers)
+        return self._session("memory", 0, len(self.view.layers))
 
     def encoder(self) -> Session:
         """All layers of the encoder."""
@@ -82,6 +95,15 @@ class Engine:
         """Final norm and projection onto the vocabulary."""
         return self._session("head", 0, 1)
 
+    def exit_head(self) -> Session:
+        """The exit adapter's norm and projection, onto its shortlist where it has one."""
+        return self._session("exit-head", 0, 1)
+
+    def branches(self, stop: int) -> bool:
+        """Whether an exit adapter runs beside what follows layer `stop`."""
+        adapter = self.view.exit_adapter
+        return adapter is not None and adapter.block is not None and adapter.layer == stop
+
     def _session(self, kind: str, start: int, stop: int) -> Session:
         key = (kind, start, stop)
         if key not in self.sessions:
@@ -90,14 +112,18 @@ class Engine:
                     self.sessions[key] = self._open(self._assemble(kind, range(start, stop)))
         return self.sessions[key]
 
-    def _assemble(self, kind: str, indices: Iterable[int]) -> ir.Model:
+    def _assemble(self, kind: str, indices: range) -> ir.Model:
         pieces = ((index, self._piece(kind, index)) for index in indices)
         if kind in ("layer", "exact-layer", "encoder"):
-            return chain(pieces, self.view.bias_owner)
+            branch = self.view.num_layers if kind == self.layer_kind and self.branches(indices.stop) else None
+            aside = None if branch is None else (branch, self._piece(kind, branch))
+            return chain(pieces, self.view.bias_owner, aside)
         return bundle(pieces, self.view.bias_owner)
 
     def _piece(self, kind: str, index: int) -> ir.Model:
-        return self.store.piece(f"{kind}-{index}", lambda: self._export(PIECES[kind](self.view, index)))
+        own = index < self.view.num_layers and kind != "exit-head"
+        name = f"{kind}-{index}" if own or kind == "encoder" else f"{kind}-{self.adapted}"
+        return self.store.piece(name, lambda: self._export(PIECES[kind](self.view, index)))
 
     def _export(self, piece: Piece) -> ir.Model:
         return quantize(self.kinds.model(piece), self.precision)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
 from models.backends.onnx.attention import Attended, NewOnly, attending
 from models.backends.shared import GivenMemory, Pair
+from models.exit_adapter import ExitAdapter
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
@@ -167,6 +169,33 @@ class KeysValues(Piece):
         self, hidden: Tensor, cosines: Tensor | None = None, sines: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return self.view.traced_keys_values(self.index, hidden, pair(cosines, sines))
+
+
+class ExitHead(Piece):
+    """Logits of an exit with an adapter, (..., K + 1): of the tokens on its shortlist, and the one that all
+    others share; or (..., V) of all tokens."""
+
+    outputs = ("logits",)
+
+    def __init__(self, view: StackView) -> None:
+        adapter = view.exit_adapter
+        assert adapter is not None
+        super().__init__(view, adapter)
+        weight, bias = view.projection_weights(adapter.shortlist)
+        self.key = listed = adapter.shortlist is not None
+        if listed:
+            listed_bias = weight.new_zeros(len(weight)) if bias is None else bias
+            weight = torch.cat([weight, adapter.others.weight.detach()])
+            bias = torch.cat([listed_bias, adapter.others.bias])
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.inputs = {"hidden": hidden_example(view.width)}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(cast(ExitAdapter, self.layer).normalize(hidden), self.weight, self.bias)
+        if not self.key:
+            return self.view.cap(logits)
+        return torch.cat([self.view.cap(logits[..., :-1]), logits[..., -1:]], dim=-1)
 
 
 class Head(Piece):

@@ -15,12 +15,18 @@ OWNED = ("bias", "cosines", "sines")  # the same for all layers that have the sa
 OwnerOf = Callable[[int], int]  # the layer whose biases and rotation a layer uses
 
 
-def chain(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf) -> ir.Model:
-    """One graph in which each piece's `hidden` is what the one before made: layers (index, piece)."""
+def chain(
+    pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf, aside: tuple[int, ir.Model] | None = None
+) -> ir.Model:
+    """One graph in which each piece's `hidden` is what the one before made: layers (index, piece). What a
+    piece `aside` makes of the last one's is a further output, `exit_out`."""
     assembly = Assembly(owner)
     for index, piece in pieces:
         assembly.hidden = assembly.add(index, piece).pop("hidden_out")
-    return assembly.finish({"hidden_out": assembly.hidden})
+    outputs = {"hidden_out": assembly.hidden}
+    if aside is not None:
+        outputs["exit_out"] = assembly.add(*aside).pop("hidden_out")
+    return assembly.finish(outputs)
 
 
 def bundle(pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf) -> ir.Model:

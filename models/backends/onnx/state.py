@@ -5,6 +5,7 @@ B rows, H heads, W their width, N capacity, S source tokens, Q new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from models.backends.onnx.engine import Session
 from models.backends.onnx.windows import Array, Rotation, Window, shared
 from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
+from models.families.stack import StackView
 
 INITIAL_CAPACITY = 64
 
@@ -55,13 +57,15 @@ class OnnxState(DecoderState):
 
     buffers: Buffers
     source: Source | None = None  # of models that have an encoder
+    exit_states: Tensor | None = None  # (B, Q, D) that an exit adapter made of the newest Q tokens
 
     def __init__(
-        self, shelf: Shelf[Buffers], layers: int, prompt_mask: Tensor | None, padding: Array | None
+        self, shelf: Shelf[Buffers], view: StackView, prompt_mask: Tensor | None, padding: Array | None
     ) -> None:
         """`padding`: (B, 1, 1, P) additive, where prompts are padded."""
-        super().__init__(layers, prompt_mask)
+        super().__init__(len(view.layers), prompt_mask)
         self.shelf = shelf
+        self.num_layers = view.num_layers  # without that of an exit adapter
         self.padding = padding
         self.positions = 1  # B where rows are numbered otherwise
         self.usual_positions = padding is None  # from 0 on
@@ -99,8 +103,8 @@ class OnnxState(DecoderState):
 
     def held_by_all(self) -> list[Pair]:
         """Keys/values of the tokens that every layer holds; none if there are none."""
-        held = min(self.lengths)
-        pairs = self.buffers.pairs if held > 0 else []
+        held = min(self.lengths[: self.num_layers])
+        pairs = self.buffers.pairs[: self.num_layers] if held > 0 else []
         return [(keys[:, :, :held], values[:, :, :held]) for keys, values in pairs]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -113,13 +117,14 @@ class OnnxState(DecoderState):
 
 
 class BoundSegment:
-    """Layers `start`..`stop - 1` with buffers bound to their inputs and outputs."""
+    """Decoder layers with buffers bound to their inputs and outputs."""
 
-    def __init__(self, session: Session, buffers: Buffers, start: int, stop: int) -> None:
+    def __init__(self, session: Session, buffers: Buffers, layers: Sequence[int]) -> None:
         self.session = session
         self.binding = session.io_binding()
         self.names = {node.name for node in session.get_inputs()}
-        self.layers = range(start, stop)
+        self.layers = layers
+        self.branches = any(node.name == "exit_out" for node in session.get_outputs())
         self.window: Window | None = None
         self.source: Source | None = None
         self.binding.bind_ortvalue_input("capacity", buffers.bound_capacity)
@@ -128,15 +133,17 @@ class BoundSegment:
                 self.binding.bind_ortvalue_input(f"past_{part}.{layer}", buffer)
                 self.binding.bind_ortvalue_output(f"written_{part}.{layer}", buffer)
 
-    def run(self, hidden: Tensor, window: Window, source: Source | None) -> Tensor:
-        """(B, Q, D) states through the layers."""
+    def run(self, hidden: Tensor, window: Window, source: Source | None) -> list[Tensor]:
+        """(B, Q, D) states through the layers: what the last made, and the exit adapter of that if there is
+        one."""
         if source is not None and source is not self.source:
             self._attend(source)
         if window is not self.window:
             self._move(window)
         window.hidden.copy_(hidden)
         self.session.run_with_iobinding(self.binding)
-        return window.output.clone()  # as policies keep states while the window is used again
+        # Policies keep states while the window is used again.
+        return [output.clone() for output in window.outputs[: 1 + self.branches]]
 
     def _attend(self, source: Source) -> None:
         self.binding.bind_ortvalue_input("source_mask", source.mask)
@@ -148,5 +155,8 @@ class BoundSegment:
     def _move(self, window: Window) -> None:
         for name in self.names & window.inputs.keys():
             self.binding.bind_ortvalue_input(name, window.inputs[name])
-        self.binding.bind_ortvalue_output("hidden_out", window.bound_output)
+        for name, output in zip(
+            ("hidden_out", "exit_out")[: 1 + self.branches], window.bound_outputs, strict=False
+        ):
+            self.binding.bind_ortvalue_output(name, output)
         self.window = window

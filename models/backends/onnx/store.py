@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.errors import UserError
+from models.exit_adapter import NAME
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, SUMS = "graph.onnx", "weights.bin", "sums.json"
@@ -38,17 +40,24 @@ def makers() -> str:
     """A hash of what makes the graphs: libraries, and the code here and of the families."""
     digest = hashlib.sha256("\n".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
     here = Path(__file__).parent
-    for path in sorted([*here.glob("*.py"), *here.parents[1].glob("families/*.py")]):
+    models = here.parents[1]
+    for path in sorted([*here.glob("*.py"), *models.glob("families/*.py"), models / "exit_adapter.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
 def fingerprint(model: PreTrainedModel, precision: str) -> str:
-    """A name for what is exported: libraries, configuration, every weight, precision."""
-    digest = hashlib.sha256()
-    digest.update("\n".join([makers(), precision, model.config.to_json_string()]).encode())
+    """A name for what is exported: libraries, configuration, every weight, precision. An exit adapter, whose
+    pieces have names of their own, is left out."""
+    weights = model.state_dict(keep_vars=True)
+    own = {name: weight for name, weight in weights.items() if not name.startswith(f"{NAME}.")}
+    return hash_weights(own, makers(), precision, model.config.to_json_string())
+
+
+def hash_weights(weights: dict[str, Tensor], *context: str) -> str:
+    digest = hashlib.sha256("\n".join(context).encode())
     seen: set[int] = set()
-    for name, weight in model.state_dict(keep_vars=True).items():
+    for name, weight in weights.items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.data_ptr() not in seen:  # tied weights once
             digest.update(weight.detach().contiguous().flatten().numpy().view(np.uint8).data)

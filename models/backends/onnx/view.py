@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from models.backends.onnx.engine import Engine
+from models.backends.onnx.engine import Engine, Session
 from models.backends.onnx.state import BoundSegment, Buffers, OnnxState
 from models.backends.onnx.windows import ROTATION, Array, Biases, Window
 from models.backends.shared import BackendView, Shelf
@@ -42,20 +42,29 @@ class OnnxView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
-        if hidden.shape[1] <= self.most_rows:
-            return self._run_window(state, hidden, start, stop)
         parts = hidden.split(self.most_rows, dim=1)
-        return torch.cat([self._run_window(state, part, start, stop) for part in parts], dim=1)
+        made = zip(*(self._run_window(state, part, start, stop) for part in parts), strict=True)
+        hidden, *aside = (outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1) for outputs in made)
+        state.exit_states = aside[0] if aside else None
+        return hidden
 
-    def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> Tensor:
+    def read_exit(self, state: OnnxState, hidden: Tensor, layer: int) -> Tensor:
+        """The exit adapter has run with the layers."""
+        return hidden if state.exit_states is None else state.exit_states
+
+    def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> list[Tensor]:
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, hidden)
         segments = state.buffers.segments
         segment = segments.get((start, stop))
         if segment is None:
-            segment = BoundSegment(self.engine.layers(start, stop), state.buffers, start, stop)
-            segments[start, stop] = segment
-        state.lengths[start:stop] = [past + new] * (stop - start)
+            aside = [self.num_layers] if self.engine.branches(stop) else []
+            layers = [*range(start, stop), *aside]
+            segment = segments[start, stop] = BoundSegment(
+                self.engine.layers(start, stop), state.buffers, layers
+            )
+        for layer in segment.layers:
+            state.lengths[layer] = past + new
         return segment.run(hidden, window, state.source)
 
     def write_kv(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> None:
@@ -70,13 +79,18 @@ class OnnxView(BackendView):
             state.write(index, torch.from_numpy(keys), torch.from_numpy(values))
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
-        hidden = self.eager.apply_exit_head(hidden, layer)
+        adapter = self.eager.adapter_of(layer)
+        if adapter is not None:
+            return adapter.complete(self._head(self.engine.exit_head(), hidden), self.eager.vocabulary)
+        return self._head(self.engine.head(), self.eager.apply_exit_head(hidden, layer))
+
+    def _head(self, session: Session, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(1, -1, hidden.shape[-1]).numpy()
-        logits = torch.from_numpy(self.engine.head().run(None, {"hidden": flat})[0])
+        logits = torch.from_numpy(session.run(None, {"hidden": flat})[0])
         return logits.view(*hidden.shape[:-1], -1)
 
     def _make_buffers(self, batch: int, capacity: int) -> Buffers:
-        return Buffers(batch, capacity, self.num_layers, *self.eager.key_value_shape)
+        return Buffers(batch, capacity, len(self.eager.layers), *self.eager.key_value_shape)
 
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
@@ -104,7 +118,7 @@ class OnnxView(BackendView):
 
     def _biases(self, capacity: int) -> Biases:
         if capacity not in self.biases:
-            owners = {self.eager.bias_owner(index) for index in range(self.num_layers)}
+            owners = {self.eager.bias_owner(index) for index in range(len(self.eager.layers))}
             by_distance = {owner: self.eager.distance_bias(owner, capacity) for owner in sorted(owners)}
             self.biases[capacity] = Biases(by_distance, self.eager.bias_heads, capacity)
         return self.biases[capacity]

@@ -74,7 +74,7 @@ class Window:
         self.biases = biases
         self.padding = padding
         self.hidden = torch.empty(shape)  # what layers read
-        self.output = torch.empty(shape)  # what they made of it
+        self.outputs = [torch.empty(shape), torch.empty(shape)]  # what they and an exit adapter made of it
         self.past = -1
         self.rows = rows
         self.last = np.zeros(batch, np.int32)
@@ -96,7 +96,7 @@ class Window:
             "kept": np.arange(new),
         }
         self.inputs = {name: shared(array) for name, array in inputs.items()}
-        self.bound_output = shared(self.output.numpy())
+        self.bound_outputs = [shared(output.numpy()) for output in self.outputs]
 
     def move(self, past: int, rotation: Rotation) -> None:
         """Let the window follow `past` tokens, rotated by the tables of each owner."""

@@ -1,0 +1,142 @@
+"""A small part behind one layer of a frozen model, taught to say there what the last layer will say.
+
+    adapter = make_exit_adapter(view, kind="layer", layer=10)
+    attach_exit_adapter(model, adapter)  # views made from now on predict exits after layer 10 through it
+
+What the model itself computes stays as it is, so that lossless decoding returns exactly its outputs. After
+Balcony (Jamialahmadi et al., 2025), Kangaroo (Liu et al., 2024) and EE-Tuning (Pan et al., 2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models.choices import EXIT_ADAPTERS, KEEPING_EXIT_ADAPTERS
+from models.errors import UserError
+
+NAME = "exit_adapter"  # of the module on its model, and of its files
+
+
+class Nothing(nn.Module):
+    """In the place of what adds to a residual stream."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+
+class ExitAdapter(nn.Module):
+    """Between the states after `layer` (1..L) and the LM head of an exit there. D width, V vocabulary.
+
+    - layer: one more decoder layer, at first a copy of the model's last, and a norm;
+    - attention: the same without its feed-forward part;
+    - projection: a residual linear map, at first the identity, and a norm;
+    - norm: a norm alone.
+
+    With a shortlist the exit predicts only its K tokens; all others share one further logit.
+    """
+
+    shortlist: Tensor | None  # (K,) ids
+
+    def __init__(
+        self,
+        kind: str,
+        layer: int,
+        block: nn.Module | None,
+        norm: nn.Module,
+        width: int,
+        read_width: int,
+        shortlist: Tensor | None = None,
+    ) -> None:
+        """`block`: the decoder layer, which the view runs as one more of its own; None where there is none.
+        `read_width`: of what the LM head reads, narrower than states in OPT-350m."""
+        super().__init__()
+        self.kind = kind
+        self.layer = layer
+        self.block = block
+        self.norm = norm
+        self.register_buffer("shortlist", shortlist)
+        if kind == "projection":
+            self.projection = nn.Linear(width, width)
+            nn.init.zeros_(self.projection.weight)
+            nn.init.zeros_(self.projection.bias)
+        if shortlist is not None:
+            self.others = nn.Linear(read_width, 1)
+            nn.init.zeros_(self.others.weight)
+            nn.init.zeros_(self.others.bias)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it caches keys/values."""
+        return self.kind in KEEPING_EXIT_ADAPTERS
+
+    def normalize(self, states: Tensor) -> Tensor:
+        """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
+        if self.kind == "projection":
+            states = states + self.projection(states)
+        return self.norm(states)
+
+    def complete(self, logits: Tensor, vocabulary: int) -> Tensor:
+        """Logits of all tokens, (..., V), of those on the shortlist and the one that others share, (..., K +
+        1): the probability that others have in common is shared out evenly."""
+        if self.shortlist is None:
+            return logits
+        others = logits[..., -1:] - math.log(max(vocabulary - len(self.shortlist), 1))
+        complete = others.expand(*logits.shape[:-1], vocabulary).clone()
+        complete[..., self.shortlist] = logits[..., :-1]
+        return complete
+
+
+def make_exit_adapter(view: Any, kind: str, layer: int, shortlist: Tensor | None = None) -> ExitAdapter:
+    """An untaught exit adapter for the model of `view`, a `models.families.stack.StackView`.
+
+    Args:
+        kind: of models.choices.EXIT_ADAPTERS.
+        layer: after which tokens exit, 1..L - 1.
+        shortlist: (K,) distinct token ids that the exit chooses from; None: all.
+
+    Raises:
+        UserError: no such kind or layer, or a model that has no final norm to start from.
+    """
+    if kind not in EXIT_ADAPTERS:
+        raise UserError(f"exit_adapter: {kind!r} is none of {', '.join(EXIT_ADAPTERS)}.")
+    if not 1 <= layer < view.num_layers:
+        raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer}.")
+    norm, block = copy.deepcopy(view.final_norm), None
+    if kind in KEEPING_EXIT_ADAPTERS:
+        block = copy_layer(view.layers[view.num_layers - 1], view.num_layers)
+        if kind == "attention":
+            view.drop_feed_forward(block)
+    elif not any(True for _ in norm.parameters()):
+        family = view.model.config.model_type
+        raise UserError(f"exit_adapter {kind}: {family} has no final norm: choose layer or attention.")
+    read_width = view.model.get_output_embeddings().weight.shape[1]
+    adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist)
+    return adapter.to(view.model.device, view.model.dtype).eval()
+
+
+def copy_layer(layer: Any, index: int) -> nn.Module:
+    """A copy of a decoder layer as number `index`, by which its cache is found, with the same configuration,
+    which says how to attend."""
+    configs = [module.config for module in layer.modules() if hasattr(module, "config")]
+    copied = copy.deepcopy(layer, {id(config): config for config in configs})
+    for module in copied.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = index
+    return copied
+
+
+def attach_exit_adapter(model: PreTrainedModel, adapter: ExitAdapter) -> None:
+    """Hang an exit adapter on its model, in the place of any other; `save_pretrained` leaves it out."""
+    setattr(model, NAME, adapter)
+    ignored = {name for name in model._keys_to_ignore_on_save or () if not name.startswith(NAME)}
+    model._keys_to_ignore_on_save = ignored | {f"{NAME}.{name}" for name in adapter.state_dict()}
+
+
+def exit_adapter_of(model: PreTrainedModel) -> ExitAdapter | None:
+    return getattr(model, NAME, None)

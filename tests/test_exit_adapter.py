@@ -1,0 +1,184 @@
+"""Exits of frozen models: what an adapter says, what it leaves alone, on both backends."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from adapted_models import (
+    SHALLOW,
+    SHORTLIST,
+    Only,
+    adapted,
+    as_plain_model,
+    decode_by_hugging_face,
+    make_inputs,
+)
+from tiny_causal import CAUSAL_FAMILIES
+from tiny_models import FAMILIES
+from transformers import DynamicCache, LogitsProcessorList
+
+from models import (
+    Calm,
+    DecodeStats,
+    FixedThreshold,
+    Free,
+    FullDepth,
+    SoftmaxGap,
+    StaticExit,
+    UserError,
+    early_exit_decode,
+    prepare,
+)
+from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS
+
+TOKENS = 12
+EVERY_FAMILY = (*FAMILIES, *CAUSAL_FAMILIES)
+NORMLESS = ("bart-tied", "marian")
+KINDS_OF_FAMILIES = [
+    (family, kind)
+    for family in EVERY_FAMILY
+    for kind in EXIT_ADAPTERS
+    if not (family in NORMLESS and kind in ("projection", "norm"))
+]
+ON_ONNX = [(family, "layer") for family in EVERY_FAMILY] + [
+    (family, kind)
+    for family in ("t5-tied", "llama-tied", "opt-350m")
+    for kind in EXIT_ADAPTERS
+    if kind != "layer"
+]
+BACKENDS = ("torch", "onnx")
+
+
+@functools.cache
+def model_of(family, kind="layer", backend="torch", precision="fp32", listed=False):
+    loaded = adapted(family, kind, SHORTLIST if listed else None)
+    return loaded if backend == "torch" else prepare(loaded, backend, precision)
+
+
+def decode(loaded, inputs, policy, stats=None, **options):
+    options = {"max_new_tokens": TOKENS, "do_sample": False} | options
+    engine = {"custom_generate": early_exit_decode, "decoder_view": loaded.view}
+    return loaded.model.generate(**inputs, **engine, exit_policy=policy, decode_stats=stats, **options)
+
+
+def gap(threshold, **options):
+    return Free(SHALLOW, SoftmaxGap(), FixedThreshold(threshold), **options)
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS_OF_FAMILIES)
+def test_an_exit_says_what_the_same_layers_say_as_a_model(family, kind):
+    loaded = model_of(family, kind)
+    inputs = make_inputs(family, 2)
+    expected = decode_by_hugging_face(as_plain_model(loaded), inputs, max_new_tokens=TOKENS)
+    assert torch.equal(decode(loaded, inputs, StaticExit(SHALLOW)), expected)
+    assert torch.equal(decode(loaded, inputs, gap(-1.0)), expected)  # every token exits
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS_OF_FAMILIES)
+def test_lossless_decoding_returns_the_frozen_models_output(family, kind):
+    loaded, stats = model_of(family, kind), DecodeStats()
+    for batch in (1, 3):
+        inputs = make_inputs(family, batch)
+        expected = decode_by_hugging_face(loaded.model, inputs, max_new_tokens=TOKENS)
+        assert torch.equal(decode(loaded, inputs, FullDepth()), expected)
+        assert torch.equal(decode(loaded, inputs, gap(0.05, lossless=True)), expected)
+        policy = gap(-1.0, lossless=True, max_pending=3)
+        assert torch.equal(decode(loaded, inputs, policy, stats), expected)
+        assert 0 < stats.deep_passes < stats.steps
+
+
+@pytest.mark.parametrize(("family", "kind"), ON_ONNX)
+def test_tokens_are_torchs_on_onnx(family, kind):
+    modules, graphs = model_of(family, kind), model_of(family, kind, "onnx")
+    policies = (StaticExit(SHALLOW), gap(0.05), gap(0.05, lossless=True), gap(0.05, copy_skipped=True))
+    for batch in (1, 3):
+        inputs = make_inputs(family, batch)
+        for policy in policies:
+            assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied", "gemma2", "gpt2-tied"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shortlist_holds_what_the_exit_may_say(family, backend):
+    loaded = model_of(family, backend=backend, listed=True)
+    inputs = make_inputs(family)
+    only = LogitsProcessorList([Only(SHORTLIST)])
+    expected = decode_by_hugging_face(
+        as_plain_model(model_of(family)), inputs, max_new_tokens=TOKENS, logits_processor=only
+    )
+    with torch.no_grad():
+        loaded.model.exit_adapter.others.bias.fill_(-50.0)
+    loaded = loaded if backend == "torch" else prepare(model_of(family, listed=True), backend)
+    assert torch.equal(decode(loaded, inputs, StaticExit(SHALLOW)), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_off_the_shortlist_share_the_probability_of_one_logit(backend):
+    loaded = adapted("llama-tied", "layer", SHORTLIST)
+    view = loaded.view if backend == "torch" else prepare(loaded).view
+    states = torch.randn(3, 32)
+    shares = view.predict(states, SHALLOW).softmax(-1)
+    adapter = loaded.model.exit_adapter
+    normalized = adapter.norm(states)
+    listed = normalized @ loaded.model.lm_head.weight[SHORTLIST].T
+    logits = torch.cat([listed, normalized @ adapter.others.weight.T + adapter.others.bias], dim=-1)
+    expected = logits.softmax(-1)
+    torch.testing.assert_close(shares[:, SHORTLIST], expected[:, :-1], atol=1e-5, rtol=1e-4)
+    rest = [token for token in range(shares.shape[1]) if token not in SHORTLIST]
+    torch.testing.assert_close(shares[:, rest].sum(-1), expected[:, -1], atol=1e-5, rtol=1e-4)
+    assert torch.equal(shares[:, rest].min(-1).values, shares[:, rest].max(-1).values)
+
+
+@pytest.mark.parametrize("precision", EXACT_PRECISIONS)
+@pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied", "opt-350m"])
+def test_lossless_is_full_depth_of_the_same_precision(family, precision):
+    loaded = model_of(family, "layer", "onnx", precision, listed=True)
+    for seed in range(4):
+        inputs = make_inputs(family, 1 + seed % 2, seed)
+        full = decode(loaded, inputs, FullDepth(), max_new_tokens=20)
+        for threshold in (-1.0, 0.1, 0.5):
+            policy = gap(threshold, lossless=True, max_pending=3)
+            assert torch.equal(decode(loaded, inputs, policy, max_new_tokens=20), full)
+
+
+def test_sampling_with_drafts_off_a_shortlist_has_the_distribution_of_full_depth():
+    """Of the second token, over many samples: its frequencies under lossless drafts are the model's own."""
+    loaded = model_of("llama-tied", listed=True)
+    inputs = {name: rows.expand(400, -1) for name, rows in make_inputs("llama-tied").items()}
+    torch.manual_seed(0)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "min_new_tokens": 3}
+    with torch.no_grad():
+        logits = loaded.model(**make_inputs("llama-tied")).logits[0, -1]
+        logits[1] = -torch.inf  # the end, which min_new_tokens excludes
+    drawn = [
+        decode(loaded, inputs, gap(-1.0, lossless=True), **options)[:, inputs["input_ids"].shape[1]]
+        for _ in range(5)
+    ]
+    counts = torch.bincount(torch.cat(drawn), minlength=97).double()
+    expected = logits.softmax(-1).double() * counts.sum()
+    common = expected > 5
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+    assert chi_square < common.sum().item() + 4 * (2 * common.sum().item()) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_adapter_cannot_do_is_refused_by_name(backend):
+    loaded = model_of("llama-tied", backend=backend)
+    inputs = make_inputs("llama-tied")
+    with pytest.raises(UserError, match="CALM tests many layers"):
+        decode(loaded, inputs, Calm(SoftmaxGap(), FixedThreshold(0.5)))
+    with pytest.raises(UserError, match="stands after 2"):
+        decode(loaded, inputs, Free(3, SoftmaxGap(), FixedThreshold(0.5)))
+    cache = DynamicCache()
+    options = {"return_dict_in_generate": True, "cache": cache}
+    first = decode(loaded, inputs, FullDepth(), **options)
+    given = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+    with pytest.raises(UserError, match="holds nothing of the exit adapter"):
+        decode(loaded, given, gap(0.1), cache=first.cache)
+
+
+def test_compiled_layers_run_no_adapter():
+    with pytest.raises(UserError, match="it runs no exit adapter"):
+        prepare(model_of("t5-tied"), "compile")
