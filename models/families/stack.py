@@ -66,10 +66,11 @@ class StackView:
         return self.run_layers(state, hidden, self.num_layers, self.num_layers + 1)
 
     def apply_layers(
-        self, hidden: Tensor, inputs: dict[str, Any], cache: Cache, start: int, stop: int
+        self, hidden: Tensor, inputs: dict[str, Any], cache: Cache | None, start: int, stop: int
     ) -> Tensor:
         """Layers `start`..`stop - 1` of the unmodified model on (B, Q, D): a function of tensors alone, as
-        keys/values come from and go to whatever `cache.update` does with them."""
+        keys/values come from and go to whatever `cache.update` does with them. Without a cache nothing came
+        before."""
         for index in range(start, stop):
             given = {self.cache_argument: cache, **self.inputs_of(inputs, index)}
             output = self.layers[index](hidden, **given)
@@ -105,11 +106,20 @@ class StackView:
         raise NotImplementedError
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
-        normalized, adapter = self.normalize(hidden, layer), self.adapter_of(layer)
-        if adapter is None or adapter.shortlist is None:
+        adapter = self.adapter_of(layer)
+        if adapter is None:
+            return self.project(self.normalize(hidden, layer))
+        return adapter.complete(self.exit_logits(hidden), self.vocabulary)
+
+    def exit_logits(self, states: Tensor) -> Tensor:
+        """What the exit adapter's exit says: (..., D) -> (..., V), or (..., K + 1) of its shortlist and of
+        all other tokens together."""
+        adapter = self.exit_adapter
+        assert adapter is not None
+        normalized = adapter.normalize(states)
+        if adapter.shortlist is None:
             return self.project(normalized)
-        logits = torch.cat([self.project_listed(normalized), adapter.others(normalized)], dim=-1)
-        return adapter.complete(logits, self.vocabulary)
+        return torch.cat([self.project_listed(normalized), adapter.others(normalized)], dim=-1)
 
     @property
     def vocabulary(self) -> int:

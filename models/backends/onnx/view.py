@@ -42,6 +42,7 @@ class OnnxView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
+        state.reserve(len(hidden), state.lengths[start] + max(hidden.shape[1], 2))
         parts = hidden.split(self.most_rows, dim=1)
         made = zip(*(self._run_window(state, part, start, stop) for part in parts), strict=True)
         hidden, *aside = (outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1) for outputs in made)
@@ -95,7 +96,6 @@ class OnnxView(BackendView):
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
         batch, new = hidden.shape[:2]
-        state.reserve(batch, past + max(new, 2))
         window = state.windows.get(new)
         if window is None:
             shape = (batch, new, self.eager.width)

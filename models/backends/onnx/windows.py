@@ -106,8 +106,9 @@ class Window:
         self.last[:] = past + self.rows - 1
         for owner, array in self.bias.items():
             self.biases.fill(owner, array, past)
-            if self.padding is not None:
-                np.copyto(array[..., : self.padding.shape[-1]], SMALLEST, where=self.padding < 0)
+            if self.padding is not None:  # of a prompt that the buffers may not hold in whole yet
+                hidden = self.padding[..., : array.shape[-1]] < 0
+                np.copyto(array[..., : hidden.shape[-1]], SMALLEST, where=hidden)
         for owner, arrays in self.rotation.items():
             for array, table in zip(arrays, rotation[owner], strict=True):
                 array[:] = table[:, past : past + array.shape[1]]

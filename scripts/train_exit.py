@@ -1,0 +1,283 @@
+"""Give a frozen model an exit: teach a small part behind a shallow layer to say what the last layer says.
+
+    python scripts/train_exit.py --model_name_or_path MODEL --train_file prompts.jsonl --source_column text \
+        --task summarization --precision w8 --output_dir save/exit
+
+The model answers the prompts itself, and its exit learns from its own distributions; the model's weights
+stay as they are, so that lossless decoding returns exactly its outputs. Data flags are those of run.py. A run
+that was killed goes on by the same command. Under torchrun, processes share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.arguments import DataArguments
+from util.backend_arguments import BackendArguments
+from util.exit_training.flags import ExitTrainingArguments
+from util.flag_help import answer_help
+
+if __name__ == "__main__":
+    answer_help((ExitTrainingArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+
+from models.errors import UserError, one_line_errors
+from models.exit_adapter import attach_exit_adapter, make_exit_adapter
+from models.exit_adapter_files import save_exit_adapter
+from models.families import view_for
+from models.families.causal import CausalView
+from models.families.encoder_decoder import EncoderDecoderView
+from models.json_files import read_mapping
+from models.loading import LoadedModel
+from util.arguments import require_split
+from util.backend import limit_threads, run_by_backend
+from util.console import prepare_console
+from util.data.encoding import Encoder, encoder_for
+from util.environment import environment
+from util.evaluation.identity import hash_rows, identify_model
+from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs
+from util.exit_training.objectives import LayeredView
+from util.exit_training.states import Start, compute_states
+from util.exit_training.teaching import Teaching
+from util.exit_training.texts import Text, answer_prompts, given_targets
+from util.files import locked_output_dir, write_json
+from util.flags import parse_groups, require
+from util.policies import require_exits
+from util.setup import open_checkpoint, read_split
+from util.tables import comparison_table, print_report
+
+TIMED_ROWS = 3  # whose prompts forecasts are made with
+COLUMNS = {
+    "layer": "layer",
+    "decoding": "decoding",
+    "threshold": "threshold",
+    "max_pending": "cap",
+    "exit_share": "exits",
+    "agreement": "right",
+    "unchanged": "unchanged",
+    "speedup": "speed-up",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    prepare_console()
+    with one_line_errors("Run the same command: it goes on from where it was."):
+        groups = (ExitTrainingArguments, DataArguments, BackendArguments)
+        flags, data, backend = parse_groups(groups, __doc__, argv)
+        with locked_output_dir(Path(flags.output_dir)):
+            teach(flags, data, backend)
+
+
+def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArguments) -> None:
+    require_split(data, flags.split)
+    limit_threads(backend)
+    PartialState()
+    torch.manual_seed(flags.seed)
+    loaded = open_checkpoint(flags.model_name_or_path, data)
+    loaded.model.requires_grad_(False)
+    layers = candidate_layers(flags, loaded)
+    examples = own_share(read_split(data, flags.split, loaded, data.max_train_samples))
+    require(
+        len(examples) > flags.held_out,
+        f"--held_out {flags.held_out}: there are only {len(examples)} rows; hold out fewer.",
+    )
+    encoder = encoder_for(loaded, data.max_source_length, data.val_max_target_length)
+    identity = identify(flags, data, loaded, examples, backend)
+    texts = read_texts(flags, data, loaded, encoder, examples, backend, identity)
+    has_encoder = loaded.model.config.is_encoder_decoder
+    first = loaded.model.generation_config.decoder_start_token_id if has_encoder else None
+    start = Start(first, with_prompt=flags.prompt_weight > 0)
+    files = compute_states(loaded.view, texts, layers, in_folder(flags, "states"), start)
+    views = make_views(flags, loaded, layers, learn_shortlist(texts, flags, loaded))
+    costs = {
+        layer: time_exit(view, loaded, encoder, examples, flags, backend) for layer, view in views.items()
+    }
+    rows = range(len(texts))
+    settings = {
+        "exit_adapter": flags.exit_adapter,
+        "exit_layers": layers,
+        "loss": flags.exit_loss,
+        "--prompt_weight": flags.prompt_weight,
+    }
+    teaching = Teaching(
+        views, files, rows[: -flags.held_out], rows[-flags.held_out :], costs, flags, identity | settings
+    )
+    conclude(flags, loaded, views, costs, teaching.run())
+
+
+def candidate_layers(flags: ExitTrainingArguments, loaded: LoadedModel) -> list[int]:
+    depth = loaded.view.num_layers
+    require(loaded.model.config.model_type is not None and depth > 1, "A model of one layer has no exit.")
+    layers = sorted(set(flags.exit_layers)) or [max(1, round(depth / 3))]
+    require_exits("exit_layers", layers, depth)
+    if not isinstance(loaded.view, CausalView | EncoderDecoderView):
+        raise UserError(f"There are no exit adapters for model family {loaded.model.config.model_type!r}.")
+    return layers
+
+
+def own_share(examples: Dataset) -> Dataset:
+    """The rows of this process."""
+    state = PartialState()
+    return examples.shard(state.num_processes, state.process_index) if state.num_processes > 1 else examples
+
+
+def in_folder(flags: ExitTrainingArguments, name: str) -> Path:
+    """A file or folder of --output_dir; each of several processes has its own."""
+    state = PartialState()
+    share = f".{state.process_index}-of-{state.num_processes}" if state.num_processes > 1 else ""
+    path = Path(flags.output_dir, name)
+    return path.with_name(f"{path.stem}{share}{path.suffix}")
+
+
+def identify(
+    flags: ExitTrainingArguments,
+    data: DataArguments,
+    loaded: LoadedModel,
+    examples: Dataset,
+    backend: BackendArguments,
+) -> dict[str, Any]:
+    """What texts, and all that follows, depend on."""
+    return {
+        "model": identify_model(loaded),
+        "rows": hash_rows(examples) if PartialState().num_processes == 1 else "",  # else each has its own
+        "lengths": [data.max_source_length, data.val_max_target_length],
+        "prompt": repr(loaded.prompt),
+        "--self_generated": flags.self_generated,
+        "precision": flags.generation_precision or backend.precision,
+        "--shortlist_size": flags.shortlist_size,
+    }
+
+
+def read_texts(
+    flags: ExitTrainingArguments,
+    data: DataArguments,
+    loaded: LoadedModel,
+    encoder: Encoder,
+    examples: Dataset,
+    backend: BackendArguments,
+    identity: dict[str, Any],
+) -> list[Text]:
+    """Step 1: the model's own outputs, or the targets."""
+    path, settings = in_folder(flags, "texts.jsonl"), in_folder(flags, "texts.settings.json")
+    if settings.exists() or path.exists():
+        before = read_mapping(settings)
+        changed = sorted(name for name in identity if before.get(name) != identity[name])
+        require(
+            not changed,
+            f"--output_dir {flags.output_dir} was begun with other {', '.join(changed)}: name another.",
+        )
+    write_json(settings, identity)
+    if not flags.self_generated:
+        return given_targets(encoder, examples)
+    precision = flags.generation_precision or backend.precision
+    writer = run_by_backend(loaded, replace(backend, precision=precision))
+    length = data.val_max_target_length
+    return answer_prompts(writer, encoder, examples, path, flags.generation_batch_size, length)
+
+
+def learn_shortlist(texts: list[Text], flags: ExitTrainingArguments, loaded: LoadedModel) -> Tensor | None:
+    """The most frequent tokens of outputs, then of prompts; those of the first process for all."""
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    size = flags.shortlist_size
+    if not size or size >= vocabulary:
+        return None
+    outputs = Counter(token for text in texts for token in text.output_ids)
+    inputs = Counter(token for text in texts for token in text.input_ids if token < vocabulary)
+    ranked = [token for token, _ in outputs.most_common()]
+    ranked += [token for token, _ in inputs.most_common() if token not in outputs]
+    ranked += [token for token in range(vocabulary) if token not in outputs and token not in inputs]
+    chosen = [torch.tensor(sorted(ranked[:size]))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def make_views(
+    flags: ExitTrainingArguments, loaded: LoadedModel, layers: list[int], shortlist: Tensor | None
+) -> dict[int, LayeredView]:
+    """By candidate layer, the model seen with an adapter behind it."""
+    views = {}
+    plain = view_for(loaded.model)
+    for layer in layers:
+        adapter = make_exit_adapter(plain, flags.exit_adapter, layer, shortlist)
+        attach_exit_adapter(loaded.model, adapter)
+        views[layer] = cast(LayeredView, view_for(loaded.model))
+    return views
+
+
+def time_exit(
+    view: LayeredView,
+    loaded: LoadedModel,
+    encoder: Encoder,
+    examples: Dataset,
+    flags: ExitTrainingArguments,
+    backend: BackendArguments,
+) -> ExitCosts:
+    """What the parts of decoding with this exit cost on this machine."""
+    assert view.exit_adapter is not None
+    attach_exit_adapter(loaded.model, view.exit_adapter)
+    fast = run_by_backend(loaded, backend)
+    sources = list(examples["source"][-min(TIMED_ROWS, len(examples)) :])
+    inputs = [encoder.inputs([source]).to(loaded.model.device) for source in sources]
+    return measure_costs(fast, view.exit_adapter.layer, inputs)
+
+
+def conclude(
+    flags: ExitTrainingArguments,
+    loaded: LoadedModel,
+    views: dict[int, LayeredView],
+    costs: dict[int, ExitCosts],
+    forecasts: dict[int, list[Forecast]],
+) -> None:
+    """Save the adapter of the fastest exit and say what it will bring."""
+    if not PartialState().is_main_process:
+        return
+    rows = [row for layer, own in forecasts.items() for row in best_rows(layer, own, flags.min_agreement)]
+    drafting = [row for row in rows if row["lossless"]]
+    chosen = max(drafting, key=lambda row: row["speedup"])
+    adapter = views[chosen["layer"]].exit_adapter
+    assert adapter is not None
+    attach_exit_adapter(loaded.model, adapter)
+    save_exit_adapter(loaded.model, flags.output_dir, torch.float16 if flags.half else None)
+    content = {
+        "recommended": [row for row in rows if row["layer"] == chosen["layer"]],
+        "forecasts": {layer: [one.as_row() for one in own] for layer, own in forecasts.items()},
+        "cost_seconds": {layer: asdict(cost) for layer, cost in costs.items()},
+        "arguments": asdict(flags),
+        "environment": environment(loaded),
+    }
+    write_json(Path(flags.output_dir, "train_exit.json"), content)
+    print_report(comparison_table("Forecast on held-out texts", COLUMNS, rows))
+    print(
+        f"Wrote the exit after layer {chosen['layer']} to {flags.output_dir}. Next: run.py "
+        f"--exit_adapter_path {flags.output_dir} --use_shallow_deep True --lossless True "
+        f"--shallow2deep_conf_threshold {chosen['threshold']} --max_pending_tokens {chosen['max_pending']}"
+    )
+    print(json.dumps({"recommended": content["recommended"]}))
+
+
+def best_rows(layer: int, forecasts: list[Forecast], min_agreement: float) -> list[dict[str, Any]]:
+    """The fastest lossless setting of an exit, and the fastest of FREE that changes few enough tokens."""
+    found = {
+        "lossless": best(forecasts, lossless=True),
+        "FREE": best(forecasts, lossless=False, min_agreement=min_agreement),
+    }
+    return [
+        {"layer": layer, "decoding": name, **one.as_row()} for name, one in found.items() if one is not None
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The flags of scripts/train_exit.py. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.choices import EXIT_ADAPTERS, PRECISIONS
+from util.flags import flag, list_flag, require, require_positive, require_unit_interval, required_flag
+
+EXIT_LOSSES = ("kl", "acceptance", "both")
+
+
+@dataclass
+class ExitTrainingArguments:
+    _argument_group_name = "Exit"
+
+    model_name_or_path: str = required_flag("The model, which stays as it is: hub id, folder or .gguf file.")
+    exit_adapter: str = flag("layer", "What is put behind the exit, largest first.", EXIT_ADAPTERS)
+    exit_layers: list[int] = list_flag(
+        [], "Candidate layers, taught in one pass (default: a third of the depth)."
+    )
+    self_generated: bool = flag(True, "Teach on the model's own outputs, else on the targets of the data.")
+    generation_batch_size: int = flag(16, "Rows generated at once.")
+    generation_precision: str | None = flag(
+        None,
+        "Of onnx's weights while generating (default: --precision, with which forecasts are made).",
+        PRECISIONS,
+    )
+    shortlist_size: int | None = flag(
+        8192, "Tokens that the exit may say: the most frequent of the texts; 0 for the whole vocabulary."
+    )
+    exit_loss: str = flag(
+        "kl",
+        "KL divergence to the last layer, -log of the probability that a draft is accepted, or one after the "
+        "other.",
+        EXIT_LOSSES,
+    )
+    prompt_weight: float = flag(
+        0.1, "Weight of a prompt's tokens beside 1 of an output's, of models without an encoder."
+    )
+    learning_rate: float = flag(6e-4, "Of AdamW, after a warm-up; lowered when the forecast stops improving.")
+    batch_tokens: int = flag(1024, "Predicted tokens a step and process.")
+    max_steps: int = flag(20_000, "Steps at most; it stops when the forecast no longer improves.")
+    eval_steps: int = flag(100, "Steps between two forecasts.")
+    held_out: int = flag(48, "Rows, the last ones, that forecasts are made on.")
+    min_agreement: float = flag(0.99, "Least share of tokens that FREE's forecast leaves as they are.")
+    split: str = flag("train", "Whose rows are the prompts.", ("train", "validation", "test"))
+    seed: int = flag(0, "Of the order of rows.")
+    half: bool = flag(True, "Save the weights in float16.")
+    output_dir: str = flag("save/exit", "Gets the adapter, and what a killed run goes on from.")
+
+    def __post_init__(self) -> None:
+        for name in ("generation_batch_size", "batch_tokens", "max_steps", "eval_steps", "held_out"):
+            require_positive(name, getattr(self, name))
+        require(self.learning_rate > 0, f"--learning_rate must be positive, got {self.learning_rate}.")
+        for name in ("min_agreement", "prompt_weight"):
+            require_unit_interval(name, getattr(self, name))
+        size = self.shortlist_size
+        require(
+            size is None or size == 0 or size >= 2, f"--shortlist_size must be 0 or at least 2, got {size}."
+        )

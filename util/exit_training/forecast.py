@@ -1,0 +1,201 @@
+"""What an exit will bring, before anything is decoded with it: its decisions on held-out texts, replayed with
+the cost of this machine's parts.
+
+    costs = measure_costs(fast, layer, prompt_length)  # once for an exit, however well it is taught
+    forecasts = forecast(costs, traces)
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.confidence import SoftmaxGap
+from models.exit_policy import FullDepth
+from models.loading import LoadedModel
+from util.timing import Stopwatch
+
+THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CAPS = (1, 2, 3, 4, 6, 8)  # tokens that wait at most, of lossless decoding
+WINDOWS = (1, 2, 3, 5, 9)
+REPEATS = 9
+SHORT, LONG = 8, 32  # tokens of the outputs by which a step is told from a sample
+
+
+@dataclass
+class ExitTrace:
+    """What an exit says along the frozen model's own output of T tokens."""
+
+    confidences: np.ndarray  # (T,)
+    agrees: np.ndarray  # (T,) bool, with the last layer
+
+
+@dataclass
+class ExitCosts:
+    """Seconds at batch 1."""
+
+    sample: float  # prompt or source, and preparation
+    full_step: float  # a token at full depth
+    shallow_step: float  # a token up to the exit, its head and test included
+    passes: tuple[float, ...]  # deep layers on so many tokens (`WINDOWS`), head on all: lossless
+    passes_of_one: tuple[float, ...]  # the same, head on the last alone: FREE
+
+    def deep_pass(self, tokens: int, lossless: bool) -> float:
+        seconds = self.passes if lossless else self.passes_of_one
+        if tokens <= WINDOWS[-1]:
+            return float(np.interp(tokens, WINDOWS, seconds))
+        slope = (seconds[-1] - seconds[-2]) / (WINDOWS[-1] - WINDOWS[-2])
+        return seconds[-1] + slope * (tokens - WINDOWS[-1])
+
+
+@dataclass
+class Forecast:
+    """One setting of FREE or lossless decoding, against full depth."""
+
+    lossless: bool
+    threshold: float
+    max_pending: int | None
+    speedup: float
+    exit_share: float  # of tokens that stop at the exit, drafts that are taken back among them
+    agreement: float  # share of exits that say what the last layer says
+    unchanged: float  # share of tokens equal to full depth's, if what precedes them is
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> ExitCosts:
+    """Time the parts as decoding runs them. `sources`: inputs of `generate`, of typical length."""
+    view, measure = fast.view, SoftmaxGap()
+    inputs = sources[0]
+    read = view.read(inputs["input_ids"], inputs["attention_mask"])
+    state = view.begin(None, **read.arguments)
+    prompt = inputs["input_ids"][:, :1].repeat(1, 2) if read.prompt is None else read.prompt
+    hidden = view.embed(state, prompt)
+    view.read_exit(state, view.run_layers(state, hidden, 0, layer), layer)
+    view.run_layers(state, hidden, layer, view.num_layers)
+    held = state.lengths[0]
+    window = hidden[:, :1].repeat(1, WINDOWS[-1], 1)
+
+    def shallow() -> None:
+        states = view.read_exit(state, view.run_layers(state, window[:, :1], 0, layer), layer)
+        measure(view, states[:, -1], layer).confidence.tolist()
+
+    def full() -> None:
+        view.predict(view.run_layers(state, window[:, :1], 0, view.num_layers)[:, -1], view.num_layers)
+
+    def deep(size: int, read_all: bool) -> Callable[[], None]:
+        def call() -> None:
+            states = view.run_layers(state, window[:, :size], layer, view.num_layers)
+            view.predict(states if read_all else states[:, -1:], view.num_layers).argmax(-1)
+
+        return call
+
+    calls = [shallow, full, *(deep(size, read_all) for read_all in (True, False) for size in WINDOWS)]
+    parts = median_seconds(calls, lambda: state.truncate(held), fast.model.device)
+    step, sample = time_decoding(fast, sources)
+    overhead = max(step - parts[1], 0.0)
+    passes, passes_of_one = parts[2 : 2 + len(WINDOWS)], parts[2 + len(WINDOWS) :]
+    return ExitCosts(sample, parts[1] + overhead, parts[0] + overhead, tuple(passes), tuple(passes_of_one))
+
+
+def time_decoding(fast: LoadedModel, sources: Sequence[Any]) -> tuple[float, float]:
+    """Seconds of a token at full depth, and of a sample besides its tokens."""
+    times: dict[int, list[float]] = {SHORT: [], LONG: []}
+    for inputs in sources:
+        for tokens, own in times.items():
+            limit: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+            with Stopwatch(fast.model.device) as watch:
+                fast.generate(**inputs, **limit, exit_policy=FullDepth())
+            own.append(watch.seconds)
+    short, long = (statistics.median(own[1:] or own) for own in times.values())  # the first one warms up
+    step = max(long - short, 0.0) / (LONG - SHORT)
+    return step, max(short - SHORT * step, 0.0)
+
+
+def median_seconds(
+    calls: Sequence[Callable[[], None]], reset: Callable[[], None], device: torch.device
+) -> list[float]:
+    """Median time of each call; all take turns, so that a slow moment of the machine hits all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(REPEATS):
+        for call, own in zip(calls, times, strict=True):
+            for timed in (False, True):
+                with Stopwatch(device) as watch:
+                    call()
+                if timed:
+                    own.append(watch.seconds)
+                reset()
+    return list(map(statistics.median, times))
+
+
+def forecast(costs: ExitCosts, traces: Sequence[ExitTrace]) -> list[Forecast]:
+    """Every setting: FREE by threshold, lossless by threshold and cap."""
+    free = [predict(costs, traces, threshold, None, False) for threshold in THRESHOLDS]
+    drafting = product(THRESHOLDS, CAPS)
+    return free + [predict(costs, traces, threshold, cap, True) for threshold, cap in drafting]
+
+
+def best(forecasts: Sequence[Forecast], lossless: bool, min_agreement: float = 0.0) -> Forecast | None:
+    """The fastest setting in which enough tokens equal full depth's; None if there is none."""
+    fitting = [one for one in forecasts if one.lossless == lossless]
+    good = [one for one in fitting if lossless or one.unchanged >= min_agreement]
+    return max(good, key=lambda one: one.speedup, default=None)
+
+
+def predict(
+    costs: ExitCosts, traces: Sequence[ExitTrace], threshold: float, cap: int | None, lossless: bool
+) -> Forecast:
+    seconds = full = 0.0
+    exits = right = 0
+    for trace in traces:
+        sure, tokens = trace.confidences > threshold, len(trace.agrees)
+        steps, windows = replay(sure, trace.agrees, cap, lossless)
+        deep = sum(costs.deep_pass(window, lossless) for window in windows)
+        seconds += costs.sample + steps * costs.shallow_step + deep
+        full += costs.sample + tokens * costs.full_step
+        exits += int(sure.sum())
+        right += int((sure & trace.agrees).sum())
+    total = sum(len(trace.agrees) for trace in traces)
+    unchanged = 1.0 if lossless else 1 - (exits - right) / total
+    share, agreement = exits / total, right / max(exits, 1)
+    return Forecast(lossless, threshold, cap, full / seconds, share, agreement, unchanged)
+
+
+def replay(sure: np.ndarray, agrees: np.ndarray, cap: int | None, lossless: bool) -> tuple[int, list[int]]:
+    """Shallow steps that a sequence of T tokens takes, and the tokens of each deep pass.
+
+    Step 1. Tokens exit and wait as long as the exit is sure and not more than `cap` wait. (What follows a
+    wrong draft is not known; the exit is taken to be as sure there as along the right output.)
+    Step 2. The next one runs the deep layers together with them.
+    Step 3. Lossless, the first wrong draft and all after it go; the deep pass has said what comes instead.
+    """
+    length, place, steps, windows = len(sure), 0, 0, []
+    while place < length:
+        stop = place
+        while stop < length and sure[stop] and (cap is None or stop - place < cap):
+            stop += 1
+        drafts, closing = stop - place, stop == length
+        steps += drafts + (not closing)
+        if lossless or not closing:  # what still waits at the end only lossless decoding verifies
+            windows.append(drafts + (not closing))
+        wrong = np.flatnonzero(~agrees[place:stop])
+        place = place + int(wrong[0]) + 1 if lossless and len(wrong) else stop + 1
+    return steps, windows
+
+
+def trace_exit(logits: Tensor, tokens: Tensor, has_shortlist: bool) -> ExitTrace:
+    """Of an exit's logits (T, V), or (T, K + 1) if it has a shortlist, and the places of the last layer's
+    tokens among them (T,), -1 where they are none of them."""
+    shares = logits.float().softmax(-1)
+    listed = shares[:, :-1] if has_shortlist else shares
+    top, chosen = listed.topk(2, dim=-1)
+    return ExitTrace((top[:, 0] - top[:, 1]).numpy(), (chosen[:, 0] == tokens).numpy())
