@@ -167,7 +167,11 @@ def build_model(arguments: Arguments) -> LoadedModel:
     hub = {"cache_dir": flags.cache_dir, "revision": flags.model_revision, "token": flags.token}
     if flags.model_name_or_path:
         return load_model(
-            flags.model_name_or_path, flags.tokenizer_name, merge_adapter=not arguments.lora.use_lora, **hub
+            flags.model_name_or_path,
+            flags.tokenizer_name,
+            merge_adapter=not arguments.lora.use_lora,
+            exit_adapter=flags.exit_adapter_path,
+            **hub,
         )
     return create_model(flags.config_name, flags.tokenizer_name, **hub)
 

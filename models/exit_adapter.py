@@ -75,6 +75,10 @@ class ExitAdapter(nn.Module):
         """Whether it caches keys/values."""
         return self.kind in KEEPING_EXIT_ADAPTERS
 
+    def layers_run(self, layer: int) -> int:
+        """Layers that a token runs which exits after `layer`, this one's own included."""
+        return layer + (self.block is not None and layer == self.layer)
+
     def normalize(self, states: Tensor) -> Tensor:
         """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
         if self.kind == "projection":

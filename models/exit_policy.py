@@ -183,7 +183,13 @@ def static_step(view: DecoderView, state: DecoderState, token_ids: Tensor, layer
     """Run the first `layers` layers and predict from there."""
     hidden = view.run_layers(state, view.embed(state, token_ids), 0, layers)
     logits = view.predict(view.read_exit(state, hidden, layers)[:, -1], layers)
-    return StepResult(logits, [layers] * len(logits), layers, layers)
+    ran = layers_run(view, layers)
+    return StepResult(logits, [layers] * len(logits), ran, ran)
+
+
+def layers_run(view: DecoderView, layer: int) -> int:
+    """Layers that a token runs which exits after `layer`: with an exit adapter, one more."""
+    return layer if view.exit_adapter is None else view.exit_adapter.layers_run(layer)
 
 
 def run_undecided(

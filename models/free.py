@@ -13,7 +13,7 @@ from models.checks import as_count, as_number, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import StepResult, check_layer, choose_rows, run_undecided
+from models.exit_policy import StepResult, check_layer, choose_rows, layers_run, run_undecided
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
@@ -148,8 +148,8 @@ class Free:
             view.write_kv(state, token.hidden, self.shallow_layer, view.num_layers)
         else:
             state.waiting.append(token)
-        layer = self.shallow_layer
-        return StepResult(logits, [layer] * len(token.confidence), layer, layer, [token.confidence])
+        layer, ran = self.shallow_layer, layers_run(view, self.shallow_layer)
+        return StepResult(logits, [layer] * len(token.confidence), ran, ran, [token.confidence])
 
     def _catch_up(
         self, view: DecoderView, state: DecoderState, window: list[WaitingToken], *, closing: bool
@@ -157,7 +157,8 @@ class Free:
         """Run layers S+1..L on the W tokens of a window in parallel: those that wait and, unless the
         sequence is `closing`, the one that is not sure."""
         state.waiting, learner = [], self.learner
-        shallow, deep = (0 if closing else self.shallow_layer), view.num_layers - self.shallow_layer
+        shallow = 0 if closing else layers_run(view, self.shallow_layer)
+        deep = view.num_layers - self.shallow_layer
         # Step 1. Exact deep states of the whole window (section 4.2); nobody needs all logits but to compare.
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]

@@ -77,6 +77,10 @@ def choose(flags: ChooserArguments, data: DataArguments, backend: BackendArgumen
     require_split(data, flags.split)
     limit_threads(backend)
     loaded = open_checkpoint(flags.model_name_or_path, data, backend)
+    require(
+        loaded.view.exit_adapter is None,
+        "--model_name_or_path: of an exit adapter scripts/train_exit.py has said what to choose.",
+    )
     examples = read_split(data, flags.split, loaded, flags.num_samples)
     evaluation = comparison_settings(data, Path(flags.output_dir, "records.jsonl"))
     full = LiveSetting(BASELINE, BASELINE, "", loaded=loaded, policy=FullDepth())

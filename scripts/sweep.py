@@ -104,7 +104,10 @@ def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments)
     require_split(data, flags.split)
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
-    checkpoints = {name: open_checkpoint(path, data, backend) for name, path in paths.items() if path}
+    exits = {"free": flags.exit_adapter_path, "calm": None}
+    checkpoints = {
+        name: open_checkpoint(path, data, backend, exits[name]) for name, path in paths.items() if path
+    }
     prompts = {loaded.prompt for loaded in checkpoints.values()}
     require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)

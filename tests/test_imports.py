@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = (
-    "models", "models.choices", "models.errors", "models.exit_adapter", "models.decoder_view", "models.families",
+    "models", "models.choices", "models.errors", "models.exit_adapter", "models.decoder_view",
+    "models.families",
 )  # fmt: skip
 GROUND = ("util",)  # the files that lie in util/ itself
 DATA = (*ENGINE, *GROUND, "util.data")
@@ -19,7 +20,10 @@ CALIBRATION = (*EVALUATION, "util.calibration")
 POLICIES = (*CALIBRATION, "util.policies")
 TRAINING = (*POLICIES, "util.training")
 REPORT = (*GROUND, "models.errors", "models.json_files", "util.evaluation", "util.report")
-EVERYTHING = (*TRAINING, "util.setup", "util.report", "gpt_eval", "run")
+EVERYTHING = (
+    *TRAINING, "util.exit_training", "util.exit_training.flags", "util.setup",
+    "util.report", "gpt_eval", "run",
+)  # fmt: skip
 
 # Part -> what of ours it may import besides itself. The longest name that fits a module or one of its
 # folders counts, on both sides.
@@ -35,6 +39,8 @@ MAY_IMPORT = {
     "util.evaluation": EVALUATION,
     "util.calibration": CALIBRATION,
     "util.policies": POLICIES,  # from flags and certificates to policies
+    "util.exit_training": (*EVALUATION, "util.setup", "util.exit_training.flags"),
+    "util.exit_training.flags": (*GROUND, "models.choices", "models.errors"),
     "util.setup": EVALUATION,  # what programs do before the first sample
     "util.training": TRAINING,
     "util.report": REPORT,
@@ -44,8 +50,8 @@ MAY_IMPORT = {
     "scripts": EVERYTHING,
 }
 READ_THE_REGISTRY = {  # all others are handed a view
-    "models", "models.decoding", "models.exit_adapter_files", "models.exit_heads", "models.gguf", "models.loading", "models.trace",
-    "run", "util.evaluation", "util.policies", "util.training", "scripts",
+    "models", "models.decoding", "models.exit_adapter_files", "models.exit_heads", "models.gguf",
+    "models.loading", "models.trace", "run", "util.evaluation", "util.policies", "util.training", "scripts",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets"}
 LIGHT = ("util.report", "gpt_eval", "scripts.report", "models.errors", "models.json_files")

@@ -56,12 +56,16 @@ def require_split(data: DataArguments, split: str) -> None:
     )
 
 
+EXIT_ADAPTER_HELP = "Exit of a frozen model, as scripts/train_exit.py writes it: folder or hub id."
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "Model"
 
     model_name_or_path: str | None = flag(None, "Checkpoint: hub id or folder. Omit to train from scratch.")
     config_name: str | None = flag(None, "Config (hub id, folder or .json) of a model to train from scratch.")
+    exit_adapter_path: str | None = flag(None, EXIT_ADAPTER_HELP)
     tokenizer_name: str | None = flag(None, "Tokenizer, if it is not the checkpoint's own.")
     cache_dir: str | None = flag(None, "Where downloads are kept.", changes_outputs=False)
     model_revision: str = flag("main", "Branch, tag or commit of the checkpoint.")
@@ -198,6 +202,10 @@ class Arguments:
         require(
             training.do_train or self.model.model_name_or_path is not None,
             "--config_name starts from random weights: add --do_train or give --model_name_or_path.",
+        )
+        require(
+            not (training.do_train and self.model.exit_adapter_path),
+            "--exit_adapter_path is for a frozen model: leave --do_train out, or the exit.",
         )
         require(
             training.do_train or not self.lora.use_lora,

@@ -150,6 +150,8 @@ def build_measure(flag: str, name: str, shortlist: str | None, loaded: LoadedMod
         return ShortlistGap(loaded.view, read_shortlist(Path(shortlist)))
     if name == "softmax":
         return SoftmaxGap()
+    if loaded.view.exit_adapter is not None:
+        raise UserError(f"{flag} meta reads states that the exit adapter replaces: use softmax.")
     if not hasattr(loaded.model, "cm_head"):
         raise UserError(f"{flag} meta needs a checkpoint with a confidence head: see --train_meta_cm_head.")
     return MetaClassifier(loaded.model.cm_head)

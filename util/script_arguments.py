@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.choices import BACKENDS, INTERMEDIATE_LOSSES, PRECISIONS
+from util.arguments import EXIT_ADAPTER_HELP
 from util.flags import (
     Parser,
     as_flags,
@@ -65,6 +66,7 @@ class SweepArguments(PresetArgument):
     _argument_group_name = "Sweep"
 
     free: str | None = flag(None, "Checkpoint trained for FREE; decodes all methods but CALM.")
+    exit_adapter_path: str | None = flag(None, f"{EXIT_ADAPTER_HELP} Behind --free.")
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
     static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).", method=STATIC)

@@ -16,13 +16,19 @@ from util.device import move_model
 from util.evaluation.records import EvaluationSettings
 
 
-def open_checkpoint(path: str, data: DataArguments, backend: BackendArguments | None = None) -> LoadedModel:
-    """Load a checkpoint on the best device, ready to decode the data, run by the backend asked for.
+def open_checkpoint(
+    path: str,
+    data: DataArguments,
+    backend: BackendArguments | None = None,
+    exit_adapter: str | None = None,
+) -> LoadedModel:
+    """Load a checkpoint on the best device, with an exit adapter if one is named, ready to decode the data,
+    run by the backend asked for.
 
     Raises:
         UserError: nothing loadable there, or a language or length of the data that the model cannot take.
     """
-    loaded = load_model(path)
+    loaded = load_model(path, exit_adapter=exit_adapter)
     prepare(loaded, data)
     move_model(loaded.model)
     return loaded if backend is None else run_by_backend(loaded, backend)

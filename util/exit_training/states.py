@@ -169,8 +169,8 @@ def make_batch(view: DecoderView, rows: Sequence[Row]) -> Batch:
     if isinstance(view, EncoderDecoderView):
         memories = [row.memory for row in rows if row.memory is not None]
         mask = pad([torch.ones(len(memory), dtype=torch.long) for memory in memories])
-        outputs = BaseModelOutput(last_hidden_state=pad(memories).to(device))
-        arguments = {"encoder_outputs": outputs, "attention_mask": mask.to(device)}
+        memory = BaseModelOutput(last_hidden_state=pad(memories).to(device))
+        arguments = {"encoder_outputs": memory, "attention_mask": mask.to(device)}
     return Batch(hidden, predicting, final, log_sum, tokens, outputs.to(device), arguments)
 
 

@@ -236,7 +236,7 @@ def adapter_of(view: LayeredView) -> ExitAdapter:
 
 
 def places(adapter: ExitAdapter, tokens: Tensor) -> Tensor:
-    """Where tokens (N,) stand on the adapter's shortlist, -1 if they do not; tokens themselves without one."""
+    """Where tokens (N,) stand on the shortlist, -1 if they do not; without one, the tokens themselves."""
     if adapter.shortlist is None:
         return tokens
     found = tokens[:, None] == adapter.shortlist

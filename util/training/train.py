@@ -31,6 +31,7 @@ from transformers.trainer_utils import TrainOutput
 from models.choices import ALL_LAYER_LOSSES
 from models.decoder_view import DecoderView
 from models.errors import UserError
+from models.exit_adapter import exit_adapter_of
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
 from models.layer_skip import ExitCurriculum, LayerDropout
 from models.loading import LoadedModel, load_model
@@ -61,6 +62,8 @@ FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
 
 def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) -> None:
     """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
+    if exit_adapter_of(loaded.model) is not None:
+        raise UserError("--do_train would change the weights that the exit adapter was taught for.")
     loss, exit_config = build_loss(arguments, loaded)
     if arguments.training.fp16 and loaded.model.config.model_type in FP16_OVERFLOWS:
         raise UserError(f"{loaded.model.config.model_type} overflows when trained in fp16: use --bf16.")

@@ -1,0 +1,315 @@
+"""Teaching an exit to a frozen model: texts, states, objectives, forecasts, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, make_inputs
+from real_rows import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import train_exit
+
+from models import (
+    DecodeStats,
+    FixedThreshold,
+    Free,
+    FullDepth,
+    SoftmaxGap,
+    UserError,
+    early_exit_decode,
+    load_model,
+)
+from models.exit_adapter import attach_exit_adapter
+from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
+from util.exit_training import teaching
+from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict, replay
+from util.exit_training.objectives import (
+    Teacher,
+    acceptance_loss,
+    distillation_loss,
+    exit_logits,
+    teacher_of,
+)
+from util.exit_training.states import Start, compute_states, make_batch, read_text
+from util.exit_training.texts import Text, group_alike, until_end
+
+LLAMA, T5, BART = (str(ROOT / "checkpoints" / f"debian-{name}-free") for name in ("llama", "t5", "bart"))
+SMALL = [
+    "--dataset_name", "debian_de_en", "--max_train_samples", "24", "--held_out", "6", "--eval_steps", "4",
+    "--max_steps", "8", "--batch_tokens", "64", "--shortlist_size", "400", "--max_source_length", "60",
+    "--val_max_target_length", "12", "--threads", "1", "--backend", "torch",
+]  # fmt: skip
+
+
+def command(model, folder, *more):
+    return ["--model_name_or_path", model, "--output_dir", str(folder), *SMALL, *more]
+
+
+def texts_of(shape, rows=3):
+    """Texts of different lengths, with tokens that are anything."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(count):
+        return torch.randint(2, 97, (count,), generator=generator).tolist()
+
+    return [Text(draw(5 + row), draw(3 + 2 * row)) for row in range(rows)]
+
+
+@pytest.fixture(params=["llama-tied", "gpt2-tied", "t5-tied", "bart-tied"])
+def taught(request, tmp_path):
+    """A model with an exit, texts, and a batch of their states as read from disk."""
+    loaded = adapted(request.param, shortlist=SHORTLIST)
+    texts, causal = texts_of(request.param), not loaded.model.config.is_encoder_decoder
+    start = Start(None if causal else 0, with_prompt=causal)
+    files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, start)
+    batch = make_batch(loaded.view, [files.row(number) for number in range(len(texts))])
+    return loaded, texts, start, batch
+
+
+def logits_by_hugging_face(model, text, start):
+    """Of the tokens that are predicted: (N, V)."""
+    ids = torch.tensor([text.input_ids])
+    with torch.no_grad():
+        if start.token is None:
+            whole = torch.tensor([[*text.input_ids, *text.output_ids[:-1]]])
+            return model(input_ids=whole).logits[0]
+        before = torch.tensor([[start.token, *text.output_ids[:-1]]])
+        return model(input_ids=ids, decoder_input_ids=before).logits[0]
+
+
+def test_the_teacher_is_the_last_layer(taught):
+    loaded, texts, start, batch = taught
+    expected = torch.cat([logits_by_hugging_face(loaded.model, text, start) for text in texts])
+    shares = expected.softmax(-1)
+    teacher = teacher_of(loaded.view, batch)
+    torch.testing.assert_close(teacher.listed, shares[:, SHORTLIST], atol=3e-3, rtol=3e-2)  # stored as halves
+    torch.testing.assert_close(teacher.others[:, 0], 1 - teacher.listed.sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(batch.tokens, expected.argmax(-1))
+    outputs = [len(text.output_ids) for text in texts]
+    assert int(batch.outputs.sum()) == sum(outputs)
+
+
+def test_the_exit_in_a_padded_batch_says_what_it_says_alone(taught):
+    loaded, texts, start, batch = taught
+    model = as_plain_model(loaded)
+    expected = torch.cat([logits_by_hugging_face(model, text, start) for text in texts])[:, SHORTLIST]
+    with torch.no_grad():
+        logits = exit_logits(loaded.view, batch)[:, :-1]
+    shift = (logits - expected).abs().max() / expected.abs().max()
+    assert shift < 0.01  # states are stored as halves
+
+
+def test_states_are_read_in_the_same_order_that_they_are_written(tmp_path):
+    loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=70)  # two shards
+    files = compute_states(loaded.view, texts, [1, SHALLOW], tmp_path, Start(None))
+    for number in (0, 63, 64, 69):
+        row = read_text(loaded.view, texts[number], [1, SHALLOW], Start(None))
+        stored = files.row(number)
+        assert torch.equal(stored.tokens, row.tokens) and len(row.tokens) == files.outputs[number]
+        for layer in (1, SHALLOW):
+            torch.testing.assert_close(stored.hidden[layer], row.hidden[layer], atol=1e-2, rtol=1e-2)
+
+
+def test_objectives_by_hand():
+    p, q = torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[0.25, 0.5, 0.25]])
+    teacher, logits = Teacher(p[:, :2], p[:, 2:]), q.log()
+    kl = 0.5 * np.log(0.5 / 0.25) + 0.2 * np.log(0.2 / 0.5) + 0.3 * np.log(0.3 / 0.25)
+    assert distillation_loss(logits, teacher).item() == pytest.approx(kl, abs=1e-6)
+    assert acceptance_loss(logits, teacher).item() == pytest.approx(-np.log(0.25 + 0.2), abs=1e-6)
+
+
+def bools(text):
+    return np.array([letter == "1" for letter in text])
+
+
+@pytest.mark.parametrize(
+    ("sure", "agrees", "cap", "steps", "windows"),
+    [
+        ("0000", "1111", None, 4, [1, 1, 1, 1]),  # each token runs all layers
+        ("1110", "1111", None, 4, [4]),  # three drafts and the unsure token
+        ("1110", "1011", None, 6, [4, 2]),  # the second draft is wrong: two tokens won, then one draft more
+        ("1111", "1111", 2, 4, [3, 1]),  # a third may not wait; the last is verified at the end
+        ("1111", "1111", None, 4, [4]),  # verified at the end
+    ],
+)
+def test_lossless_decisions_by_hand(sure, agrees, cap, steps, windows):
+    assert replay(bools(sure), bools(agrees), cap, lossless=True) == (steps, windows)
+
+
+def test_decisions_of_free_by_hand():
+    assert replay(bools("110100"), bools("000000"), None, lossless=False) == (6, [3, 2, 1])
+    assert replay(bools("111"), bools("111"), None, lossless=False) == (3, [])  # what waits at the end stays
+
+
+def test_a_forecast_adds_up():
+    costs = ExitCosts(1.0, 10.0, 4.0, (7.0, 8.0, 9.0, 11.0, 15.0), (6.0, 7.0, 8.0, 10.0, 14.0))
+    traces = [ExitTrace(np.array([0.9, 0.9, 0.1]), bools("111")), ExitTrace(np.array([0.1]), bools("1"))]
+    one = predict(costs, traces, 0.5, 3, True)
+    full = (1 + 3 * 10) + (1 + 10)
+    ours = (1 + 3 * 4 + 9) + (1 + 4 + 7)
+    assert one.speedup == pytest.approx(full / ours) and one.exit_share == 0.5 and one.agreement == 1
+    free = predict(costs, traces, 0.5, None, False)
+    assert free.speedup == pytest.approx(full / ((1 + 3 * 4 + 8) + (1 + 4 + 6)))
+    assert (
+        costs.deep_pass(4, True) == 10 and costs.deep_pass(11, True) == 17
+    )  # between and beyond the measured
+    assert max(forecast(costs, traces), key=lambda one: one.speedup).speedup >= one.speedup
+
+
+def test_the_forecast_counts_what_decoding_does():
+    """A token of another mind is drafted nowhere: windows and steps are those of `Free`."""
+    loaded = adapted("llama-tied")
+    inputs = make_inputs("llama-tied")
+    policy = Free(SHALLOW, SoftmaxGap(), FixedThreshold(0.3))
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    stats = DecodeStats()
+    loaded.model.generate(
+        **inputs, **options, custom_generate=early_exit_decode, exit_policy=policy, decode_stats=stats
+    )
+    sure = np.array([test[0][0] > 0.3 for test in stats.confidences])
+    steps, windows = replay(sure, np.ones(16, bool), None, lossless=False)
+    assert (steps, len(windows)) == (stats.steps, stats.deep_passes)
+    assert stats.layer_tokens == steps * (SHALLOW + 1) + sum(windows) * (6 - SHALLOW)
+
+
+def test_texts_end_with_their_end_and_lie_beside_others_as_long():
+    assert until_end(torch.tensor([5, 6, 1, 0, 0]), {1}) == [5, 6, 1]
+    assert until_end(torch.tensor([5, 6, 7]), {1}) == [5, 6, 7]
+    sources = ["x" * length for length in (9, 1, 8, 2, 7, 3)]
+    groups = group_alike(sources, 2)
+    assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4, 5]]
+
+
+@pytest.fixture(scope="module")
+def exit_of_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exit")
+    train_exit.main(command(LLAMA, folder, "--exit_layers", "1", "3"))
+    return folder
+
+
+def test_the_command_teaches_and_leaves_the_model_as_it_is(exit_of_llama):
+    curve = json.loads((exit_of_llama / "curve.json").read_text())
+    assert [entry["step"] for entry in curve] == [4, 8] and set(curve[0]["exits"]) == {"1", "3"}
+    loaded, base = load_model(str(exit_of_llama)), load_model(LLAMA)
+    theirs = loaded.model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in base.model.state_dict().items())
+    inputs = base.tokenizer("Das ist ein Paket.", return_tensors="pt")
+    policy = Free(loaded.exit_config.shallow_exit_layer, SoftmaxGap(), FixedThreshold(0.1), lossless=True)
+    expected = base.model.generate(**inputs, do_sample=False, max_new_tokens=12)
+    assert torch.equal(loaded.generate(**inputs, exit_policy=policy, max_new_tokens=12), expected)
+
+
+def test_teaching_lowers_the_loss(tmp_path):
+    train_exit.main(command(LLAMA, tmp_path, "--max_steps", "60", "--eval_steps", "20", "--exit_layers", "1"))
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "curve.json").read_text())]
+    exits = [entry["exits"]["1"]["acceptance"] for entry in json.loads((tmp_path / "curve.json").read_text())]
+    assert losses[-1] < losses[0] and exits[-1] > exits[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_exit.main(command(LLAMA, whole))
+    learn = teaching.Teaching.learn
+
+    def die_at_six(self, batch):
+        if self.standing.step == 6:
+            raise KeyboardInterrupt
+        return learn(self, batch)
+
+    monkeypatch.setattr(teaching.Teaching, "learn", die_at_six)
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, killed))
+    assert not (killed / CONFIG_NAME).exists()
+    monkeypatch.undo()
+    train_exit.main(command(LLAMA, killed))
+    first, second = (torch.load(folder / teaching.CHECKPOINT) for folder in (whole, killed))
+    for layer, weights in first["weights"].items():
+        assert all(torch.equal(weight, second["weights"][layer][name]) for name, weight in weights.items())
+
+
+def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
+    train_exit.main(command(LLAMA, tmp_path))
+    texts = (tmp_path / "texts.jsonl").read_bytes()
+    lines = texts.splitlines(keepends=True)
+    (tmp_path / "texts.jsonl").write_bytes(b"".join(lines[:16]) + lines[16][:10])  # cut within a line
+    shutil.rmtree(tmp_path / "states")
+    train_exit.main(command(LLAMA, tmp_path))
+    assert (tmp_path / "texts.jsonl").read_bytes() == texts
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, tmp_path, "--val_max_target_length", "10"))
+    assert "was begun with other lengths" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [T5, BART])
+@pytest.mark.parametrize("kind", ["layer", "attention"])
+@pytest.mark.parametrize("loss", ["both", "acceptance"])
+def test_models_with_an_encoder_take_the_same_command(model, kind, loss, tmp_path):
+    more = [
+        "--exit_adapter",
+        kind,
+        "--exit_loss",
+        loss,
+        "--backend",
+        "onnx",
+        "--self_generated",
+        str(loss == "both"),
+    ]
+    train_exit.main(command(model, tmp_path, *more))
+    loaded, base = load_model(str(tmp_path)), load_model(model)
+    inputs = base.tokenizer("Das ist ein Paket.", return_tensors="pt")
+    policy = Free(loaded.exit_config.shallow_exit_layer, SoftmaxGap(), FixedThreshold(0.1), lossless=True)
+    expected = base.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=12)
+    assert torch.equal(loaded.generate(**inputs, exit_policy=policy, max_new_tokens=12), expected)
+    assert torch.equal(loaded.generate(**inputs, exit_policy=FullDepth(), max_new_tokens=12), expected)
+
+
+def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
+    other = load_model(LLAMA).model
+    with torch.no_grad():
+        next(other.parameters()).add_(0.5)
+    with pytest.raises(UserError, match="whose weights are others"):
+        load_exit_adapter(other, str(exit_of_llama))
+    half = load_model(LLAMA, dtype=torch.bfloat16, exit_adapter=str(exit_of_llama))  # the same, rounded
+    assert half.model.exit_adapter.norm.weight.dtype == torch.bfloat16
+    shutil.copytree(exit_of_llama, tmp_path / "damaged")
+    content = json.loads((tmp_path / "damaged" / CONFIG_NAME).read_text())
+    (tmp_path / "damaged" / CONFIG_NAME).write_text(json.dumps(content | {"kind": "norm"}))
+    with pytest.raises(UserError, match=r"does not fit its configuration.*block"):
+        load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
+    (tmp_path / "damaged" / WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=f"has no {WEIGHTS_NAME}"):
+        load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
+
+
+def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):
+    loaded = load_model(str(exit_of_llama))
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    assert again.view.exit_adapter is None
+    attach_exit_adapter(again.model, loaded.model.exit_adapter)
+    assert again.view.exit_adapter is loaded.model.exit_adapter  # seen by the view that is asked for next
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--exit_layers", "9"], "--exit_layers must lie in 1..7"),
+        (["--held_out", "24"], "--held_out 24: there are only 24 rows"),
+        (["--exit_loss", "mse"], "invalid choice: 'mse'"),
+        (["--shortlist_size", "1"], "--shortlist_size must be 0 or at least 2"),
+    ],
+)
+def test_bad_flags_are_named(more, complaint, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, Path(tmp_path, "out"), *more))
+    assert complaint in capsys.readouterr().err
