@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from models.decoder_view import DecoderState, DecoderView
     from models.decoding import DecodeStats, early_exit_decode
     from models.errors import UserError
+    from models.exit_adapter import ExitAdapter, attach_exit_adapter, make_exit_adapter
+    from models.exit_adapter_files import load_exit_adapter, save_exit_adapter
     from models.exit_heads import ExitConfig
     from models.exit_policy import Calm, ExitPolicy, FullDepth, SequencePolicy, StaticExit, StepResult
     from models.families import (
@@ -41,6 +43,8 @@ HOMES = {  # of the names above, once more for run time
     "models.decoder_view": ("DecoderState", "DecoderView"),
     "models.decoding": ("DecodeStats", "early_exit_decode"),
     "models.errors": ("UserError",),
+    "models.exit_adapter": ("ExitAdapter", "attach_exit_adapter", "make_exit_adapter"),
+    "models.exit_adapter_files": ("load_exit_adapter", "save_exit_adapter"),
     "models.exit_heads": ("ExitConfig",),
     "models.exit_policy": ("Calm", "ExitPolicy", "FullDepth", "SequencePolicy", "StaticExit", "StepResult"),
     "models.families": (
