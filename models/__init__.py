@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # ruff: noqa: F401
+    from models.auto_exit import AutoExit
     from models.backends import prepare
     from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
     from models.decoder_view import DecoderState, DecoderView
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from models.trace import LayerTrace, trace_layers
 
 HOMES = {  # of the names above, once more for run time
+    "models.auto_exit": ("AutoExit",),
     "models.backends": ("prepare",),
     "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
     "models.decoder_view": ("DecoderState", "DecoderView"),

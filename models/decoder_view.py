@@ -29,6 +29,7 @@ class DecoderState:
     def __init__(self, num_layers: int, prompt_mask: Tensor | None = None) -> None:
         self.lengths = [0] * num_layers
         self.waiting: list[Any] = []  # tokens that the exit policy keeps between steps
+        self.plan: Any = None  # what the policy has settled on for this generation
         self.prompt_mask = prompt_mask  # (B, P) as the caller gave it: 0 at padding
         self.prompt_embeds: Tensor | None = None  # (B, P, D) given, which `embed` returns at their places
 

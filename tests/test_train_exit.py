@@ -29,8 +29,9 @@ from models import (
 )
 from models.exit_adapter import attach_exit_adapter
 from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
+from models.replay import replay
 from util.exit_training import teaching
-from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict, replay
+from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict
 from util.exit_training.objectives import (
     Teacher,
     acceptance_loss,

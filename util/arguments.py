@@ -233,6 +233,10 @@ class Arguments:
             "--deploy_scenario measures latency at batch 1: add --per_device_eval_batch_size 1.",
         )
         require(
+            not (exits.auto_exit and evaluates and training.per_device_eval_batch_size > 1),
+            "--auto_exit decodes one sequence at a time: add --per_device_eval_batch_size 1.",
+        )
+        require(
             self.data.num_beams == 1 or not exits.methods,
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
         )

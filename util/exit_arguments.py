@@ -96,6 +96,12 @@ class ExitArguments:
     max_pending_tokens: int | None = flag(
         None, "FREE: run the deep layers once this many tokens wait.", method=FREE
     )
+    auto_exit: bool = flag(
+        False,
+        "FREE: choose threshold and cap from the first requests, and follow what later ones accept.",
+        method=FREE,
+        certifiable=False,
+    )
     use_adapt_threshold: bool = flag(
         False,
         "FREE: fit the threshold to the parallel passes (beta mixture).",
@@ -184,6 +190,13 @@ class ExitArguments:
         }
         found = [name for name, given in contradictions.items() if given]
         require(not (self.lossless and found), f"--lossless contradicts {' and '.join(found)}.")
+        settled = contradictions | {
+            "--use_adapt_threshold": self.use_adapt_threshold,
+            "--max_pending_tokens": self.max_pending_tokens is not None,
+            "--calibrated_threshold_file": self.calibrated_threshold_file is not None,
+        }
+        found = [name for name, given in settled.items() if given]
+        require(not (self.auto_exit and found), f"--auto_exit contradicts {' and '.join(found)}.")
         require(
             self.parallel_gen_token or self.copy_skipped_hidden_states,
             "--parallel_gen_token False needs --copy_skipped_hidden_states True: skipped tokens would have "

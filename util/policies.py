@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from models.auto_exit import AutoExit
 from models.confidence import ConfidenceMeasure, MetaClassifier, ShortlistGap, SoftmaxGap
 from models.errors import UserError
 from models.exit_heads import ExitConfig
@@ -70,6 +71,11 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
         threshold = calm_threshold(flags, max_length)
         measure = build_measure("--exit_conf_type", flags.exit_conf_type, flags.conf_shortlist, loaded)
         return Calm(measure, threshold, flags.exit_min_layer or 1, flags.exit_layers)
+    if flags.use_shallow_deep and flags.auto_exit:
+        assert flags.shallow_exit_layer is not None
+        kind, shortlist = flags.shallow2deep_conf_type, flags.conf_shortlist
+        measure = build_measure("--shallow2deep_conf_type", kind, shortlist, loaded)
+        return AutoExit([flags.shallow_exit_layer], measure, flags.lossless)
     if flags.use_shallow_deep:
         return Free(
             flags.shallow_exit_layer,
