@@ -6,6 +6,7 @@ load_exit_adapter(model, folder)  # refused on any other base model
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -99,6 +100,15 @@ def read_base_of_exit(name_or_path: str, **hub: Any) -> str:
     path = find_file(name_or_path, CONFIG_NAME, **hub)
     assert path is not None
     return ExitAdapterConfig.load(path).base_model
+
+
+def with_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> PreTrainedModel:
+    """A second model of the same modules and weights, with the exit adapter of a folder; the first stays as
+    it is."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    load_exit_adapter(twin, name_or_path, **hub)
+    return twin
 
 
 @torch.no_grad()

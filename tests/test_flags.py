@@ -21,6 +21,7 @@ from util import script_arguments
 from util.arguments import OUR_GROUPS, DataArguments, parse_arguments
 from util.calibration.certificate import decoding_settings
 from util.exit_arguments import ExitArguments
+from util.exit_training.flags import ExitTrainingArguments
 from util.flags import flag, list_flag, non_default_settings, parse_groups, required_flag
 from util.script_arguments import SweepArguments
 
@@ -32,7 +33,7 @@ SCRIPT_GROUPS = [
     for value in vars(script_arguments).values()
     if dataclasses.is_dataclass(value) and hasattr(value, "_argument_group_name")
 ]
-GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, *JUDGE_COMMANDS.values()]
+GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, ExitTrainingArguments, *JUDGE_COMMANDS.values()]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
@@ -63,6 +64,7 @@ NEEDS = {  # by hand, from the original's documentation of its flags: another va
     "rollback_conf_threshold": (1.0, FREE),
     "lossless": (True, FREE),
     "max_pending_tokens": (3, FREE),
+    "auto_exit": (True, FREE),
     "use_adapt_threshold": (True, FREE),
     "adapt_threshold_file": (__file__, ADAPTIVE),
     "adapt_zeta": (0.5, ADAPTIVE),

