@@ -147,8 +147,7 @@ def early_exit_decode(
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        mask_length = length_of_mask(state.prompt_mask, generation_config)
-        prefill(view, state, input_ids, mask_length, getattr(policy, "exit_layer", None))
+        prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config), policy)
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
     delivered = view.deliver_cache(state, cache) if wanted else None
@@ -175,9 +174,10 @@ def prefill(
     state: DecoderState,
     input_ids: Tensor,
     mask_length: int | None,
-    exit_layer: int | None = None,
+    policy: ExitPolicy,
 ) -> None:
-    """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer, and behind the exit.
+    """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer and behind the policy's
+    exit.
 
     As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
     positions as there are ids says that they include them.
@@ -193,7 +193,8 @@ def prefill(
     if start >= given:
         raise UserError(f"The cache holds {cached} tokens: the prompt must go on from there, got {given}.")
     if given - start > 1:
-        hidden, cut = view.embed(state, ids[:, start:-1]), exit_layer or view.num_layers
+        hidden = view.embed(state, ids[:, start:-1])
+        cut = getattr(policy, "exit_layer", None) or view.num_layers
         hidden = view.run_layers(state, hidden, 0, cut)  # as the steps to come, which thus share their graphs
         view.read_exit(state, hidden, cut)
         if cut < view.num_layers:

@@ -227,6 +227,10 @@ class Arguments:
             exits.calibrated_threshold_file is None or not training.do_train,
             "--calibrated_threshold_file is for the weights it was calibrated with: leave --do_train out.",
         )
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        training, exits = self.training, self.exit
         evaluates = training.do_eval or training.do_predict
         require(
             not (exits.deploy_scenario and evaluates and training.per_device_eval_batch_size > 1),

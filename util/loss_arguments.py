@@ -63,6 +63,20 @@ class LossArguments:
         require_unit_interval("layer_dropout", self.layer_dropout)
         require_unit_interval("e_scale", self.e_scale)
         require_positive("rotation_interval", self.rotation_interval)
+        self._check_recipe()
+        self._check_meta_head()
+        require(
+            self.per_exit_head is None or self.intermediate_loss_fn is not None,
+            "--per_exit_head needs an --intermediate_loss_fn that trains it.",
+        )
+        distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
+        require(
+            distils or not self.do_layer_transformation,
+            "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
+        )
+
+    def _check_recipe(self) -> None:
+        """LayerSkip's flags belong together."""
         require(
             self.e_scale == 1 or self.intermediate_loss_fn == "sum_l",
             "--e_scale needs --intermediate_loss_fn sum_l.",
@@ -76,6 +90,8 @@ class LossArguments:
             self.rotation_interval == 8 or self.exit_curriculum == "rotational",
             "--rotation_interval needs --exit_curriculum rotational.",
         )
+
+    def _check_meta_head(self) -> None:
         require(
             not (self.train_meta_cm_head and self.layer_dropout),
             "--train_meta_cm_head freezes the model: it contradicts --layer_dropout.",
@@ -87,15 +103,6 @@ class LossArguments:
         require(
             not (self.train_meta_cm_head and self.use_muon),
             "--use_muon is for training from scratch: it contradicts --train_meta_cm_head.",
-        )
-        require(
-            self.per_exit_head is None or self.intermediate_loss_fn is not None,
-            "--per_exit_head needs an --intermediate_loss_fn that trains it.",
-        )
-        distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
-        require(
-            distils or not self.do_layer_transformation,
-            "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
         )
 
 
