@@ -30,6 +30,7 @@ from models import (
     UserError,
     early_exit_decode,
     prepare,
+    trace_layers,
 )
 from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS
 
@@ -182,3 +183,20 @@ def test_what_an_adapter_cannot_do_is_refused_by_name(backend):
 def test_compiled_layers_run_no_adapter():
     with pytest.raises(UserError, match="it runs no exit adapter"):
         prepare(model_of("t5-tied"), "compile")
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "llama-tied", "gemma3", "opt-350m"])
+def test_a_trace_shows_what_the_exit_says(family):
+    """Along an output all of whose tokens took the exit, the trace finds these very tokens there."""
+    loaded, inputs = model_of(family), make_inputs(family)
+    output = decode(loaded, inputs, StaticExit(SHALLOW), eos_token_id=None)
+    trace = trace_layers(loaded.model, **inputs, sequences=output)
+    assert torch.equal(trace.tokens[0, :, SHALLOW - 1], output[0, -trace.tokens.shape[1] :])
+
+
+def test_layers_of_an_exit_count_its_own():
+    loaded, stats = model_of("llama-tied"), DecodeStats()
+    decode(loaded, make_inputs("llama-tied"), StaticExit(SHALLOW), stats, min_new_tokens=TOKENS)
+    assert stats.average_layers == SHALLOW + 1 and stats.exit_layers == [[SHALLOW] * TOKENS]
+    decode(model_of("llama-tied", "norm"), make_inputs("llama-tied"), StaticExit(SHALLOW), stats)
+    assert stats.average_layers == SHALLOW
