@@ -223,7 +223,8 @@ def free_policies(
             yield FREE_ADAPTIVE, zeta, Free(layer, gap, AdaptiveThreshold(0.5, zeta))
     if FREE_LOSSLESS in flags.methods:
         for value in flags.lossless_thresholds:
-            yield FREE_LOSSLESS, value, Free(layer, gap, FixedThreshold(value), lossless=True)
+            threshold, cap = FixedThreshold(value), flags.max_pending_tokens
+            yield FREE_LOSSLESS, value, Free(layer, gap, threshold, lossless=True, max_pending=cap)
 
 
 def write_settings(

@@ -15,6 +15,7 @@ from real_rows import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import sweep
 import train_exit
 
 from models import (
@@ -314,3 +315,22 @@ def test_bad_flags_are_named(more, complaint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_exit.main(command(LLAMA, Path(tmp_path, "out"), *more))
     assert complaint in capsys.readouterr().err
+
+
+def test_a_sweep_shows_the_exit_beside_full_depth(exit_of_llama, tmp_path):
+    flags = ["--free", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--dataset_name", "debian_de_en"]
+    flags += [
+        "--methods",
+        "FREE",
+        "FREE lossless",
+        "--free_thresholds",
+        "0.3",
+        "--lossless_thresholds",
+        "0.3",
+    ]
+    flags += ["--max_pending_tokens", "3", "--num_samples", "3", "--max_source_length", "60"]
+    sweep.main([*flags, "--val_max_target_length", "12", "--output_dir", str(tmp_path), "--backend", "torch"])
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    texts = {name: [row["prediction"] for row in records if row["setting"] == name] for name in
+             {row["setting"] for row in records}}  # fmt: skip
+    assert texts["FREE lossless 0.3"] == texts["Full depth"] and len(texts["FREE 0.3"]) == 3

@@ -81,6 +81,9 @@ class SweepArguments(PresetArgument):
     lossless_thresholds: list[float] = list_flag(
         [0.1, 0.2, 0.3, 0.4, 0.5, 0.7], "Those of FREE, lossless.", method=FREE_LOSSLESS
     )
+    max_pending_tokens: int | None = flag(
+        None, "FREE, lossless: run the deep layers once this many tokens wait.", method=FREE_LOSSLESS
+    )
     adapt_zetas: list[float] = list_flag(
         [0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.", method=FREE_ADAPTIVE
     )
@@ -103,6 +106,15 @@ class SweepArguments(PresetArgument):
             require_known(name, getattr(self, name), SWEPT)
         refuse_flags_without(
             self, self.methods + self.calm_methods, {name: f"{name} to --methods" for name in SWEPT}
+        )
+        require_positive("max_pending_tokens", self.max_pending_tokens)
+        exits = self.exit_adapter_path is not None
+        require(
+            not (exits and self.free is None), "--exit_adapter_path stands behind --free: name that model."
+        )
+        require(
+            not (exits and self.calm is None and CALM in self.methods),
+            "--exit_adapter_path serves one exit, and CALM tests many: leave CALM out of --methods.",
         )
         if self.free is None:
             refuse_flags_without(self, (STATIC, CALM), dict.fromkeys(FREES, "--free CHECKPOINT"))
