@@ -1,4 +1,4 @@
-"""The benchmark of prompt lengths: what it times, and that both lengths run the same layers."""
+"""Long prompts: the benchmark of what they cost, and buffers of exported models that are made once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import io
 
 import pytest
+import torch
 from script_tables import cells_by_row
-from tiny_causal import tiny_causal
+from tiny_causal import greedy_causal, prompts, tiny_causal
 from transformers import AutoTokenizer
 
-from models import DecodeStats
+from models import DecodeStats, ExitConfig, LoadedModel, prepare
+from models.backends.shared import Shelf
 from scripts import benchmark_prompt_length as benchmark
 
 SHORT, LONG, NEW = 4, 30, 6
@@ -72,3 +74,32 @@ def test_the_prompts_pass_is_not_timed():
 def test_too_long_prompts_and_encoders_are_refused(folder):
     assert "has positions for 58 before --new_tokens" in run("--model", folder, "--long", "59")
     assert "has an encoder" in run("--model", "checkpoints/debian-t5-free", "--long", "20")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "w4"])  # whose prompts run in parts, and at once
+def test_buffers_are_made_once_for_a_prompt_and_its_answer(precision, monkeypatch):
+    model, capacities, lend = tiny_causal(max_position_embeddings=256), [], Shelf.lend
+
+    loaded = prepare(LoadedModel(model, None, ExitConfig()), "onnx", precision)
+
+    def counted(shelf, state, batch, capacity):
+        capacities.append(capacity)
+        return lend(shelf, state, batch, capacity)
+
+    monkeypatch.setattr(Shelf, "lend", counted)
+    inputs = prompts(2, length=126)
+    options = {"max_new_tokens": 10, "do_sample": False, "min_new_tokens": 10}
+    output = loaded.generate(**inputs, **options)
+    assert capacities == [256], "128 would not hold the answer"
+    if precision == "fp32":
+        assert torch.equal(output, greedy_causal(model, inputs, **options))
+
+
+def test_padded_prompts_longer_than_the_first_buffers():
+    """64 tokens fill them, before the last one of the prompt makes them grow."""
+    model = tiny_causal(max_position_embeddings=256)
+    loaded = prepare(LoadedModel(model, None, ExitConfig()), "onnx")
+    for length in (64, 65, 66):
+        inputs = prompts(3, length=length)
+        output = loaded.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert torch.equal(output, greedy_causal(model, inputs, max_new_tokens=4))

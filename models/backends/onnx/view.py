@@ -42,6 +42,9 @@ class OnnxView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
+        if hidden.shape[1] > SMALLEST_BLOCK:  # a prompt: room for it and an answer, lest buffers be copied
+            held = state.lengths[start] + hidden.shape[1]
+            state.reserve(len(hidden), held + held // 4)
         if hidden.shape[1] <= self.most_rows:
             return self._run_window(state, hidden, start, stop)
         parts = hidden.split(self.most_rows, dim=1)

@@ -107,7 +107,8 @@ class Window:
         for owner, array in self.bias.items():
             self.biases.fill(owner, array, past)
             if self.padding is not None:
-                np.copyto(array[..., : self.padding.shape[-1]], SMALLEST, where=self.padding < 0)
+                padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
+                np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
         for owner, arrays in self.rotation.items():
             for array, table in zip(arrays, rotation[owner], strict=True):
                 array[:] = table[:, past : past + array.shape[1]]
