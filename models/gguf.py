@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -14,6 +21,7 @@ from models.errors import UserError
 from models.families import check_family
 
 SUFFIX = ".gguf"
+READING = threading.RLock()  # while transformers is shown another reader than the package's
 
 
 def split_gguf(name: str) -> tuple[str, str | None]:
@@ -22,6 +30,35 @@ def split_gguf(name: str) -> tuple[str, str | None]:
     if path.suffix != SUFFIX or path.is_dir():
         return name, None
     return str(path.parent), path.name
+
+
+@contextmanager
+def parsed_once(name: str) -> Iterator[None]:
+    """While model and tokenizer of a `.gguf` file are loaded, parse it once, and list the possible names of
+    its tensors once. Transformers parses it for config, weights and tokenizer each, and lists names for each
+    module."""
+    try:
+        gguf = None if split_gguf(name)[1] is None else import_module("gguf")
+    except ImportError:  # which `load_gguf` tells
+        gguf = None
+    if gguf is None:
+        yield
+        return
+    with READING:
+        reader, names = cache(quick(gguf.GGUFReader)), cache(gguf.get_tensor_name_map)
+        with patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names):
+            yield
+
+
+def quick(reader: Any) -> Any:
+    """The reader class, with a plain view of the file: slices of a `numpy.memmap`, one for each string of a
+    vocabulary, take several times as long."""
+
+    class Reader(reader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(numpy.ndarray) if name == "data" else value)
+
+    return Reader
 
 
 def load_gguf(name: str, dtype: torch.dtype, **hub: Any) -> PreTrainedModel:

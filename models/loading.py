@@ -43,7 +43,7 @@ from models.exit_heads import (
 from models.families import check_family, view_for
 from models.generate_contract import Output
 from models.generation import Generation
-from models.gguf import load_gguf, split_gguf
+from models.gguf import load_gguf, parsed_once, split_gguf
 from models.json_files import LARGEST, read_mapping
 from models.lora import (
     ADAPTER_CONFIG_NAME,
@@ -118,11 +118,12 @@ def load_model(
     refuse_misspelt_folder(name_or_path)
     if exit_adapter is None and is_exit_adapter(name_or_path, **hub):
         name_or_path, exit_adapter = read_base_of_exit(name_or_path, **hub), name_or_path
-    model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
-    home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
-    if home != name_or_path:
-        hub = {**hub, "revision": "main"}  # the revision is the model's
-    tokenizer = load_fitting_tokenizer(home, model.config, **hub)
+    with parsed_once(name_or_path):
+        model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
+        home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
+        if home != name_or_path:
+            hub = {**hub, "revision": "main"}  # the revision is the model's
+        tokenizer = load_fitting_tokenizer(home, model.config, **hub)
     if exit_adapter is not None:
         refuse_lora(model)
         layer = load_exit_adapter(model, exit_adapter, **hub).layer

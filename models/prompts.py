@@ -45,6 +45,22 @@ class Prompt:
     def _fill(self, source: str) -> str:
         return self.template.replace(SOURCE, source)
 
+    @property
+    def stop(self) -> str | None:
+        """What ends an answer besides the end token: a base model goes on with an example of its own after
+        it. None without shots, in a chat, or where the answer of a shot holds it."""
+        ambiguous = any(BETWEEN_SHOTS in answer for _, answer in self.shots)
+        return None if self.chat or ambiguous or not self.shots else BETWEEN_SHOTS
+
+    def answer_length(self, text: str) -> int | None:
+        """Characters of what was decoded after a prompt, up to the stop; None if it has not come yet."""
+        if self.stop is None:
+            return None
+        before = self.template.rpartition(SOURCE)[2]  # the stop may begin in it, as `generate` sees it
+        start = max(0, len(before) - len(self.stop) + 1)
+        found = (before + text).find(self.stop, start)
+        return None if found < 0 else max(0, found - len(before))
+
     def encode(self, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
         """Ids of prompts: with the start token, if the tokenizer adds one, but no end token after them. A
         chat template brings its own."""

@@ -33,6 +33,7 @@ def decode_with_every_method(loaded: LoadedModel) -> dict[str, Any]:
         "static": StaticExit(2),
         "calm": Calm(measure, sometimes),
         "free": Free(2, measure, sometimes),
+        "lossless": Free(2, measure, sometimes, lossless=True),
     }
     inputs = loaded.tokenizer(SENTENCES, padding=True, return_tensors="pt")
     results = {}

@@ -305,6 +305,8 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
     ),
     "scripts.benchmark": ([], "sample", "samples", None, "threads"),
     "scripts.quickstart_llm": ([], "prompt", "prompts", None, "max_new_tokens"),
+    "scripts.benchmark_layer_skip": ([], "prompt", "prompts", None, "steps"),
+    "scripts.benchmark_prompt_length": ([], "round", "rounds", None, "long"),
     "scripts.benchmark_training": ([], "step", "steps", None, "steps"),
     "scripts.build_debian_data": ([], "miror", "mirror", None, "max_ratio"),
     "gpt_eval.__main__ make": (

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +80,12 @@ class Encoder:
         )
 
     def output_limit(self, max_length: int) -> dict[str, Any]:
-        """The option of `generate` that bounds outputs, whose start token counts."""
+        """The options of `generate` that bound outputs, whose start token counts."""
         return {"max_length": max_length}
+
+    def ended(self, token_ids: list[int]) -> list[int]:
+        """What was decoded for a row, without what came while others of its batch went on."""
+        return token_ids
 
     def output_start(self, input_ids: Tensor) -> int:
         """Where what was decoded begins in sequences that `generate` returned for (B, S) ids."""
@@ -177,7 +182,31 @@ class PromptEncoder(Encoder):
         return self.tokenizer.pad({"input_ids": token_ids}, padding=True, return_tensors="pt")
 
     def output_limit(self, max_length: int) -> dict[str, Any]:
-        return {"max_new_tokens": max_length}
+        limit = {"max_new_tokens": max_length}
+        if not self.stops():
+            return limit
+        return limit | {"stop_strings": self.prompt.stop, "tokenizer": self.tokenizer}
+
+    def ended(self, token_ids: list[int]) -> list[int]:
+        """Up to the token that completes the prompt's stop."""
+        if not self.stops() or self._answer_length(token_ids) is None:
+            return token_ids
+        lengths = range(1, len(token_ids))
+        shortest = bisect.bisect_left(
+            lengths, True, key=lambda length: self._answer_length(token_ids[:length]) is not None
+        )
+        return token_ids[: shortest + 1]
+
+    def _answer_length(self, token_ids: list[int]) -> int | None:
+        return self.prompt.answer_length(super().texts([token_ids])[0])
+
+    def stops(self) -> bool:
+        """Whether the prompt has a stop that outputs can hold: some vocabularies have no line breaks."""
+        stop = self.prompt.stop
+        if stop is None:
+            return False
+        token_ids = self.tokenizer(f"a{stop}a", add_special_tokens=False).input_ids
+        return stop in super().texts([token_ids])[0]
 
     def output_start(self, input_ids: Tensor) -> int:
         return input_ids.shape[1]
@@ -186,7 +215,10 @@ class PromptEncoder(Encoder):
         return torch.cat([input_ids, torch.tensor([token_ids], device=input_ids.device)], dim=1)
 
     def texts(self, token_ids: list[list[int]]) -> list[str]:
-        return [text.lstrip() for text in super().texts(token_ids)]  # a blank parts them from their prompt
+        texts = super().texts(token_ids)
+        if self.stops():
+            texts = [text[: self.prompt.answer_length(text)] for text in texts]
+        return [text.lstrip() for text in texts]  # a blank parts them from their prompt
 
 
 def make_encoder(

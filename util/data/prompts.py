@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import re
 
@@ -10,11 +11,13 @@ from models.errors import UserError
 from models.loading import LoadedModel
 from models.prompts import SOURCE, Prompt, join, require_chat_template
 from util.arguments import DataArguments
+from util.data.encoding import PromptEncoder
 from util.data.examples import dataset_record, load_examples
 from util.flags import require
 from util.tasks import TASKS
 
 SHOT_POOL = 1000  # first rows of the training split that shots are drawn from
+logger = logging.getLogger(__name__)
 LANGUAGES = ("source_lang", "target_lang")  # that a template may name
 
 
@@ -31,9 +34,15 @@ def build_prompt(loaded: LoadedModel, data: DataArguments) -> Prompt | None:
     if data.use_chat_template:
         require_chat_template(loaded.tokenizer, "--use_chat_template True")
     prompt = Prompt(read_template(data), data.use_chat_template)
-    return (
-        Prompt(prompt.template, prompt.chat, draw_shots(loaded, data, prompt)) if data.num_shots else prompt
-    )
+    if not data.num_shots:
+        return prompt
+    prompt = Prompt(prompt.template, prompt.chat, draw_shots(loaded, data, prompt))
+    if not prompt.chat and not PromptEncoder(loaded.tokenizer, prompt).stops():
+        logger.warning(
+            "--num_shots: outputs end at the end token alone, not at the empty line between examples, as %s.",
+            "the tokenizer drops line breaks" if prompt.stop else "an example's answer holds one itself",
+        )
+    return prompt
 
 
 def refuse_prompt_flags(data: DataArguments, family: str) -> None:

@@ -192,7 +192,8 @@ def decode_batch(
     with Stopwatch(loaded.model.device, settings.synchronize) as watch:
         output = decode(**inputs, **options)
     start = encoder.output_start(inputs["input_ids"])
-    tokens = generated_tokens(loaded, output.sequences if competes else output, start)
+    rows = generated_tokens(loaded, output.sequences if competes else output, start)
+    tokens = [encoder.ended(row) for row in rows]
     scores = sequence_scores(output, tokens) if competes else None
     threshold = getattr(policy, "threshold", None)
     return Decoded(tokens, watch.seconds, stats, scores, None if threshold is None else threshold.at(0))

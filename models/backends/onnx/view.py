@@ -42,7 +42,10 @@ class OnnxView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
-        state.reserve(len(hidden), state.lengths[start] + max(hidden.shape[1], 2))
+        held = state.lengths[start] + max(hidden.shape[1], 2)
+        if hidden.shape[1] > SMALLEST_BLOCK:  # a prompt: room for an answer, too, lest buffers be copied
+            held += held // 4
+        state.reserve(len(hidden), held)
         parts = hidden.split(self.most_rows, dim=1)
         made = zip(*(self._run_window(state, part, start, stop) for part in parts), strict=True)
         hidden, *aside = (outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1) for outputs in made)

@@ -106,9 +106,9 @@ class Window:
         self.last[:] = past + self.rows - 1
         for owner, array in self.bias.items():
             self.biases.fill(owner, array, past)
-            if self.padding is not None:  # of a prompt that the buffers may not hold in whole yet
-                hidden = self.padding[..., : array.shape[-1]] < 0
-                np.copyto(array[..., : hidden.shape[-1]], SMALLEST, where=hidden)
+            if self.padding is not None:
+                padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
+                np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
         for owner, arrays in self.rotation.items():
             for array, table in zip(arrays, rotation[owner], strict=True):
                 array[:] = table[:, past : past + array.shape[1]]
