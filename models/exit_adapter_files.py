@@ -22,6 +22,7 @@ from models.checkpoint_files import find_file, read_weights
 from models.errors import UserError
 from models.exit_adapter import NAME, ExitAdapter, attach_exit_adapter, exit_adapter_of, make_exit_adapter
 from models.families import view_for
+from models.gguf import split_gguf
 from models.json_files import check_keys, read_mapping
 
 CONFIG_NAME = f"{NAME}_config.json"
@@ -90,7 +91,7 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
 
 def is_exit_adapter(name_or_path: str, **hub: Any) -> bool:
     """Whether a folder or repository holds an exit adapter and no model."""
-    if Path(name_or_path).is_file():
+    if split_gguf(name_or_path)[1] is not None:
         return False
     adapter, model = (find_file(name_or_path, file, **hub) for file in (CONFIG_NAME, "config.json"))
     return adapter is not None and model is None
