@@ -6,22 +6,23 @@ from pathlib import Path
 
 import torch
 
-# Graphs are exported once for all tests, and none into the user's own cache.
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache/exitlm")
+CACHE = Path(__file__).parents[1] / ".pytest_cache"
+# Graphs are exported and compiled once for all tests, and none into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = str(CACHE / "exitlm")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
 EXPORTER = "torch.onnx._internal.exporter._registration"
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 
 def pytest_collection_finish():
-    """Libraries hold millions of objects for good: a collection, and each training asks for one, need not visit
-    them."""
+    """Libraries hold millions of objects for good: collections, of which each training asks for one, skip them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_runtest_setup():
-    """Once something was exported: torch's exporter reads its 500 operators anew for each of our small graphs."""
+    """Once a test has exported: torch's exporter reads its 500 operators anew for each small graph."""
     registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
     if registry is not None and not hasattr(registry, "read_once"):
         registry.read_once = functools.cache(registry.from_torchlib)

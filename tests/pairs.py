@@ -1,7 +1,7 @@
 """Which cases of a matrix run by default; with ALL_PAIRS=1 all of them do.
 
-A matrix of families, policies, losses and precisions costs more than it finds: by default each value occurs in some
-case, and what is the same for several families is tested with one of them.
+A matrix of families, policies, losses and precisions costs more than it finds: by default each value occurs
+in some case, and what is the same for several families is tested with one of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def thin(whole: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:
 
 
 def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """As many cases as the longest axis has values, the others taking turns: every value of every axis occurs."""
+    """As many cases as the longest axis has values, while the others take turns: each value occurs."""
     turns = [tuple(axis[turn % len(axis)] for axis in axes) for turn in range(max(map(len, axes)))]
     return thin(itertools.product(*axes), turns)
 

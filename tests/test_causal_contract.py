@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_decoding import EveryThirdDeep, Recorder
+from decoding_cases import EveryThirdDeep, Recorder
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
 from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.generation import GenerateDecoderOnlyOutput

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decoding import DeepLogits, EveryThirdDeep, never_exiting
+from decoding_cases import DeepLogits, EveryThirdDeep, never_exiting
 from tiny_causal import (
     CAUSAL_FAMILIES,
     CAUSAL_SHAPES,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding_cases import EveryThirdDeep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_free import SlowFree
-from test_decoding import EveryThirdDeep
 from test_lossless import MAX_EXAMPLES
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
 from transformers import set_seed

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from test_decoding import LENGTH, MANY_ENDS, EveryThirdDeep, decode
+from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, decode
 from tiny_models import FAMILIES, SHAPES, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import (
     LogitsProcessorList,

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from test_decoding import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
 from tiny_models import FAMILIES, SHAPES, padded_inputs, tiny_model
 from transformers import PreTrainedModel, set_seed
 
