@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 
 def pytest_collection_finish():
-    """Libraries hold millions of objects for good: collections, of which each training asks for one, skip them."""
+    """Libraries hold millions of objects for good: what each training collects is not among them."""
     gc.collect()
     gc.freeze()
 
@@ -24,6 +24,5 @@ def pytest_collection_finish():
 def pytest_runtest_setup():
     """Once a test has exported: torch's exporter reads its 500 operators anew for each small graph."""
     registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
-    if registry is not None and not hasattr(registry, "read_once"):
-        registry.read_once = functools.cache(registry.from_torchlib)
-        registry.from_torchlib = lambda self, *args, **options: self.read_once(*args, **options)
+    if registry is not None and isinstance(vars(registry)["from_torchlib"], classmethod):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
