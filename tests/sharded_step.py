@@ -1,4 +1,4 @@
-"""Run by test_sharded_training: loss and gradients of sharded weights (FSDP) against whole ones."""
+"""Run by test_parallel_training: loss and gradients of sharded weights (FSDP) against whole ones."""
 
 from __future__ import annotations
 
