@@ -8,11 +8,7 @@ from gpt_eval.__main__ import main
 from gpt_eval.judgements import read_requests
 
 SECRET = "sk-never-written-0123456789"
-
-
 FAST = ["--requests_per_minute", "600000", "--tokens_per_minute", "1000000000", "--backoff", "0.02"]
-
-
 RATINGS = '{"relevance": 4, "informativeness": 3, "fluency": 5, "coherence": 2}'
 
 

@@ -28,8 +28,6 @@ from models.free import Free
 from models.threshold import FixedThreshold
 
 EXITING = ("calm", "free", "lossless", "free-copy")
-
-
 ROW_CASES = [(shape, name) for shape in FAMILIES for name in EXITING]
 
 

@@ -25,11 +25,7 @@ from util.calibration.risk_control import (
 )
 
 EPSILON = 0.1
-
-
 DELTA = 0.2
-
-
 CONTROLLING = [(method, p_value) for method in ("ltt", "ucb") for p_value in P_VALUES]
 
 

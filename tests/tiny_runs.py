@@ -13,22 +13,8 @@ import run
 from models.exit_heads import ExitConfig
 
 GERMAN = ["ein", "das", "paket", "enthält", "die", "bibliothek", "für", "programm", "daten"]
-
-
 ENGLISH = ["the", "package", "library", "for", "program", "data"]
-
-
-def as_argv(flags):
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def results_of(flags, stage="eval"):
-    return json.loads(Path(flags["output_dir"], f"{stage}_results.json").read_text())
-
-
 FREE = {"use_shallow_deep": True}
-
-
 TRAINING = {
     "do_train": True,
     "max_steps": 6,
@@ -37,6 +23,14 @@ TRAINING = {
     "logging_steps": 1,
     "save_steps": 2,
 }
+
+
+def as_argv(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def results_of(flags, stage="eval"):
+    return json.loads(Path(flags["output_dir"], f"{stage}_results.json").read_text())
 
 
 def losses_of(folder):

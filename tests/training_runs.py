@@ -16,12 +16,16 @@ DATA = {
     "max_source_length": 24,
     "max_target_length": 12,
 }
-
-
 QUIET = {"report_to": "none", "disable_tqdm": True}
-
-
 FREE = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_steps": 1,
+    "max_eval_samples": 3,
+    "predict_with_generate": True,
+    "load_best_model_at_end": True,
+}
 
 
 def as_argv(**flags):
@@ -52,16 +56,6 @@ def train(base, output_dir, **flags):
 def assert_same(first, second):
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, msg=name)
-
-
-EVALUATED = {
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_steps": 1,
-    "max_eval_samples": 3,
-    "predict_with_generate": True,
-    "load_best_model_at_end": True,
-}
 
 
 def save_base(folder):
