@@ -44,11 +44,7 @@ def test_two_processes_equal_one(base, tmp_path):
     """The plain command: the same batches in four pieces, a sharded evaluation, with FREE in batches."""
     steps = {"optim": "sgd", "learning_rate": 1e-2, "logging_steps": 3}
     pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    one = (
-        DATA
-        | QUIET
-        | {"do_eval": True, "backend": "torch", "max_eval_samples": 7, "per_device_eval_batch_size": 2}
-    )
+    one = DATA | QUIET | {"do_eval": True, "max_eval_samples": 7, "per_device_eval_batch_size": 2}
     one |= {"use_shallow_deep": True, "shallow_exit_layer": 2, "shallow2deep_conf_threshold": 0.02}
     torchrun(*as_argv(**train_flags(base, tmp_path / "two", **steps, **pieces) | one))
     weights = train(base, tmp_path / "one", **steps, per_device_train_batch_size=4)

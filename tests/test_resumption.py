@@ -85,7 +85,7 @@ def test_killed_training_continues_with_the_same_losses(base, tmp_path):
 @pytest.mark.slow
 def test_killed_evaluation_continues_to_the_same_result(base, rows, tmp_path):
     many = tmp_path / "many.jsonl"
-    lines = rows.read_text().splitlines() * 12
+    lines = rows.read_text().splitlines() * 8
     many.write_text("\n".join(json.dumps(json.loads(line) | {"id": str(i)}) for i, line in enumerate(lines)))
     flags = base | FREE | {"use_adapt_threshold": True, "do_eval": True, "validation_file": str(many)}
     flags |= {"per_device_eval_batch_size": 1, "resume_eval": True, "adapt_zeta": 0.1}

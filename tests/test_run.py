@@ -124,6 +124,7 @@ def test_bad_files_get_one_line(base, tmp_path, capsys, name):
     assert len(errors) == 1 and expected in errors[0] and "bad.jsonl" in errors[0]
 
 
+@pytest.mark.slow
 def test_bad_input_shows_no_traceback(base):
     command = [sys.executable, str(ROOT / "run.py"), *as_argv(base | {"do_eval": True, "source_lang": "fr"})]
     finished = subprocess.run(command, capture_output=True, text=True, cwd="/")

@@ -16,7 +16,7 @@ DATA = {
     "max_source_length": 24,
     "max_target_length": 12,
 }
-QUIET = {"report_to": "none", "disable_tqdm": True}
+QUIET = {"report_to": "none", "disable_tqdm": True, "backend": "torch"}
 FREE = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
 EVALUATED = {
     "eval_strategy": "steps",
