@@ -80,6 +80,7 @@ def inputs(tmp_path_factory):
         "max_target_length": 10,
         "per_device_eval_batch_size": 1,
         "use_cpu": True,
+        "backend": "torch",
         "report_to": "none",
         "disable_tqdm": True,
         "use_shallow_deep": True,
