@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 ALL_PAIRS = bool(os.environ.get("ALL_PAIRS"))
+# Two families with and two without an encoder, each with layers of its own kind: the others are slow.
+QUICK = ("t5-tied", "bart-tied", "llama-tied", "gpt2-tied")
 
 
 def thin(whole: Iterable[Any], chosen: Iterable[Any]) -> list[Any]:

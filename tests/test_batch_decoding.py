@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from decoding_cases import (
     decode,
     sometimes,
 )
+from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 
 from models.confidence import SoftmaxGap
@@ -28,7 +30,7 @@ from models.free import Free
 from models.threshold import FixedThreshold
 
 EXITING = ("calm", "free", "lossless", "free-copy")
-ROW_CASES = [(shape, name) for shape in FAMILIES for name in EXITING]
+ROW_CASES = slow_but(itertools.product(QUICK, EXITING), itertools.product(FAMILIES, EXITING))
 
 
 @functools.cache

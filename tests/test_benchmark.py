@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import QUICK
 from tiny_models import BART_SETTINGS, T5_SETTINGS, VOCABULARY
 
 from models.errors import UserError
@@ -96,6 +97,7 @@ def test_table_and_json_have_every_method(config, capsys):
     assert static["real_over_ideal"] == pytest.approx(static["speedup"] / 4)
 
 
+@pytest.mark.slow
 def test_trained_weights_agree_where_they_must(capsys):
     words = [
         "--models",

@@ -7,6 +7,7 @@ import torch
 from decoding_cases import EveryThirdDeep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import QUICK, slow_but
 from slow_free import SlowFree
 from test_lossless import MAX_EXAMPLES
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
@@ -103,7 +104,7 @@ def test_the_slow_reference_rolls_back():
     assert stats.rollbacks > 0
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_calm_at_one_layer_equals_free_that_copies(shape):
     model, inputs = agreeing(shape), prompts(3)
     threshold, stats, copied = some(model, inputs), DecodeStats(), DecodeStats()
@@ -113,7 +114,7 @@ def test_calm_at_one_layer_equals_free_that_copies(shape):
     assert 0 < stats.exit_share < 1
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_rows_of_a_batch_are_what_they_are_alone(shape):
     """With every method whose rows do not wait for each other."""
     model, inputs = agreeing(shape), prompts(4)
@@ -139,7 +140,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(shape):
                 assert stats.exit_layers[row] == alone.exit_layers[0], name
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_lossless_greedy_output_is_full_depths(shape):
     model, stats = tiny_causal(shape).double(), DecodeStats()
     for inputs in (whole_prompt(), prompts(3)):
@@ -204,7 +205,7 @@ def test_an_adaptive_threshold_learns_and_the_confidence_head_decides():
     assert stats.calibration and all(0 <= confidence <= 1 for confidence, _ in stats.calibration)
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_trace_holds_the_shallow_confidences_of_free_and_the_deep_predictions(shape):
     model, inputs, stats = tiny_causal(shape).double(), prompts(), DecodeStats()
     policy = Free(2, SoftmaxGap(), FixedThreshold(0.1))

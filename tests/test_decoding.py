@@ -15,6 +15,7 @@ from decoding_cases import (
     never_exiting,
     sometimes,
 )
+from pairs import QUICK, slow_but
 from test_batch_decoding import ROW_CASES
 from tiny_models import FAMILIES, SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
@@ -28,7 +29,7 @@ from models.free import Free
 from models.threshold import AdaptiveThreshold
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_never_exiting_equals_generate(shape):
     model, inputs = tiny_model(shape).double(), padded_inputs()
     expected = greedy(model, inputs, max_length=LENGTH)
@@ -37,7 +38,7 @@ def test_never_exiting_equals_generate(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_never_exiting_equals_generate_in_less_precision(shape, dtype):
     model, inputs = tiny_model(shape).to(dtype), padded_inputs()
     expected = greedy(model, inputs, max_length=LENGTH)
@@ -76,7 +77,7 @@ def test_static_exit_equals_a_truncated_model():
     assert torch.equal(static, greedy(model, inputs, max_length=LENGTH))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_deep_logits_equal_the_full_model_on_the_same_prefix(shape):
     model, inputs = tiny_model(shape).double(), padded_inputs()
     policy = DeepLogits([True, True, False, True, False, False, *[True] * 5, False, *[True] * LENGTH])

@@ -126,6 +126,7 @@ def test_a_trained_checkpoint_remembers_its_languages(multilingual, rows, tmp_pa
     assert starts == ((code, None) if kind == "mbart" else (2, code))
 
 
+@pytest.mark.slow
 def test_a_sweep_sets_the_languages(rows, tmp_path, multilingual):
     kind, folder = multilingual
     if kind != "mbart50":

@@ -10,6 +10,7 @@ import torch
 from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import QUICK, slow_but
 from scipy.stats import chisquare
 from tiny_models import FAMILIES, SHAPES, padded_inputs, tiny_model
 from transformers import PreTrainedModel, set_seed
@@ -29,7 +30,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_greedy_output_is_full_depths(shape):
     model, inputs, stats = tiny_model(shape).double(), padded_inputs(), DecodeStats()
     expected = decode(model, inputs)
