@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import QUICK
 from tiny_models import BART_SETTINGS, T5_SETTINGS, VOCABULARY
 
 from models.errors import UserError
