@@ -6,7 +6,7 @@ import os
 
 import torch
 from decoding_cases import LENGTH, EveryThirdDeep
-from pairs import slow_but
+from pairs import slow_but, thin
 from tiny_models import FAMILIES, tiny_model
 
 from models import (
@@ -25,6 +25,7 @@ from models import (
 MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 40))
 DAILY = ("t5-tied",)
 EACH_FAMILY = slow_but(DAILY, FAMILIES)
+EACH_KIND = slow_but(DAILY, thin(FAMILIES, ["t5-tied", "umt5", "bart-tied"]))  # of biases of positions
 
 
 def loaded(model):

@@ -32,11 +32,10 @@ def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
-    """The cases, marked as slow but for the `quick` ones; tuples are the values of several parameters."""
-    quick = list(quick)
-    return [
-        case
-        if case in quick
-        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
-        for case in cases
-    ]
+    """The cases, marked as slow but for the `quick` ones: a value, all values, or the first of several."""
+    quick, marked = list(quick), []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        marks = () if case in quick or values[0] in quick else (pytest.mark.slow,)
+        marked.append(pytest.param(*values, marks=marks))
+    return marked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decoding_cases import DeepLogits, EveryThirdDeep, never_exiting
-from pairs import QUICK, slow_but
+from pairs import QUICK, covering, slow_but
 from tiny_causal import (
     CAUSAL_FAMILIES,
     CAUSAL_SHAPES,
@@ -41,8 +41,7 @@ def new_tokens(sequences, inputs):
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_SHAPES))
+@pytest.mark.parametrize(("shape", "batch"), slow_but(QUICK, covering(list(CAUSAL_SHAPES), (1, 3))))
 def test_never_exiting_equals_generate(shape, batch):
     model, inputs = tiny_causal(shape), prompts(batch)
     expected = greedy_causal(model, inputs)
@@ -115,8 +114,7 @@ def test_write_kv_equals_the_caches_of_the_model_itself(shape):
             torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [1, 3, 5])
-@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_SHAPES))
+@pytest.mark.parametrize(("shape", "layer"), slow_but(QUICK, covering(list(CAUSAL_SHAPES), (1, 3, 5))))
 def test_static_exit_equals_a_model_whose_layers_were_cut(shape, layer):
     model, inputs = tiny_causal(shape).double(), unpadded(prompts(), 0)
     static = decode_causal(model, inputs, StaticExit(layer))

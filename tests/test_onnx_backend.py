@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from decoding_cases import MANY_ENDS, EveryThirdDeep, Recorder
-from onnx_models import EACH_FAMILY, decode, loaded, perturbed, policies
+from onnx_models import EACH_FAMILY, EACH_KIND, decode, loaded, perturbed, policies
 from tiny_models import padded_inputs, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -42,7 +42,7 @@ def test_a_rollback_forgets_what_was_taken_back():
     assert torch.equal(decode(prepare(torch_model), padded_inputs(), policy), expected)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_long_outputs_outgrow_their_buffers(family):
     torch_model = loaded(perturbed(family))
     onnx_model = prepare(torch_model)

@@ -30,6 +30,8 @@ DEPTHS = {"gpt2-tied": 2}
 FAMILIES = [{"gpt2-tied": "gpt2-untied"}.get(family, family) for family in CAUSAL_FAMILIES]
 SHAPES = slow_but(DAILY, thin(CAUSAL_SHAPES, [*FAMILIES, "gpt2-tied"]))
 EACH_FAMILY = slow_but(DAILY, FAMILIES)
+# With windows, with norms that shift, with heads side by side: every graph decodes full depth anyway.
+EACH_KIND = slow_but(DAILY, thin(FAMILIES, ["llama-tied", "gemma2", "gpt2-untied", "pythia"]))
 IN_WINDOWS = slow_but([("llama-tied", "fp32")], covering(FAMILIES, EXACT_PRECISIONS))
 
 
@@ -57,7 +59,7 @@ def test_full_depth_is_hugging_faces_greedy(shape):
         )
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_policy_decodes_torchs_tokens(family):
     for batch, name in itertools.product((1, 3), policies()):
         inputs, ours, theirs = prompts(batch, seed=batch), DecodeStats(), DecodeStats()
@@ -110,7 +112,7 @@ def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, prec
     assert torch.equal(decode(model, inputs, policy, **options), expected)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize("family", EACH_KIND)
 def test_every_product_with_weights_is_quantized(family):
     engine = on_onnx(family, "int8").view.engine
     for kind in (engine.layer_kind, "keys-values", "head"):
