@@ -95,6 +95,7 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
             assert torch.equal(ours, torch.cat(theirs)), windows
 
 
+@pytest.mark.slow
 @settings(max_examples=MAX_EXAMPLES, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

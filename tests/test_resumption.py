@@ -127,6 +127,7 @@ def test_resuming_with_other_weights_is_refused(base, tmp_path, capsys):
     assert "weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_continuing_a_training_with_another_loss_is_refused(base, capsys):
     flags = base | TRAINING | {"intermediate_loss_fn": "weighted_ce"}
     run.main(as_argv(flags))
@@ -170,6 +171,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_evaluation_does_not_continue_on_changed_data(base, rows, tmp_path, capsys, name):
     data = tmp_path / "rows.jsonl"
@@ -214,6 +216,7 @@ def test_an_evaluation_does_not_continue_with_another_threshold_file(base, tmp_p
     assert "other content of adapt_threshold_file" in refused(flags, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_training_does_not_continue_on_changed_rows(base, rows, tmp_path, capsys, streaming):
     data = tmp_path / "rows.jsonl"

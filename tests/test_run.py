@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pairs import slow_but
 from real_rows import ROOT
 from tiny_runs import (
     FREE,
@@ -156,7 +157,7 @@ def layers_by_hand(name, exit_layers):
     return 2 * len(exit_layers) + 4 * (max(deep, default=-1) + 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(["free", "full"], METHODS))
 def test_evaluation_of_every_method(base, name):
     flags = base | METHODS[name]
     flags |= {"do_eval": True, "do_predict": True, "deploy_scenario": True, "per_device_eval_batch_size": 1}
