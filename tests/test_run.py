@@ -82,7 +82,7 @@ BAD_FLAGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_checkpoint(checkpoint, tmp_path_factory):
     """The same model, saved by someone who knows nothing of exits."""
     folder = tmp_path_factory.mktemp("plain")
