@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from nltk.langnames import iso639short
-
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,6 +95,8 @@ def primary_subtag(code: str) -> str:
 
 def two_letters(language: str) -> str:
     """ISO 639-1's name of a language where it has one (`de` for `deu`), else as it came, in lower case."""
+    from nltk.langnames import iso639short  # which imports all of nltk: half a second
+
     return iso639short.get(language.lower(), language.lower())
 
 

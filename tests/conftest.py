@@ -1,9 +1,28 @@
+import functools
+import gc
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-# Graphs are exported once for all tests, and none into the user's own cache.
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache/exitlm")
+CACHE = Path(__file__).parents[1] / ".pytest_cache"
+# Graphs are exported and compiled once for all tests, and none into the user's own cache.
+os.environ["XDG_CACHE_HOME"] = str(CACHE / "exitlm")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
+EXPORTER = "torch.onnx._internal.exporter._registration"
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+
+
+def pytest_collection_finish():
+    """Libraries hold millions of objects for good: what each training collects is not among them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup():
+    """Once a test has exported: torch's exporter reads its 500 operators anew for each small graph."""
+    registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
+    if registry is not None and isinstance(vars(registry)["from_torchlib"], classmethod):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))

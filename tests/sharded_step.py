@@ -1,18 +1,22 @@
-"""Run by test_training under torchrun: loss and gradients of sharded weights (FSDP) against whole ones."""
+"""Run by test_parallel_training: loss and gradients of sharded weights (FSDP) against whole ones."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
+import socket
 import tempfile
 
 import torch
 import torch.distributed as dist
+from pairs import thin
 from tiny_causal import CAUSAL_SHAPES, prompts, tiny_causal
 from tiny_models import padded_inputs, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.multiprocessing import start_processes
 from transformers import Seq2SeqTrainingArguments
 
 from models.exit_heads import ExitConfig, attach_exit_heads
@@ -20,18 +24,22 @@ from models.families import view_for
 from models.losses import build_confidence_head_loss, build_exit_loss
 from util.training.trainer import EarlyExitTrainer
 
-CASES = [
+PROCESSES = 2
+CHOSEN = [
     ("t5-tied", "shallowdeep_kd_dyna"),
-    ("t5v1.1-untied", "weighted_ce"),
     ("bart-tied", "ce"),
     ("t5-tied", "confidence head"),
     ("llama-tied", "shallowdeep_kd_dyna"),
     ("gpt2-untied", "sum_l"),
 ]
+CASES = thin([*CHOSEN, ("t5v1.1-untied", "weighted_ce")], CHOSEN)
 DROPLESS = {"gpt2-untied": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}}
 
 
-def main() -> None:
+def main(rank: int, port: int) -> None:
+    """As torchrun would start it."""
+    addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= addresses | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     dist.init_process_group("gloo")
     arguments = Seq2SeqTrainingArguments(
         tempfile.gettempdir(), use_cpu=True, ddp_backend="gloo", report_to="none"
@@ -107,5 +115,11 @@ def gradients_of(model):
     }
 
 
-if __name__ == "__main__":
-    main()
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":  # what is imported by now, both processes have
+    start_processes(main, (free_port(),), PROCESSES, start_method="fork")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 from transformers import Seq2SeqTrainingArguments
 
@@ -86,7 +87,7 @@ def accumulate(model, loss, folder, **settings):
     return total, gradients(model), trainer
 
 
-@pytest.mark.parametrize("shape", FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_every_loss_has_the_gradient_of_the_big_batch(shape, tmp_path):
     for name, smoothing in CASES if shape in ("t5-tied", "bart-tied") else ONE_OF_EACH:
         model = fresh_model(shape)

@@ -97,6 +97,7 @@ def adapter(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_own_tokenizer(adapter):
     assert "<extra>" not in load_model(str(adapter)).tokenizer.get_vocab()  # the base's
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

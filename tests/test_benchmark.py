@@ -96,6 +96,7 @@ def test_table_and_json_have_every_method(config, capsys):
     assert static["real_over_ideal"] == pytest.approx(static["speedup"] / 4)
 
 
+@pytest.mark.slow
 def test_trained_weights_agree_where_they_must(capsys):
     words = [
         "--models",

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from test_decoding import EveryThirdDeep, Recorder
+from decoding_cases import EveryThirdDeep, Recorder
+from pairs import QUICK, covering, slow_but, thin
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
 from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -37,8 +38,7 @@ def extended(inputs, sequences):
     return {"input_ids": sequences, "attention_mask": torch.cat([mask, new], 1)}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize(("shape", "batch"), slow_but(QUICK, covering(CAUSAL_FAMILIES, (1, 3))))
 def test_a_cache_is_filled_and_continued(shape, batch):
     """As if there had been one call; by the engine and, from the same cache, by Hugging Face."""
     model, inputs, cache = precise(shape), prompts(batch), DynamicCache()
@@ -78,7 +78,9 @@ def test_other_caches_are_refused():
         decode_causal(tiny_causal(), prompts(), cache=DynamicCache(offloading=True))
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize(
+    "shape", slow_but(QUICK, thin(CAUSAL_FAMILIES, ["llama-tied", "gemma2", "gpt2-tied", "opt-350m"]))
+)
 def test_embeddings_may_be_the_prompt(shape):
     model, inputs = precise(shape), prompts(2)
     soft = model.get_input_embeddings()(inputs["input_ids"]) * 1.1  # of no token
@@ -109,7 +111,7 @@ def test_given_positions_hold(shape):
     assert torch.equal(decode_causal(model, given, lossless()), expected)
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_a_rolled_back_state_goes_on_as_if_nothing_had_been(shape):
     model, inputs = precise(shape), prompts(2)
     view, ids = view_for(model), inputs["input_ids"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decoding import DeepLogits, EveryThirdDeep, never_exiting
+from decoding_cases import DeepLogits, EveryThirdDeep, never_exiting
+from pairs import QUICK, covering, slow_but
 from tiny_causal import (
     CAUSAL_FAMILIES,
     CAUSAL_SHAPES,
@@ -40,8 +41,7 @@ def new_tokens(sequences, inputs):
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("shape", CAUSAL_SHAPES)
+@pytest.mark.parametrize(("shape", "batch"), slow_but(QUICK, covering(list(CAUSAL_SHAPES), (1, 3))))
 def test_never_exiting_equals_generate(shape, batch):
     model, inputs = tiny_causal(shape), prompts(batch)
     expected = greedy_causal(model, inputs)
@@ -50,7 +50,7 @@ def test_never_exiting_equals_generate(shape, batch):
         assert torch.equal(decode_causal(model, inputs, policy), expected), name
 
 
-@pytest.mark.parametrize("shape", CAUSAL_SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_SHAPES))
 def test_each_row_of_a_batch_is_what_generate_decodes_alone(shape):
     """In float64, where ties are none; Hugging Face sees no padding."""
     model, inputs = tiny_causal(shape).double(), prompts(4)
@@ -62,7 +62,7 @@ def test_each_row_of_a_batch_is_what_generate_decodes_alone(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_less_precision_stays_finite_and_follows_generate(shape, dtype):
     """Rounding may choose between tokens that are all but alike, so that only the first are compared."""
     model, inputs = tiny_causal(shape).to(dtype), prompts()
@@ -81,7 +81,7 @@ def test_attention_implementations_agree_with_generate(shape, attention):
     assert torch.equal(decode_causal(model, inputs), greedy_causal(model, inputs))
 
 
-@pytest.mark.parametrize("shape", CAUSAL_SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_SHAPES))
 def test_deep_logits_equal_the_full_model_on_the_same_prefix(shape):
     model, inputs = tiny_causal(shape).double(), unpadded(prompts(), 0)
     policy = DeepLogits([True, True, False, True, False, False, *[True] * 5, False, *[True] * NEW])
@@ -114,8 +114,7 @@ def test_write_kv_equals_the_caches_of_the_model_itself(shape):
             torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [1, 3, 5])
-@pytest.mark.parametrize("shape", CAUSAL_SHAPES)
+@pytest.mark.parametrize(("shape", "layer"), slow_but(QUICK, covering(list(CAUSAL_SHAPES), (1, 3, 5))))
 def test_static_exit_equals_a_model_whose_layers_were_cut(shape, layer):
     model, inputs = tiny_causal(shape).double(), unpadded(prompts(), 0)
     static = decode_causal(model, inputs, StaticExit(layer))
@@ -127,7 +126,7 @@ def test_static_exit_equals_a_model_whose_layers_were_cut(shape, layer):
     assert torch.equal(static, expected) and torch.equal(free, expected)
 
 
-@pytest.mark.parametrize("shape", CAUSAL_SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_SHAPES))
 def test_projection_onto_a_few_tokens_equals_their_logits(shape):
     model = precise(shape)
     view, tokens = view_for(model), torch.tensor([3, 50, 7])

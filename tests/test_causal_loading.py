@@ -53,6 +53,7 @@ def rewrite(folder, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_saves_with_exit_heads_are_the_same_in_a_new_process(tmp_path, tokenizer):
     expected = {}
     for shape in KINDS:

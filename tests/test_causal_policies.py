@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding_cases import EveryThirdDeep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import QUICK, covering, slow_but, thin
 from slow_free import SlowFree
-from test_decoding import EveryThirdDeep
 from test_lossless import MAX_EXAMPLES
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
 from transformers import set_seed
@@ -39,6 +40,8 @@ FORMS = {  # of FREE, each with the threshold that some tokens pass
     "rollback": {"rollback_threshold": 1.0},
     "both directions": {"causal_catch_up": False},
 }
+TURNS = covering(CAUSAL_FAMILIES, list(FORMS))
+KINDS = thin(CAUSAL_FAMILIES, ["llama-tied", "gemma2", "gpt2-tied", "opt-350m"])  # of layers and positions
 WINDOWED = ("mistral-window", "gemma2", "gemma3")  # the reference's mask for both directions has no windows
 PAIRS = [
     (shape, form)
@@ -75,7 +78,10 @@ def agreeing(shape, seed=0, deep_strength=0.1):
     return model
 
 
-@pytest.mark.parametrize(("shape", "form"), PAIRS)
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    slow_but(QUICK, thin(PAIRS, [pair for pair in PAIRS if pair[0] in QUICK or pair in TURNS])),
+)
 def test_free_equals_the_slow_reference(shape, form):
     options = FORMS[form]
     model, inputs, stats = agreeing(shape, deep_strength=0.5), whole_prompt(), DecodeStats()
@@ -103,7 +109,7 @@ def test_the_slow_reference_rolls_back():
     assert stats.rollbacks > 0
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_calm_at_one_layer_equals_free_that_copies(shape):
     model, inputs = agreeing(shape), prompts(3)
     threshold, stats, copied = some(model, inputs), DecodeStats(), DecodeStats()
@@ -113,7 +119,7 @@ def test_calm_at_one_layer_equals_free_that_copies(shape):
     assert 0 < stats.exit_share < 1
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, KINDS))
 def test_rows_of_a_batch_are_what_they_are_alone(shape):
     """With every method whose rows do not wait for each other."""
     model, inputs = agreeing(shape), prompts(4)
@@ -139,7 +145,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(shape):
                 assert stats.exit_layers[row] == alone.exit_layers[0], name
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_lossless_greedy_output_is_full_depths(shape):
     model, stats = tiny_causal(shape).double(), DecodeStats()
     for inputs in (whole_prompt(), prompts(3)):
@@ -204,7 +210,7 @@ def test_an_adaptive_threshold_learns_and_the_confidence_head_decides():
     assert stats.calibration and all(0 <= confidence <= 1 for confidence, _ in stats.calibration)
 
 
-@pytest.mark.parametrize("shape", CAUSAL_FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, CAUSAL_FAMILIES))
 def test_trace_holds_the_shallow_confidences_of_free_and_the_deep_predictions(shape):
     model, inputs, stats = tiny_causal(shape).double(), prompts(), DecodeStats()
     policy = Free(2, SoftmaxGap(), FixedThreshold(0.1))

@@ -4,12 +4,14 @@
 makes functions without side effects of them; what Inductor generates is compared in slow tests.
 """
 
+import itertools
 import logging
 import shutil
 import weakref
 
 import pytest
 import torch
+from pairs import slow_but, thin
 from tiny_models import FAMILIES, VOCABULARY, empty_cache, padded_inputs, tiny_model
 
 from models import (
@@ -32,15 +34,16 @@ from models.families import view_for
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines, which pytest would keep
 
 ROUNDING = 1e-4
-DAILY = [("t5-tied", 1), ("bart-tied", 3)]  # family, batch size
-CASES = [
-    (family, batch) if (family, batch) in DAILY else pytest.param(family, batch, marks=pytest.mark.slow)
+DAILY = ("t5-tied", "bart-tied")  # whose layers differ in kind
+ONE_EACH = thin(FAMILIES, DAILY)
+CASES = thin(itertools.product(FAMILIES, (1, 3)), [("t5-tied", 1), ("bart-tied", 3)])
+# Biases of positions in each layer, another encoder, norms before attention, none of the embeddings.
+OTHERS = thin(FAMILIES, ["umt5", "longt5-tglobal", "mbart", "marian"])
+HALVES = [
+    (family, dtype)
     for family in FAMILIES
-    for batch in (1, 3)
-]
-EVERY_FAMILY = [
-    family if family in ("t5-tied", "bart-tied") else pytest.param(family, marks=pytest.mark.slow)
-    for family in FAMILIES
+    for dtype in (torch.bfloat16, torch.float16)
+    if (family, dtype) != ("longt5-tglobal", torch.float16)  # which is refused
 ]
 
 
@@ -96,7 +99,7 @@ def assert_every_policy_agrees(model, view, inputs):
         assert stats.exit_layers == torchs.exit_layers, name
 
 
-@pytest.mark.parametrize(("family", "batch"), CASES)
+@pytest.mark.parametrize(("family", "batch"), slow_but([("t5-tied", 1)], CASES))
 def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
     model, compiler = tiny_model(family, num_layers=3), Compiler()
     view = CompiledView(view_for(model), compiler)
@@ -111,7 +114,7 @@ def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OTHERS)
 def test_tokens_are_torchs_without_side_effects(family):
     model = tiny_model(family, num_layers=2)
     assert_every_policy_agrees(model, CompiledView(view_for(model), "aot_eager"), padded_inputs(3))
@@ -119,7 +122,7 @@ def test_tokens_are_torchs_without_side_effects(family):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.parametrize("family", ["t5-tied", "umt5", "bart-tied"])
+@pytest.mark.parametrize("family", thin(["t5-tied", "umt5", "bart-tied"], ["t5-tied"]))
 def test_tokens_are_torchs_as_inductor_compiles(family):
     model = tiny_model(family, num_layers=2)
     assert_every_policy_agrees(model, CompiledView(view_for(model)), padded_inputs(1))
@@ -158,7 +161,8 @@ class SideBySide:
             state.truncate(length)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ONE_EACH)
 def test_states_are_torchs_in_long_windows_grown_buffers_and_after_a_rollback(family):
     torch.manual_seed(0)
     both = SideBySide(tiny_model(family, num_layers=2), compiler="aot_eager")
@@ -174,17 +178,7 @@ def test_states_are_torchs_in_long_windows_grown_buffers_and_after_a_rollback(fa
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        ("t5-tied", torch.float16),
-        ("bart-tied", torch.bfloat16),
-        *(pytest.param(family, torch.bfloat16, marks=pytest.mark.slow) for family in FAMILIES),
-        *(
-            pytest.param(family, torch.float16, marks=pytest.mark.slow)
-            for family in FAMILIES
-            if family != "longt5-tglobal"  # which is refused
-        ),
-    ],
+    ("family", "dtype"), thin(HALVES, [("t5-tied", torch.float16), ("bart-tied", torch.bfloat16)])
 )
 def test_half_precision_is_as_near_to_float32_as_torchs(family, dtype):
     torch.manual_seed(0)
@@ -199,7 +193,7 @@ def test_half_precision_is_as_near_to_float32_as_torchs(family, dtype):
     assert errors[1] < 2 * errors[0]
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", slow_but(["bart-tied"], ONE_EACH))
 def test_prompts_padded_on_the_left_give_torchs_tokens(family):
     model, inputs = tiny_model(family, num_layers=2), padded_inputs(3)
     prompts = torch.randint(2, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(3))
@@ -232,6 +226,7 @@ class Replayer(Compiler):
         return replay
 
 
+@pytest.mark.slow
 def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites():
     model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(1)
     policy, expected, stats = torchs_runs(model, inputs)["free"]

@@ -2,65 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from decoding_cases import (
+    ALWAYS,
+    LENGTH,
+    MANY_ENDS,
+    NEVER,
+    DeepLogits,
+    EveryThirdDeep,
+    decode,
+    never_exiting,
+    sometimes,
+)
+from pairs import QUICK, slow_but
+from test_batch_decoding import ROW_CASES
 from tiny_models import FAMILIES, SHAPES, VOCABULARY, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
-from transformers.generation import BaseStreamer
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
-from models.errors import UserError
+from models.decoding import DecodeStats
 from models.exit_heads import ExitConfig, attach_exit_heads
-from models.exit_policy import Calm, FullDepth, StaticExit, check_policy
+from models.exit_policy import Calm, StaticExit
 from models.families import view_for
 from models.free import Free
-from models.threshold import AdaptiveThreshold, FixedThreshold
-
-LENGTH = 14
-ROWS = 4
-# Random models repeat themselves; these settings make the rows of a batch end at different lengths.
-MANY_ENDS = {"eos_token_id": list(range(1, 12)), "no_repeat_ngram_size": 1}
-NEVER, ALWAYS = FixedThreshold(2.0), FixedThreshold(-1.0)
+from models.threshold import AdaptiveThreshold
 
 
-def decode(model, inputs, policy=None, stats=None, **options):
-    options = {"max_length": LENGTH, "do_sample": False} | options
-    return model.generate(
-        **inputs, custom_generate=early_exit_decode, exit_policy=policy, decode_stats=stats, **options
-    )
-
-
-def never_exiting(num_layers):
-    return {
-        "full": FullDepth(),
-        "static": StaticExit(num_layers),
-        "calm": Calm(SoftmaxGap(), NEVER),
-        "free": Free(2, SoftmaxGap(), NEVER),
-    }
-
-
-class EveryThirdDeep(FixedThreshold):
-    """Two tokens exit, the third runs all layers, and so on."""
-
-    def __init__(self):
-        super().__init__(0.5)
-
-    def at(self, position):
-        return 2.0 if position % 3 == 2 else -1.0
-
-
-def sometimes(model, inputs, layer=2, **options):
-    """The threshold that about half of the tokens pass at `layer`."""
-    stats = DecodeStats()
-    decode(model, inputs, Free(layer, SoftmaxGap(), NEVER), stats, **options)
-    values = [row for step in stats.confidences for row in step[0]]
-    return FixedThreshold(sorted(values)[len(values) // 2])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_never_exiting_equals_generate(shape):
     model, inputs = tiny_model(shape).double(), padded_inputs()
     expected = greedy(model, inputs, max_length=LENGTH)
@@ -69,7 +38,7 @@ def test_never_exiting_equals_generate(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_never_exiting_equals_generate_in_less_precision(shape, dtype):
     model, inputs = tiny_model(shape).to(dtype), padded_inputs()
     expected = greedy(model, inputs, max_length=LENGTH)
@@ -108,23 +77,7 @@ def test_static_exit_equals_a_truncated_model():
     assert torch.equal(static, greedy(model, inputs, max_length=LENGTH))
 
 
-class DeepLogits(Free):
-    """FREE with a scripted exit decision, which records the logits of its deep passes."""
-
-    def __init__(self, exits):
-        super().__init__(2, SoftmaxGap(), FixedThreshold(0.0))
-        self.exits = exits
-        self.recorded = {}
-
-    def step(self, view, state, token_ids, position, active):
-        self.threshold.value = -1.0 if self.exits[position] else 2.0
-        result = super().step(view, state, token_ids, position, active)
-        if result.deep_pass:
-            self.recorded[position] = result.logits
-        return result
-
-
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_deep_logits_equal_the_full_model_on_the_same_prefix(shape):
     model, inputs = tiny_model(shape).double(), padded_inputs()
     policy = DeepLogits([True, True, False, True, False, False, *[True] * 5, False, *[True] * LENGTH])
@@ -202,16 +155,6 @@ def test_output_object_carries_logits():
     assert output.logits[0].shape == (1, VOCABULARY)
 
 
-POLICIES = {
-    "full": lambda threshold: FullDepth(),
-    "static": lambda threshold: StaticExit(3),
-    "calm": lambda threshold: Calm(SoftmaxGap(), threshold),
-    "free": lambda threshold: Free(2, SoftmaxGap(), threshold),
-    "lossless": lambda threshold: Free(2, SoftmaxGap(), threshold, lossless=True),
-    "free-copy": lambda threshold: Free(2, SoftmaxGap(), threshold, copy_skipped=True),
-}
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_projection_onto_a_shortlist_equals_the_heads_rows(shape):
     view, ids = view_for(tiny_model(shape).double()), torch.tensor([3, 1, 60])
@@ -243,60 +186,7 @@ def test_calm_tests_at_chosen_layers_only():
     assert set(stats.exit_layers[0]) <= {2, 5, 6} and len(set(stats.exit_layers[0])) > 1
 
 
-EXITING = ("calm", "free", "lossless", "free-copy")
-ROW_CASES = [(shape, name) for shape in FAMILIES for name in EXITING]
 ROW_CASES += [(shape, name) for shape in ("t5-tied", "bart-tied") for name in ("full", "static")]
-
-
-@functools.cache
-def batch_of(shape):
-    """A model, sources that end at different steps, and a threshold that splits the first one's tokens."""
-    model, inputs = tiny_model(shape, seed=5).double(), padded_inputs(batch=ROWS)
-    return model, inputs, sometimes(model, inputs)
-
-
-@pytest.mark.parametrize(("shape", "name"), ROW_CASES)
-def test_rows_of_a_batch_decode_as_they_do_alone(shape, name):
-    model, inputs, threshold = batch_of(shape)
-    policy, stats = POLICIES[name](threshold), DecodeStats()
-    together = decode(model, inputs, policy, stats, **MANY_ENDS)
-    assert len(set(map(len, stats.exit_layers))) > 1
-    depths = {layer for row in stats.exit_layers for layer in row}
-    assert name in ("full", "static", "lossless") or len(depths) > 1
-    for row in range(ROWS):
-        source = {key: value[row : row + 1] for key, value in inputs.items()}
-        alone = decode(model, source, policy, **MANY_ENDS)
-        assert together[row, : alone.shape[1]].tolist() == alone[0].tolist()
-        assert (together[row, alone.shape[1] :] == model.config.pad_token_id).all()
-
-
-def test_finished_rows_trigger_no_deep_pass():
-    model, inputs = tiny_model(), padded_inputs(batch=2)
-    view = view_for(model)
-    memory = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
-    state, measure = view.begin(None, **memory), SoftmaxGap()
-
-    def first_row_is_sure(*states):
-        return measure(*states)._replace(confidence=torch.tensor([0.9, 0.1]))
-
-    policy = Free(2, first_row_is_sure, FixedThreshold(0.5))
-    tokens = torch.tensor([[0], [0]])
-    assert not policy.step(view, state, tokens, 0, [True, False]).deep_pass
-    assert policy.step(view, state, tokens, 1, [True, True]).deep_pass
-
-
-def test_stats_count_the_work_that_ran():
-    model, inputs = tiny_model(), padded_inputs()
-    stats = DecodeStats()
-    policy = DeepLogits([True, True, False, True, False, True])
-    decode(model, inputs, policy, stats, max_length=7, min_length=7)
-    assert stats.exit_layers == [[2, 2, 6, 2, 6, 2]]
-    assert (stats.steps, stats.deep_passes) == (6, 2)
-    assert stats.layer_calls == 6 * 2 + 2 * 4
-    assert stats.layer_tokens == 6 * 2 + (3 + 2) * 4
-    assert stats.average_layers == pytest.approx(32 / 6)
-    assert stats.ideal_speedup == pytest.approx(36 / 20)
-    assert stats.exit_share == pytest.approx(4 / 6)
 
 
 def test_meta_confidence_saves_the_projection_of_undecided_layers(monkeypatch):
@@ -308,28 +198,6 @@ def test_meta_confidence_saves_the_projection_of_undecided_layers(monkeypatch):
     stats = DecodeStats()
     decode(model, inputs, Calm(MetaClassifier(model.cm_head), NEVER), stats)
     assert len(calls) == stats.steps
-
-
-class Recorder(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
-
-
-@pytest.mark.parametrize("rollback", [None, 0.0, 1.0])
-def test_streamer_sees_exactly_the_output(rollback):
-    model, inputs = tiny_model(), padded_inputs()
-    policy = Free(2, SoftmaxGap(), EveryThirdDeep(), rollback_threshold=rollback)
-    streamer, stats = Recorder(), DecodeStats()
-    sequence = decode(model, inputs, policy, stats, streamer=streamer)
-    assert streamer.tokens == sequence[0].tolist() and streamer.ended
-    assert len(stats.exit_layers[0]) == len(streamer.tokens) - 1
-    assert (stats.rollbacks > 0) == (rollback is not None)
 
 
 def test_strict_rollback_decodes_what_the_full_model_prefers():
@@ -359,14 +227,6 @@ def test_adaptive_threshold_ignores_finished_rows():
     assert len(threshold.confidences) == stats.tokens
 
 
-def test_stats_can_be_used_again():
-    model, stats = tiny_model(), DecodeStats()
-    for batch in (1, 3):
-        sequence = decode(model, padded_inputs(batch), FullDepth(), stats, max_length=6)
-        assert stats.tokens == batch * (sequence.shape[1] - 1) == 5 * batch
-        assert stats.average_layers == 6
-
-
 def test_processors_that_write_in_place_do_no_harm():
     """The adaptive threshold compares what the model predicted, not what a processor made of it."""
     model, inputs = tiny_model(), padded_inputs()
@@ -377,36 +237,3 @@ def test_processors_that_write_in_place_do_no_harm():
         decode(model, inputs, policy, stats, logits_processor=LogitsProcessorList([processor]))
         calibrations.append(stats.calibration)
     assert calibrations[0] == calibrations[1]
-
-
-def test_nothing_survives_on_the_model():
-    model, inputs = tiny_model(), padded_inputs()
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    decode(model, inputs, Free(2, SoftmaxGap(), EveryThirdDeep()))
-    assert before == {name: set(vars(module)) for name, module in model.named_modules()}
-
-
-@pytest.mark.parametrize("policy", [StaticExit(7), Free(9, SoftmaxGap(), NEVER)])
-def test_layers_the_decoder_lacks_are_refused(policy):
-    with pytest.raises(ValueError, match=r"must lie in 1\.\.6"):
-        decode(tiny_model(), padded_inputs(), policy)
-
-
-def test_beam_search_is_refused():
-    with pytest.raises(ValueError, match="num_beams"):
-        decode(tiny_model(), padded_inputs(), num_beams=3)
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (Free, r"give an object, Free\(\.\.\.\), not the class Free"),
-        (FullDepth, r"give an object, FullDepth\(\.\.\.\)"),
-        ("free", "'free' is no policy; it lacks begin, step, finish, retracts"),
-        (NEVER, "is no policy; it lacks begin"),
-    ],
-)
-def test_what_is_no_policy_is_refused(policy, message):
-    with pytest.raises(UserError, match=message):
-        check_policy(policy)
-    check_policy(FullDepth())

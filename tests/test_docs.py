@@ -46,6 +46,7 @@ OVERRIDES = {  # fewer of everything; what a page's command does stays the same
 }
 
 
+@pytest.mark.slow
 def test_your_own_data_from_a_csv_to_a_report(tmp_path, monkeypatch, capsys):
     """Every command of the page, in order, from its rows to its report; each says what comes next."""
     text = OWN_DATA.read_text(encoding="utf8")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_method import decode_with_every_method
+from pairs import covering, thin
 from tiny_models import FAMILIES, greedy, padded_inputs, tiny_model
 from transformers import AutoTokenizer, set_seed
 
@@ -27,13 +28,16 @@ HEADS = {  # so that each kind of head is trained and reloaded by some loss
     "shallowdeep_kd_last": {"do_layer_transformation": True},
     "shallowdeep_kd_dyna": {"per_exit_head": "projection"},
 }
-WHOLE = ("t5-tied", "bart-tied")  # with every loss
+# A loss for each family, each loss for some family, and each kind of head for both kinds of layers.
+TRAINED = covering(FAMILIES, INTERMEDIATE_LOSSES)
+TRAINED += [(family, name) for family in ("t5-tied", "bart-tied") for name in HEADS]
+ONE_EACH = thin(FAMILIES, ["t5-tied", "bart-tied"])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
     """A folder with a tiny random model of the family and a real vocabulary."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("base") / request.param
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "checkpoints/debian-t5-free")
     vocabulary = {"vocab_size": len(tokenizer)}
     if request.param == "marian":
@@ -89,17 +93,21 @@ def reload_elsewhere(folders):
     return json.loads(output.stdout.splitlines()[-1])
 
 
+def every(families):
+    return pytest.mark.parametrize("base", families, indirect=True)
+
+
 @pytest.mark.slow
+@every(FAMILIES)
 def test_every_loss_trains_saves_and_reloads(base, tmp_path):
-    """All losses for one model of each kind, in a new process; one of each kind of loss for the others."""
+    """In a new process for one family."""
     untrained, expected = decode_with_every_method(load_model(str(base))), {}
-    whole = base.name.startswith(WHOLE)
-    for name in INTERMEDIATE_LOSSES if whole else HEADS:
+    for name in [name for name in INTERMEDIATE_LOSSES if (base.name, name) in TRAINED]:
         folder = str(tmp_path / name)
-        loaded = train(base, folder, 8, **exit_loss_flags(name), **HEADS.get(name, {}))
+        loaded = train(base, folder, 4, **exit_loss_flags(name), **HEADS.get(name, {}))
         expected[folder] = decode_with_every_method(loaded)
         assert not same(expected[folder], untrained)
-    if whole:
+    if base.name == "t5-tied":
         again = reload_elsewhere(expected)
     else:
         again = {folder: decode_with_every_method(load_model(folder)) for folder in expected}
@@ -107,6 +115,7 @@ def test_every_loss_trains_saves_and_reloads(base, tmp_path):
 
 
 @pytest.mark.slow
+@every(ONE_EACH)
 def test_lora_trains_saves_and_merges(base, tmp_path):
     flags = exit_loss_flags("shallowdeep_kd_dyna") | {"per_exit_head": "projection", "use_lora": True}
     trained = train(base, tmp_path, 5, **flags)
@@ -126,6 +135,7 @@ def test_lora_trains_saves_and_merges(base, tmp_path):
 
 
 @pytest.mark.slow
+@every(ONE_EACH)
 def test_confidence_head_trains_alone(base, tmp_path):
     trained = train(base, tmp_path, 5, train_meta_cm_head=True, shallow_exit_layer=2)
     before, after = load_model(str(base)).model.state_dict(), load_model(str(tmp_path))
@@ -134,6 +144,7 @@ def test_confidence_head_trains_alone(base, tmp_path):
 
 
 @pytest.mark.slow
+@every(ONE_EACH)
 def test_bf16_trains_and_evaluates(base, tmp_path):
     loss = exit_loss_flags("shallowdeep_kd_dyna")
     train(base, tmp_path, 3, bf16=True, bf16_full_eval=True, **loss)

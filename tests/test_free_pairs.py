@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from decoding_cases import decode
 from slow_free import SlowFree
-from test_decoding import decode
 from tiny_models import FAMILIES, greedy, padded_inputs, tiny_model
 from transformers import (
     LogitsProcessor,

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from test_decoding import LENGTH, MANY_ENDS, EveryThirdDeep, decode
+from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, decode
+from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, SHAPES, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import (
     LogitsProcessorList,
@@ -52,7 +53,7 @@ def prompts(batch, padding):
     return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_padded_decoder_prompts_are_masked(shape):
     model, inputs = tiny_model(shape, seed=1).double(), padded_inputs(3)
     never = Free(2, SoftmaxGap(), FixedThreshold(2.0))
@@ -67,7 +68,7 @@ def test_padded_decoder_prompts_are_masked(shape):
 
 
 @pytest.mark.parametrize("length", ["all ids", "new ids"])
-@pytest.mark.parametrize("shape", FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_a_cache_of_an_earlier_call_is_continued(shape, length):
     """Hugging Face's loop goes on from its own cache, ours from its own and from Hugging Face's."""
     model, inputs = tiny_model(shape, seed=1).double(), padded_inputs(2)
@@ -104,7 +105,7 @@ def test_a_cache_of_an_earlier_call_is_continued(shape, length):
     assert torch.equal(continued(*by_us, ours(lossless())), expected)
 
 
-@pytest.mark.parametrize("shape", FAMILIES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_the_delivered_cache_is_generates(shape):
     model, inputs = tiny_model(shape).double(), padded_inputs(2)
     options = {"return_dict_in_generate": True, "max_length": 9, "min_length": 9}

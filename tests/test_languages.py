@@ -126,6 +126,7 @@ def test_a_trained_checkpoint_remembers_its_languages(multilingual, rows, tmp_pa
     assert starts == ((code, None) if kind == "mbart" else (2, code))
 
 
+@pytest.mark.slow
 def test_a_sweep_sets_the_languages(rows, tmp_path, multilingual):
     kind, folder = multilingual
     if kind != "mbart50":
@@ -133,6 +134,7 @@ def test_a_sweep_sets_the_languages(rows, tmp_path, multilingual):
     flags = ["--free", str(folder), "--methods", "Static", "--static_layers", "2", "--trace_samples", "1"]
     flags += ["--test_file", str(rows), "--task", "translation", "--source_lang", "de", "--target_lang", "en"]
     flags += ["--max_source_length", "16", "--max_target_length", "8", "--num_samples", "2"]
+    flags += ["--backend", "torch"]
     sweep.main([*flags, "--output_dir", str(tmp_path)])
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert len(records) == 4 and {record["pieces"][0] for record in records} == {"en_XX"}

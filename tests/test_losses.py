@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import QUICK, slow_but
 from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models import losses
@@ -129,7 +130,7 @@ def test_logits_of_all_layers_are_never_alive_together(monkeypatch):
     assert max(sizes) == 8  # tokens: those of the last layer as well
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 @pytest.mark.parametrize("name", ["shallowdeep_kd_dyna", "confidence head"])
 def test_losses_need_no_logits_of_the_forward_pass(shape, name):
     model, batch = tiny_model(shape).double(), labelled_batch()

@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import QUICK, slow_but, thin
 from scipy.stats import chisquare
-from test_decoding import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
 from tiny_models import FAMILIES, SHAPES, padded_inputs, tiny_model
 from transformers import PreTrainedModel, set_seed
 
@@ -29,7 +30,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", slow_but(QUICK, SHAPES))
 def test_greedy_output_is_full_depths(shape):
     model, inputs, stats = tiny_model(shape).double(), padded_inputs(), DecodeStats()
     expected = decode(model, inputs)
@@ -82,7 +83,7 @@ def test_statistics_count_every_token_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", thin([1, 2], [2]))
 def test_sampling_keeps_the_distribution(batch):
     """Three tokens, two candidates each: the frequencies of the last row's outcomes against full depth's."""
     model, inputs = tiny_model(num_layers=2), padded_inputs(batch)

@@ -5,26 +5,26 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from pairs import slow_but
 from tiny_models import FAMILIES, tiny_model
 
 from models.backends.onnx.attention import exported_attention
+from models.backends.onnx.engine import KINDS
 from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory
-from models.backends.onnx.store import Store
+from models.backends.onnx.store import Store, default_cache_dir
 from models.backends.onnx.tracing import Kinds
 from models.errors import UserError
 from models.families import view_for
 
 CAPACITY, SOURCE, TOKENS = 32, 9, 12
-EXPORTED = [
-    family if family in ("t5-tied", "bart-tied") else pytest.param(family, marks=pytest.mark.slow)
-    for family in FAMILIES
-    if family != "longt5-tglobal"  # whose encoder is not exported
-]
+DAILY = ("t5-tied",)
+EXPORTED = [family for family in FAMILIES if family != "longt5-tglobal"]  # whose encoder is not exported
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
-    return Kinds(Store(tmp_path_factory.mktemp("kinds")))
+def kinds():
+    """Those that other tests of the backend decode with."""
+    return Kinds(Store(default_cache_dir() / KINDS))
 
 
 def session(model):
@@ -81,7 +81,7 @@ def perturbed(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("family", [*EXPORTED, pytest.param("longt5-tglobal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", slow_but(DAILY, FAMILIES))
 def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_window(family, kinds):
     torch.manual_seed(0)
     model = perturbed(tiny_model(family))
@@ -113,7 +113,7 @@ def test_exported_layers_equal_the_modules_and_have_the_same_bits_in_every_windo
         assert all((other == alone).all() for other in others)
 
 
-@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize("family", slow_but(DAILY, EXPORTED))
 def test_exported_encoder_layers_equal_the_modules(family, kinds):
     torch.manual_seed(0)
     model = perturbed(tiny_model(family))

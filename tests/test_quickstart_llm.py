@@ -146,6 +146,7 @@ def test_every_layers_words_are_those_of_its_hidden_states(saved, shown):
     assert int(rows[first]["settled at layer"]) == 6 - int(agrees[:, 0].flip(0).int().cumprod(0).sum()) + 1
 
 
+@pytest.mark.slow
 def test_eight_bits_by_default_and_the_layer_by_the_cost_model(saved, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"talk": "Ann: a package [x]"}\n{"talk": "Bo: a library"}\n')

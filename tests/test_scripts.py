@@ -67,8 +67,14 @@ def check_smoke(output, method):
     assert (figures["average_layers"] == "2.00") == (method == "static")
 
 
+def folder_of_commands(tmp_path):
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    return folder
+
+
 @pytest.mark.slow
-def test_train_and_eval_of_local_files_from_another_folder(tmp_path):
+def test_train_and_eval_of_local_files_from_another_folder(tmp_path, monkeypatch):
     """DATA_DIR, MODEL and flags name paths as seen from the caller's folder; later flags override."""
     rows = [
         {"id": str(number), "dialogue": f"Ann: we use tool {number}", "summary": f"Tool {number}."}
@@ -85,7 +91,10 @@ def test_train_and_eval_of_local_files_from_another_folder(tmp_path):
     assert json.loads((tmp_path / "new/trainer_state.json").read_text())["global_step"] == 2
     assert json.loads((tmp_path / "new/exit_config.json").read_text())["shallow_exit_layer"] == 2
     short = ["--max_eval_samples", "2", "--static_exit_layer", "3", "--max_target_length", "8", "--use_cpu"]
-    run_script("run_sum_samsum.sh", "eval", "static", "--output_dir", "out", *short, **variables, MODEL="new")
+    arguments = ["run_sum_samsum.sh", "eval", "static", "--output_dir", "out", *short]
+    words = words_for_run(folder_of_commands(tmp_path), *arguments, **variables, MODEL="new")
+    monkeypatch.chdir(tmp_path)
+    run.main(words)
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
     assert results["samples"] == 2 and results["average_layers"] == 3
 
@@ -136,7 +145,7 @@ def test_eval_decodes_the_embedded_checkpoint(tmp_path):
         "--max_target_length",
         "24",
     ]
-    run_script("run_tr_debian.sh", "eval", "free", *flags)
+    run.main(words_for_run(folder_of_commands(tmp_path), "run_tr_debian.sh", "eval", "free", *flags))
     assert (tmp_path / "eval_results.json").is_file()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pairs import QUICK, slow_but
 from real_rows import ROOT
 from tiny_models import FAMILIES, SHAPES, tiny_model
 from tiny_tokenizers import bert_tokenizer, byte_tokenizer, marian_tokenizer
@@ -188,7 +189,7 @@ def test_lengths_beyond_the_positions_are_refused_at_the_start(
     assert f"error: {complaint.format(kind)}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(QUICK, FAMILIES))
 def test_lengths_up_to_the_positions_work(tiny_checkpoints, family, tmp_path):
     """The longest allowed source, target and output; beyond, for relative positions."""
     length = 56 if family in LIMITED else 96

@@ -9,135 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+from real_rows import ROOT
 from safetensors.torch import load_file
-from tiny_models import padded_inputs, tiny_model
-from transformers import AutoTokenizer
+from training_runs import DATA, EVALUATED, QUIET, as_argv, assert_same, save_base, train, train_flags
 
 import run
-from models.families import view_for
-from models.loading import load_model
-from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
 from util.evaluation.decode import describe_batch
 from util.training.trainer import EarlyExitTrainer, last_complete_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-DATA = {
-    "task": "translation",
-    "dataset_name": "debian_de_en",
-    "max_source_length": 24,
-    "max_target_length": 12,
-}
-QUIET = {"report_to": "none", "disable_tqdm": True}
-FREE = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "checkpoints/debian-t5-free")
-    tiny_model(num_layers=4, vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def as_argv(**flags):
-    """Command line of the flags that are not None."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-def train_flags(base, output_dir, **flags):
-    settings = {
-        "model_name_or_path": base,
-        "do_train": True,
-        "output_dir": output_dir,
-        "max_train_samples": 24,
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "save_steps": 3,
-    }
-    return DATA | QUIET | settings | FREE | flags
-
-
-def train(base, output_dir, **flags):
-    run.main(as_argv(**train_flags(base, output_dir, **flags)))
-    return load_model(str(output_dir)).model.state_dict()
-
-
-def assert_same(first, second):
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, msg=name)
-
-
-def torchrun(*argv, script="run.py"):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    subprocess.run([*launcher, script, *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
-
-
-def logged_losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    names = ("loss", "distillation", "ce_layer_2", "ce_layer_4")
-    return [pytest.approx([row[name] for name in names], rel=1e-4) for row in history if "loss" in row]
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(base, tmp_path):
-    """The plain command: the same batches in four pieces, a sharded evaluation, with FREE in batches."""
-    steps = {"optim": "sgd", "learning_rate": 1e-2, "logging_steps": 3}
-    pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    one = (
-        DATA
-        | QUIET
-        | {"do_eval": True, "backend": "torch", "max_eval_samples": 7, "per_device_eval_batch_size": 2}
-    )
-    one |= {"use_shallow_deep": True, "shallow_exit_layer": 2, "shallow2deep_conf_threshold": 0.02}
-    torchrun(*as_argv(**train_flags(base, tmp_path / "two", **steps, **pieces) | one))
-    weights = train(base, tmp_path / "one", **steps, per_device_train_batch_size=4)
-    assert_same(weights, load_model(str(tmp_path / "two")).model.state_dict())
-    assert [row.expected for row in logged_losses(tmp_path / "one")] == logged_losses(tmp_path / "two")
-    checked = one | {"model_name_or_path": tmp_path / "two", "output_dir": tmp_path / "check"}
-    run.main(as_argv(**checked))
-    for name in ("predictions.jsonl", "predictions.scores.jsonl"):
-        lines = [(tmp_path / folder / name).read_text().splitlines() for folder in ("two", "check")]
-        kept = [[drop_times(json.loads(line)) for line in part] for part in lines]
-        assert kept[0] == kept[1] and len(kept[0]) == 7
-    both = [json.loads((tmp_path / folder / "eval_results.json").read_text()) for folder in ("two", "check")]
-    for name in ("bleu", "chrf", "average_layers", "exit_share", "tokens", "confidence_intervals"):
-        assert both[0][name] == both[1][name]
-
-
-@pytest.mark.slow
-def test_sharded_weights_have_the_same_loss_and_gradients():
-    """FSDP of both versions, T5 and BART, on two CPU processes."""
-    torchrun(script="tests/sharded_step.py")
-
-
-def test_configuration_for_sharded_training_wraps_every_block(monkeypatch):
-    """As accelerate reads it: version 1, as version 2 refuses shared embeddings, and whole T5 blocks."""
-    path = str(ROOT / "scripts/accelerate/fsdp.yaml")
-    flags = launch_command_parser().parse_args(["--config_file", path, "run.py", "--do_train"])
-    flags = _validate_launch_command(flags)[0]
-    assert flags.use_fsdp
-    for name, value in prepare_multi_gpu_env(flags).items():
-        monkeypatch.setenv(name, value)
-    plugin, model = FullyShardedDataParallelPlugin(), tiny_model()
-    plugin.set_auto_wrap_policy(model)
-    asked = {"recurse": False, "nonwrapped_numel": 0}
-    wrapped = [module for module in model.modules() if plugin.auto_wrap_policy(module, **asked)]
-    assert plugin.fsdp_version == 1 and wrapped == [*model.encoder.block, *model.decoder.block]
-
-
-def drop_times(record):
-    return {name: value for name, value in record.items() if name not in ("seconds", "calibration")}
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -234,49 +120,6 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(base, tmp_path):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("flags", [{}, {"intermediate_loss_fn": None, "label_smoothing_factor": 0.1}])
-def test_accumulated_steps_equal_those_of_a_larger_batch(base, tmp_path, flags):
-    """Micro-batches are of different lengths, and the last ones of an epoch fewer."""
-    flags = flags | {"optim": "sgd", "num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
-    flags |= {"max_train_samples": 11, "learning_rate": 1e-2}
-    pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    small = train(base, tmp_path / "small", **flags, **pieces)
-    assert_same(train(base, tmp_path / "large", **flags, per_device_train_batch_size=4), small)
-
-
-@pytest.mark.parametrize(
-    ("shape", "name"),
-    [
-        *(("t5-tied", name) for name in INTERMEDIATE_LOSSES),
-        *((shape, "shallowdeep_kd_dyna") for shape in ("umt5", "longt5-tglobal", "bart-tied", "pegasus")),
-    ],
-)
-def test_gradient_checkpointing_changes_no_gradient(shape, name):
-    gradients = []
-    labels = torch.randint(2, 90, (2, 7), generator=torch.Generator().manual_seed(2))
-    for checkpointing in (False, True):
-        model = tiny_model(shape, num_layers=4).double().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        view = view_for(model)
-        inputs = padded_inputs(2) | {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
-        outputs = model(**inputs, output_hidden_states=True, use_cache=False)
-        build_exit_loss(view, name, 2)(view, outputs, labels).total.backward()
-        gradients.append({key: weight.grad for key, weight in model.named_parameters()})
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
-
-
-EVALUATED = {
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_steps": 1,
-    "max_eval_samples": 3,
-    "predict_with_generate": True,
-    "load_best_model_at_end": True,
-}
-
-
 def contents(folder):
     """Every file of a training with its bytes and the time of its last change."""
     evaluation = ("predictions", "eval_results")
@@ -286,10 +129,10 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_best_model_is_chosen_by_the_task_and_training_stops_early(base, tmp_path):
-    flags = EVALUATED | {"max_steps": 30, "early_stopping_patience": 2, "learning_rate": 1e-9}
+    flags = EVALUATED | {"max_steps": 10, "early_stopping_patience": 2, "learning_rate": 1e-9}
     train(base, tmp_path, **flags, save_total_limit=3)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert state["global_step"] < 30
+    assert state["global_step"] < 10
     assert {"eval_bleu"} <= set().union(*state["log_history"])
     assert state["best_global_step"] == 1
     before = contents(tmp_path)
@@ -391,13 +234,6 @@ def test_questions_are_scored_while_training_as_by_do_eval(base, tmp_path, metho
     evaluated = next(row for row in state["log_history"] if "eval_f1" in row)
     given = sum(bool(answer.strip()) for answer in best.values())  # an empty answer is no reference
     assert given >= 2 and evaluated["eval_exact_match"] == pytest.approx(100 * given / 3)
-
-
-def test_processes_that_do_not_work_together_are_refused(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("util.arguments.launched_processes", lambda: 2)
-    with pytest.raises(SystemExit):
-        train(base, tmp_path)
-    assert "2 processes were started" in capsys.readouterr().err
 
 
 def test_streamed_training_runs_and_needs_max_steps(base, tmp_path, capsys):

@@ -1,0 +1,117 @@
+"""Bits of a token in windows and batches on ONNX Runtime, and what lower precisions change."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from decoding_cases import MANY_ENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx_models import MAX_EXAMPLES, decode, loaded, perturbed
+from pairs import covering, slow_but, thin
+from tiny_models import FAMILIES, padded_inputs
+from transformers.modeling_outputs import BaseModelOutput
+
+from models import (
+    FixedThreshold,
+    Free,
+    FullDepth,
+    SoftmaxGap,
+    prepare,
+)
+from models.backends.onnx import engine as engine_module
+from models.choices import EXACT_PRECISIONS
+
+
+def states_of(view, inputs, hidden, windows, rows=slice(None)):
+    """Hidden states, keys, values and logits of some rows of a batch, their tokens decoded in windows."""
+    chosen = {name: tensor[rows] for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        if view.eager.exports_encoder:
+            source = view.encode(**chosen)
+        else:  # torch's, whose bits depend on the batch
+            source = BaseModelOutput(view.encode(**inputs)[0][rows])
+        state = view.begin(None, encoder_outputs=source, attention_mask=chosen["attention_mask"])
+        made, start = [], 0
+        for new in windows:
+            made.append(view.run_layers(state, hidden[rows, start : start + new], 0, view.num_layers))
+            start += new
+        states = torch.cat(made, 1)
+        logits = torch.cat([view.predict(part, view.num_layers) for part in made], 1)
+    buffers = [buffer[:, :, :start].clone() for pair in state.buffers.pairs for buffer in pair]
+    return [states, logits, *buffers]
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"), slow_but([("t5-tied", "fp32")], covering(FAMILIES, EXACT_PRECISIONS))
+)
+def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
+    view = prepare(loaded(perturbed(family)), precision=precision).view
+    inputs, tokens = padded_inputs(3), 36
+    torch.manual_seed(1)
+    hidden = torch.randn(3, tokens, view.model.config.hidden_size)
+    alone = [states_of(view, inputs, hidden, [1] * tokens, slice(row, row + 1)) for row in range(3)]
+    for windows in ([36], [2] * 18, [3] * 12, [4, 8, 6, 9, 9], [1, 5, 1, 11, 17, 1], [17, 19], [33, 3]):
+        for ours, *theirs in zip(states_of(view, inputs, hidden, windows), *alone, strict=True):
+            assert torch.equal(ours, torch.cat(theirs)), windows
+
+
+@pytest.mark.slow
+@settings(max_examples=MAX_EXAMPLES, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
+    layer=st.integers(1, 5),
+    max_pending=st.sampled_from([None, 1, 3, 6]),
+    precision=st.sampled_from(["w8", "int8"]),
+)
+def test_lossless_in_8_bits_is_full_depth_in_8_bits(seed, batch, threshold, layer, max_pending, precision):
+    model, inputs = eight_bits(precision), padded_inputs(batch, seed=seed)
+    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
+    options = {"max_length": 24, **MANY_ENDS}
+    expected = decode(model, inputs, FullDepth(), **options)
+    assert torch.equal(decode(model, inputs, policy, **options), expected)
+
+
+@functools.cache
+def eight_bits(precision):
+    return prepare(loaded(perturbed("t5-tied")), precision=precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "family"), covering(["w8", "w4", "int8"], ["t5-tied", "bart-tied"]))
+def test_quantized_products_are_near_the_exact_ones(family, precision):
+    bits = {"w4": 4}.get(precision, 8)
+    torch_model = loaded(perturbed(family))
+    view, exact = prepare(torch_model, precision=precision).view, prepare(torch_model).view
+    hidden = torch.randn(3, 6, view.model.config.hidden_size)
+    for ours, theirs in zip(
+        states_of(view, padded_inputs(3), hidden, [6]), states_of(exact, padded_inputs(3), hidden, [6]),
+        strict=True,
+    ):  # fmt: skip
+        error = (ours - theirs).norm() / theirs.norm()
+        assert 0 < error < 16 * 0.5**bits  # rounding is half a step of 2 / 2**bits, over 6 layers
+
+
+QUANTIZED = [("t5-tied", "w8"), ("bart-tied", "w4"), ("umt5", "int8")]
+QUANTIZED = thin(itertools.product(FAMILIES, ["w8", "w4", "int8"]), QUANTIZED)
+QUANTIZED_PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat")
+
+
+@pytest.mark.parametrize(("family", "precision"), slow_but([("t5-tied", "w8")], QUANTIZED))
+def test_every_product_with_weights_is_quantized(family, precision):
+    engine = prepare(loaded(perturbed(family)), precision=precision).view.engine
+    kinds = [kind for kind in engine_module.PIECES if kind != "encoder" or engine.view.exports_encoder]
+    for kind in kinds:
+        graph = engine._piece(kind, 0).graph
+        operators = [node.op_type for node in graph]
+        assert not {"MatMul", "FusedMatMul", "Gemm"} & {*operators}
+        assert sum(name in QUANTIZED_PRODUCTS for name in operators) == {
+            "head": 1,
+            "memory": 2,
+            "keys-values": 2,
+        }.get(kind, 7 if family in ("mt5", "umt5") else 6)
