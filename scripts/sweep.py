@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
-from util.script_arguments import SweepArguments, expand_preset
+from util.sweep_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
     answer_help((SweepArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported

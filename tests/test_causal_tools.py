@@ -17,7 +17,8 @@ from scripts import calibrate, choose_exit, distill_targets, learn_shortlist, re
 from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
 from util.data.preparation import prepare
-from util.script_arguments import DistillationArguments, SweepArguments
+from util.script_arguments import DistillationArguments
+from util.sweep_arguments import SweepArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {

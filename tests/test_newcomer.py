@@ -28,6 +28,7 @@ from util.calibration import risk_control as calibration
 from util.console import prepare_console
 from util.flag_help import TRAINING_FLAGS
 from util.presets import expand_scratch_settings
+from util.sweep_arguments import SweepArguments
 from util.training.trainer import without_tied
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +78,7 @@ def test_a_lone_split_suggests_itself(tmp_path):
     rows.write_text("a,b\nx,y\n")
     with pytest.raises(UserError, match=r"no --test_file: .* --validation_file with --split validation"):
         data = DataArguments(validation_file=str(rows))
-        sweep.sweep(script_arguments.SweepArguments(free="x"), data, BackendArguments())
+        sweep.sweep(SweepArguments(free="x"), data, BackendArguments())
     with pytest.raises(UserError, match="decode --test_file with --split test"):
         require_split(DataArguments(test_file=str(rows)), "validation")
     require_split(DataArguments(test_file=str(rows)), "test")

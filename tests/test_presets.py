@@ -18,8 +18,8 @@ from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
 from util.flags import expand_argument_file, parse_groups
 from util.report.folders import read_folders
-from util.script_arguments import PRESETS, SweepArguments, expand_preset
 from util.setup import open_checkpoint
+from util.sweep_arguments import PRESETS, SweepArguments, expand_preset
 
 GROUPS = (SweepArguments, DataArguments, BackendArguments)
 NINE = [  # quickstart's table, from full depth to the boldest of each checkpoint
