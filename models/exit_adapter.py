@@ -33,10 +33,13 @@ class Nothing(nn.Module):
 class ExitAdapter(nn.Module):
     """Between the states after `layer` (1..L) and the LM head of an exit there. D width, V vocabulary.
 
-    - layer: one more decoder layer, at first a copy of the model's last, and a norm;
-    - attention: the same without its feed-forward part;
-    - projection: a residual linear map, at first the identity, and a norm;
-    - norm: a norm alone.
+    - layer: one more decoder layer, at first a copy of the one that follows, whose input it reads; a residual
+      linear map, at first the identity; a norm, at first the model's final one;
+    - attention: the same without the layer's feed-forward part;
+    - projection: the linear map and the norm (a "tuned lens": Belrose et al., 2023);
+    - norm: the norm alone.
+
+    The map turns states of this depth into what norm and LM head expect, which they learn slowly without it.
 
     With a shortlist the exit predicts only its K tokens; all others share one further logit.
     """
@@ -61,7 +64,7 @@ class ExitAdapter(nn.Module):
         self.block = block
         self.norm = norm
         self.register_buffer("shortlist", shortlist)
-        if kind == "projection":
+        if kind != "norm":
             self.projection = nn.Linear(width, width)
             nn.init.zeros_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
@@ -81,7 +84,7 @@ class ExitAdapter(nn.Module):
 
     def normalize(self, states: Tensor) -> Tensor:
         """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
-        if self.kind == "projection":
+        if self.kind != "norm":
             states = states + self.projection(states)
         return self.norm(states)
 
@@ -113,12 +116,12 @@ def make_exit_adapter(view: Any, kind: str, layer: int, shortlist: Tensor | None
         raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer}.")
     norm, block = copy.deepcopy(view.final_norm), None
     if kind in KEEPING_EXIT_ADAPTERS:
-        block = copy_layer(view.layers[view.num_layers - 1], view.num_layers)
+        block = copy_layer(view.layers[layer], view.num_layers)
         if kind == "attention":
             view.drop_feed_forward(block)
-    elif not any(True for _ in norm.parameters()):
+    elif kind == "norm" and not any(True for _ in norm.parameters()):
         family = view.model.config.model_type
-        raise UserError(f"exit_adapter {kind}: {family} has no final norm: choose layer or attention.")
+        raise UserError(f"exit_adapter norm: {family} has no final norm: choose another kind.")
     read_width = view.model.get_output_embeddings().weight.shape[1]
     adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist)
     return adapter.to(view.model.device, view.model.dtype).eval()

@@ -63,7 +63,7 @@ def as_plain_model(loaded):
             if hasattr(module, "layer_idx"):
                 module.layer_idx = SHALLOW
         layers.append(adapter.block)
-        kinds = kinds and [*kinds[:SHALLOW], kinds[-1]]
+        kinds = kinds and kinds[: SHALLOW + 1]
     setattr(decoder, stack, nn.ModuleList(layers))
     for config in (model.config, decoder.config):
         if kinds:
@@ -71,14 +71,16 @@ def as_plain_model(loaded):
         for name in ("num_hidden_layers", "num_decoder_layers", "decoder_layers", "n_layer", "num_layers"):
             if hasattr(config, name) and name not in config.attribute_map:
                 setattr(config, name, len(layers))
-    if adapter.kind == "projection":
-        layer = adapter.projection
+    parts = []
+    if adapter.kind != "norm":
         with torch.no_grad():
-            layer.weight += torch.eye(len(layer.weight))
-    if norm is not None:
-        own = adapter.norm[0] if isinstance(adapter.norm, nn.Sequential) else adapter.norm
-        parts = [adapter.projection, own] if adapter.kind == "projection" else [own]
-        setattr(decoder, norm, nn.Sequential(*parts))
+            adapter.projection.weight += torch.eye(len(adapter.projection.weight))
+        parts.append(adapter.projection)
+    if norm is None:  # BART's: what the LM head reads is mapped
+        model.lm_head = nn.Sequential(*parts, model.lm_head)
+        return model
+    own = adapter.norm[0] if isinstance(adapter.norm, nn.Sequential) else adapter.norm
+    setattr(decoder, norm, nn.Sequential(*parts, own))
     return model
 
 

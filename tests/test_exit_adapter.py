@@ -15,8 +15,8 @@ from adapted_models import (
     decode_by_hugging_face,
     make_inputs,
 )
-from tiny_causal import CAUSAL_FAMILIES
-from tiny_models import FAMILIES
+from tiny_causal import CAUSAL_FAMILIES, tiny_causal
+from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, LogitsProcessorList
 
 from models import (
@@ -28,11 +28,16 @@ from models import (
     SoftmaxGap,
     StaticExit,
     UserError,
+    attach_exit_adapter,
     early_exit_decode,
+    make_exit_adapter,
     prepare,
     trace_layers,
+    view_for,
 )
 from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS
+from models.exit_heads import ExitConfig
+from models.loading import LoadedModel
 
 TOKENS = 12
 EVERY_FAMILY = (*FAMILIES, *CAUSAL_FAMILIES)
@@ -41,7 +46,7 @@ KINDS_OF_FAMILIES = [
     (family, kind)
     for family in EVERY_FAMILY
     for kind in EXIT_ADAPTERS
-    if not (family in NORMLESS and kind in ("projection", "norm"))
+    if not (family in NORMLESS and kind == "norm")
 ]
 ON_ONNX = [(family, "layer") for family in EVERY_FAMILY] + [
     (family, kind)
@@ -122,7 +127,7 @@ def test_tokens_off_the_shortlist_share_the_probability_of_one_logit(backend):
     states = torch.randn(3, 32)
     shares = view.predict(states, SHALLOW).softmax(-1)
     adapter = loaded.model.exit_adapter
-    normalized = adapter.norm(states)
+    normalized = adapter.norm(states + states @ adapter.projection.weight.T + adapter.projection.bias)
     listed = normalized @ loaded.model.lm_head.weight[SHORTLIST].T
     logits = torch.cat([listed, normalized @ adapter.others.weight.T + adapter.others.bias], dim=-1)
     expected = logits.softmax(-1)
@@ -200,3 +205,34 @@ def test_layers_of_an_exit_count_its_own():
     assert stats.average_layers == SHALLOW + 1 and stats.exit_layers == [[SHALLOW] * TOKENS]
     decode(model_of("llama-tied", "norm"), make_inputs("llama-tied"), StaticExit(SHALLOW), stats)
     assert stats.average_layers == SHALLOW
+
+
+def test_the_exits_own_products_are_quantized():
+    engine = model_of("llama-tied", "layer", "onnx", "w8", listed=True).view.engine
+    operators = [node.op_type for node in engine._piece("exit-head", 0).graph]
+    assert operators.count("MatMulNBits") == 2 and "MatMul" not in operators  # map and projection
+
+
+def test_an_untaught_exit_starts_from_the_layer_that_follows():
+    """Layer and map leave states as the next layer does; the norm is the final one."""
+    model = tiny_causal()
+    adapter = make_exit_adapter(view_for(model), "layer", SHALLOW)
+    attach_exit_adapter(model, adapter)
+    inputs = make_inputs("llama-tied", 2)
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[SHALLOW + 1]
+        expected = model.lm_head(model.model.norm(hidden))[:, -1]
+    stats = DecodeStats()
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    loaded = LoadedModel(model, None, ExitConfig())
+    found = decode(loaded, inputs, StaticExit(SHALLOW), stats, **options).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "norm"])
+def test_what_cannot_be_made_is_refused(kind):
+    complaint = "is none of layer, attention, projection, norm" if kind == "lora" else "has no final norm"
+    with pytest.raises(UserError, match=complaint):
+        make_exit_adapter(view_for(tiny_model("bart-tied")), kind, 1)
+    with pytest.raises(UserError, match=r"must lie in 1\.\.5, got 6"):
+        make_exit_adapter(view_for(tiny_causal()), "layer", 6)

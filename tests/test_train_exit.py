@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,6 @@ import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, make_inputs
 from real_rows import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import sweep
-import train_exit
 
 from models import (
     DecodeStats,
@@ -31,6 +25,7 @@ from models import (
 from models.exit_adapter import attach_exit_adapter
 from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
 from models.replay import replay
+from scripts import sweep, train_exit
 from util.exit_training import teaching
 from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict
 from util.exit_training.objectives import (

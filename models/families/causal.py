@@ -79,7 +79,9 @@ class CausalView(StackView):
         config = model.config
         refuse_other_attention(config)
         self.kinds = layer_kinds(config, self.num_layers)
-        self.kinds += self.kinds[-1:] * (len(self.layers) - self.num_layers)  # an exit adapter is as the last
+        if len(self.layers) > self.num_layers:
+            assert self.exit_adapter is not None
+            self.kinds.append(self.kinds[self.exit_adapter.layer])  # of which it was a copy
         window = getattr(config, "sliding_window", None)
         self.windows = {kind: window if kind == SLIDING else None for kind in sorted(set(self.kinds))}
         self.output_bias = getattr(model.get_output_embeddings(), "bias", None)
