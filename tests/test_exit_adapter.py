@@ -15,6 +15,7 @@ from adapted_models import (
     decode_by_hugging_face,
     make_inputs,
 )
+from pairs import slow_but, thin
 from tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, LogitsProcessorList
@@ -48,12 +49,15 @@ KINDS_OF_FAMILIES = [
     for kind in EXIT_ADAPTERS
     if not (family in NORMLESS and kind == "norm")
 ]
-ON_ONNX = [(family, "layer") for family in EVERY_FAMILY] + [
-    (family, kind)
-    for family in ("t5-tied", "llama-tied", "opt-350m")
-    for kind in EXIT_ADAPTERS
-    if kind != "layer"
+IN_TURN = [  # each family with one kind or two, each kind with several families
+    *((family, EXIT_ADAPTERS[turn % 3]) for turn, family in enumerate(EVERY_FAMILY)),
+    *(("mt5", "norm"), ("llama-tied", "norm"), ("gpt2-tied", "attention"), ("t5-tied", "attention")),
 ]
+KINDS_OF_FAMILIES = slow_but(IN_TURN[::3], thin(KINDS_OF_FAMILIES, IN_TURN))
+ON_ONNX = slow_but(
+    [("t5-tied", "layer"), ("gpt2-tied", "attention")],
+    [*((family, "layer") for family in EVERY_FAMILY), *IN_TURN[-4:], ("opt-350m", "projection")],
+)
 BACKENDS = ("torch", "onnx")
 
 
