@@ -47,15 +47,24 @@ class ExitAdapterConfig:
         return cls(**content)
 
 
-def save_exit_adapter(model: PreTrainedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the exit adapter of `model`, in `dtype` if it should be another than the model's."""
+def save_exit_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write the exit adapter of `model`, in `dtype` if it should be another than the model's.
+
+    `base_model`: as `load_model` took it (default: what Hugging Face calls it, of a `.gguf` file its folder).
+    """
     adapter = exit_adapter_of(model)
     assert adapter is not None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     size = None if adapter.shortlist is None else len(adapter.shortlist)
     base = fingerprint_base(model)
-    config = ExitAdapterConfig(adapter.kind, adapter.layer, size, model.name_or_path, base)
+    name = base_model or model.name_or_path
+    config = ExitAdapterConfig(adapter.kind, adapter.layer, size, name, base)
     weights = {name: as_stored(weight, dtype) for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")

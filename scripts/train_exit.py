@@ -250,7 +250,8 @@ def conclude(
     adapter = views[chosen["layer"]].exit_adapter
     assert adapter is not None
     attach_exit_adapter(loaded.model, adapter)
-    save_exit_adapter(loaded.model, flags.output_dir, torch.float16 if flags.half else None)
+    dtype = torch.float16 if flags.half else None
+    save_exit_adapter(loaded.model, flags.output_dir, dtype, flags.model_name_or_path)
     content = {
         "recommended": [row for row in rows if row["layer"] == chosen["layer"]],
         "forecasts": {layer: [one.as_row() for one in own] for layer, own in forecasts.items()},

@@ -81,7 +81,7 @@ def compute_states(
     view: DecoderView, texts: Sequence[Text], layers: Sequence[int], folder: Path, start: Start
 ) -> StateFiles:
     """Write the shards that are missing."""
-    folder = folder / "-".join(map(str, layers))  # with others they would be other states
+    folder = folder / "-".join([*map(str, layers), *["prompts"] * start.with_prompt])  # others lie apart
     folder.mkdir(parents=True, exist_ok=True)
     with Progress("Reading states", len(texts), "row") as progress:
         for first in range(0, len(texts), SHARD_ROWS):
