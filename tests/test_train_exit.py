@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, make_inputs
+from pairs import thin
 from real_rows import ROOT
 
 from models import (
@@ -257,10 +259,14 @@ def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
     assert "was begun with other lengths" in capsys.readouterr().err
 
 
+WITH_ENCODER = thin(
+    itertools.product([T5, BART], ["layer", "attention"], ["both", "acceptance"]),
+    [(T5, "layer", "both"), (BART, "attention", "acceptance")],
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [T5, BART])
-@pytest.mark.parametrize("kind", ["layer", "attention"])
-@pytest.mark.parametrize("loss", ["both", "acceptance"])
+@pytest.mark.parametrize(("model", "kind", "loss"), WITH_ENCODER)
 def test_models_with_an_encoder_take_the_same_command(model, kind, loss, tmp_path):
     more = [
         "--exit_adapter",
