@@ -45,6 +45,7 @@ from util.arguments import require_split
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.encoding import Encoder, encoder_for
+from util.device import best_device
 from util.environment import environment
 from util.evaluation.identity import hash_rows, identify_model
 from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArguments) -> None:
     require_split(data, flags.split)
     limit_threads(backend)
-    PartialState()
+    PartialState(cpu=best_device().type == "cpu")  # else processes on CPUs would not know of each other
     torch.manual_seed(flags.seed)
     loaded = open_checkpoint(flags.model_name_or_path, data)
     loaded.model.requires_grad_(False)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -347,3 +350,18 @@ def test_a_sweep_shows_the_exit_beside_full_depth(exit_of_llama, tmp_path):
     texts = {name: [row["prediction"] for row in records if row["setting"] == name] for name in
              {row["setting"] for row in records}}  # fmt: skip
     assert texts["FREE lossless 0.3"] == texts["Full depth"] and len(texts["FREE 0.3"]) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_share_prompts_and_gradients(tmp_path):
+    """The adapter that is saved has learnt from both: each answers half of the prompts."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = command(LLAMA, tmp_path, "--exit_layers", "1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, "scripts/train_exit.py", *words], cwd=ROOT, env=environment, check=False
+    )
+    assert done.returncode == 0
+    shares = [(tmp_path / f"texts.{rank}-of-2.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert [len(share) for share in shares] == [12, 12] and not {*shares[0]} & {*shares[1]}
+    assert load_model(str(tmp_path)).exit_config.shallow_exit_layer == 1
