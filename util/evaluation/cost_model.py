@@ -94,14 +94,16 @@ def time_parts(loaded: LoadedModel) -> dict[str, float]:
     }
 
 
-def median_seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+def median_seconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = REPEATS
+) -> list[float]:
     """Median time of each call.
 
     All take turns, so that a slow moment of the machine hits all alike; each runs once before it is timed, so
     that it finds the processor's caches as it leaves them itself.
     """
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for call, own in zip(calls, times, strict=True):
             call()
             with Stopwatch(device) as watch:

@@ -21,6 +21,7 @@ from models.confidence import SoftmaxGap
 from models.exit_policy import FullDepth
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
+from util.evaluation.cost_model import median_seconds
 from util.timing import Stopwatch
 
 WINDOWS = (1, 2, 3, 5, 9)
@@ -85,21 +86,24 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
     window = hidden[:, :1].repeat(1, WINDOWS[-1], 1)
 
     def shallow() -> None:
+        state.truncate(held)
         states = view.read_exit(state, view.run_layers(state, window[:, :1], 0, layer), layer)
         measure(view, states[:, -1], layer).confidence.tolist()
 
     def full() -> None:
+        state.truncate(held)
         view.predict(view.run_layers(state, window[:, :1], 0, view.num_layers)[:, -1], view.num_layers)
 
     def deep(size: int, read_all: bool) -> Callable[[], None]:
         def call() -> None:
+            state.truncate(held)
             states = view.run_layers(state, window[:, :size], layer, view.num_layers)
             view.predict(states if read_all else states[:, -1:], view.num_layers).argmax(-1)
 
         return call
 
     calls = [shallow, full, *(deep(size, read_all) for read_all in (True, False) for size in WINDOWS)]
-    parts = median_seconds(calls, lambda: state.truncate(held), fast.model.device)
+    parts = median_seconds(calls, fast.model.device, REPEATS)
     step, sample = time_decoding(fast, sources)
     overhead = max(step - parts[1], 0.0)
     passes, passes_of_one = parts[2 : 2 + len(WINDOWS)], parts[2 + len(WINDOWS) :]
@@ -118,22 +122,6 @@ def time_decoding(fast: LoadedModel, sources: Sequence[Any]) -> tuple[float, flo
     short, long = (statistics.median(own[1:] or own) for own in times.values())  # the first one warms up
     step = max(long - short, 0.0) / (LONG - SHORT)
     return step, max(short - SHORT * step, 0.0)
-
-
-def median_seconds(
-    calls: Sequence[Callable[[], None]], reset: Callable[[], None], device: torch.device
-) -> list[float]:
-    """Median time of each call; all take turns, so that a slow moment of the machine hits all alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(REPEATS):
-        for call, own in zip(calls, times, strict=True):
-            for timed in (False, True):
-                with Stopwatch(device) as watch:
-                    call()
-                if timed:
-                    own.append(watch.seconds)
-                reset()
-    return list(map(statistics.median, times))
 
 
 def forecast(costs: ExitCosts, traces: Sequence[ExitTrace]) -> list[Forecast]:
