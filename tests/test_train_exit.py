@@ -187,8 +187,11 @@ def test_texts_end_with_their_end_and_lie_beside_others_as_long():
     assert until_end(torch.tensor([5, 6, 1, 0, 0]), {1}) == [5, 6, 1]
     assert until_end(torch.tensor([5, 6, 7]), {1}) == [5, 6, 7]
     sources = ["x" * length for length in (9, 1, 8, 2, 7, 3)]
-    groups = group_alike(sources, 2)
+    groups = group_alike(sources, 2, held_out=0)
     assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4, 5]]
+    *taught, last, second_last = group_alike(sources, 2, held_out=3)
+    assert sorted(map(sorted, taught)) == [[0], [1, 2]]
+    assert sorted(map(sorted, (last, second_last))) == [[3, 5], [4]]
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +250,18 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     first, second = (torch.load(folder / teaching.CHECKPOINT) for folder in (whole, killed))
     for layer, weights in first["weights"].items():
         assert all(torch.equal(weight, second["weights"][layer][name]) for name, weight in weights.items())
+
+
+def test_in_bfloat16_the_exit_learns_as_much(tmp_path):
+    exits = {}
+    for name in ("fp32", "bf16"):
+        folder = tmp_path / name
+        train_exit.main(command(LLAMA, folder, "--bf16", str(name == "bf16")))
+        exits[name] = torch.load(folder / teaching.CHECKPOINT)["weights"]
+    (layer,) = exits["fp32"]
+    learnt = [own[layer]["projection.weight"] for own in exits.values()]  # zero at first
+    assert learnt[1].dtype == torch.float32 and not torch.equal(*learnt)
+    assert torch.cosine_similarity(*(weight.flatten() for weight in learnt), dim=0) > 0.9
 
 
 def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
@@ -322,6 +337,7 @@ def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):
     ("more", "complaint"),
     [
         (["--exit_layers", "9"], "--exit_layers must lie in 1..7"),
+        (["--bf16", "True", "--generation_precision", "w8"], "--generation_precision is of onnx's weights"),
         (["--held_out", "24"], "--held_out 24: there are only 24 rows"),
         (["--exit_loss", "mse"], "invalid choice: 'mse'"),
         (["--shortlist_size", "1"], "--shortlist_size must be 0 or at least 2"),

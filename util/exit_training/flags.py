@@ -26,6 +26,11 @@ class ExitTrainingArguments:
         "Of onnx's weights while generating (default: --precision, with which forecasts are made).",
         PRECISIONS,
     )
+    bf16: bool = flag(
+        False,
+        "Generate (with torch), read and teach in bfloat16: two to three times as fast on CPUs and GPUs that "
+        "multiply in it. The exit's weights stay float32.",
+    )
     shortlist_size: int | None = flag(
         8192, "Tokens that the exit may say: the most frequent of the texts; 0 for the whole vocabulary."
     )
@@ -55,6 +60,10 @@ class ExitTrainingArguments:
         require(self.learning_rate > 0, f"--learning_rate must be positive, got {self.learning_rate}.")
         for name in ("min_agreement", "prompt_weight"):
             require_unit_interval(name, getattr(self, name))
+        require(
+            not self.bf16 or self.generation_precision is None,
+            "--generation_precision is of onnx's weights, and --bf16 generates with torch: leave one out.",
+        )
         size = self.shortlist_size
         require(
             size is None or size == 0 or size >= 2, f"--shortlist_size must be 0 or at least 2, got {size}."

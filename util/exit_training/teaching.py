@@ -104,9 +104,10 @@ class Teaching:
         for group in self.optimizer.param_groups:
             group["lr"] = self.flags.learning_rate * share * warm
         losses = []
+        weights = torch.where(batch.outputs, 1.0, self.flags.prompt_weight)
         for view in self.views.values():
-            losses_of_tokens = LOSSES[objective](exit_logits(view, batch), teacher_of(view, batch))
-            weights = torch.where(batch.outputs, 1.0, self.flags.prompt_weight)
+            with torch.autocast(weights.device.type, torch.bfloat16, enabled=self.flags.bf16):
+                losses_of_tokens = LOSSES[objective](exit_logits(view, batch), teacher_of(view, batch))
             loss = (losses_of_tokens * weights).sum() / weights.sum()
             loss.backward()
             losses.append(loss.item())

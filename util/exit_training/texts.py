@@ -39,14 +39,19 @@ class Text:
 
 
 def answer_prompts(
-    loaded: LoadedModel, encoder: Encoder, examples: Dataset, path: Path, batch_size: int, max_length: int
+    loaded: LoadedModel,
+    encoder: Encoder,
+    examples: Dataset,
+    path: Path,
+    groups: list[list[int]],
+    max_length: int,
 ) -> list[Text]:
-    """The model's own greedy outputs for all sources, in an order of their own; from the log at `path` as far
-    as it goes."""
+    """The model's own greedy outputs for all sources, in the order of `groups`, which are decoded together;
+    from the log at `path` as far as it goes."""
     sources = list(examples["source"])
     with JsonLog(path) as log, Progress("Generating", len(sources), "row", len(log.rows)) as progress:
         done = 0
-        for group in group_alike(sources, batch_size):
+        for group in groups:
             done += len(group)
             if done > len(log.rows):  # else an earlier run has
                 log.append(map(vars, answer(loaded, encoder, [sources[row] for row in group], max_length)))
@@ -54,11 +59,14 @@ def answer_prompts(
         return [Text.from_row(row, f"{path}, line {number}") for number, row in enumerate(log.rows, 1)]
 
 
-def group_alike(sources: list[str], size: int) -> list[list[int]]:
-    """Rows in groups of sources alike in length, which are in no order."""
-    order = sorted(range(len(sources)), key=lambda row: (len(sources[row]), row))
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    random.Random(0).shuffle(groups)
+def group_alike(sources: list[str], size: int, held_out: int) -> list[list[int]]:
+    """Rows in groups of sources alike in length, which are in no order; the last `held_out` rows stay last."""
+    taught, groups = len(sources) - held_out, []
+    for rows in (range(taught), range(taught, len(sources))):
+        order = sorted(rows, key=lambda row: (len(sources[row]), row))
+        own = [order[start : start + size] for start in range(0, len(order), size)]
+        random.Random(0).shuffle(own)
+        groups += own
     return groups
 
 
