@@ -131,7 +131,7 @@ def candidate_layers(flags: ExitTrainingArguments, loaded: LoadedModel) -> list[
 
 
 def in_bfloat16(loaded: LoadedModel) -> LoadedModel:
-    """A copy that generates and reads faster; forecasts and the exit's own weights take the model as it is."""
+    """A copy that generates and reads faster; forecasts and the exit's own weights take the model itself."""
     return replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
 
 

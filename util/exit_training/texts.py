@@ -60,7 +60,7 @@ def answer_prompts(
 
 
 def group_alike(sources: list[str], size: int, held_out: int) -> list[list[int]]:
-    """Rows in groups of sources alike in length, which are in no order; the last `held_out` rows stay last."""
+    """Rows in groups of sources alike in length, in no order; the last `held_out` rows stay last."""
     taught, groups = len(sources) - held_out, []
     for rows in (range(taught), range(taught, len(sources))):
         order = sorted(rows, key=lambda row: (len(sources[row]), row))
