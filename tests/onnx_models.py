@@ -23,9 +23,19 @@ from models import (
 
 # LOSSLESS_EXAMPLES=5000 pytest tests/test_onnx_bits.py -k lossless  decodes as many sequences.
 MAX_EXAMPLES = int(os.environ.get("LOSSLESS_EXAMPLES", 40))
+WINDOWED = 36  # of each row whose bits are compared
 DAILY = ("t5-tied",)
 EACH_FAMILY = slow_but(DAILY, FAMILIES)
 EACH_KIND = slow_but(DAILY, thin(FAMILIES, ["t5-tied", "umt5", "bart-tied"]))  # of biases of positions
+
+
+def check_bits_in_windows(states_of):
+    """What `states_of(windows, rows)` tells of 3 rows, in windows that hold WINDOWED, is for every row what
+    it is alone, a token at a time."""
+    alone = [states_of([1] * WINDOWED, slice(row, row + 1)) for row in range(3)]
+    for windows in ([WINDOWED], [2] * 18, [3] * 12, [4, 8, 6, 9, 9], [1, 5, 1, 11, 17, 1], [17, 19], [33, 3]):
+        for ours, *theirs in zip(states_of(windows, slice(None)), *alone, strict=True):
+            assert torch.equal(ours, torch.cat(theirs)), windows
 
 
 def loaded(model):

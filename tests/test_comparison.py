@@ -30,7 +30,7 @@ from util.evaluation.comparison import (
     name_front,
     restore,
 )
-from util.evaluation.cost_model import CostModel, Prediction, parallel_windows, predict_free, recommend
+from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
 from util.evaluation.records import Record, Trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,12 +225,6 @@ def test_output_dir_that_is_a_file_is_refused():
 )
 def test_sweep_refuses_bad_flags(tmp_path, flags, message):
     assert message in refuse(sweep, tmp_path, *flags)
-
-
-def test_windows_end_at_unsure_tokens():
-    assert parallel_windows(np.array([True, True, False, True, False, True])) == [3, 2]
-    assert parallel_windows(np.array([False, False])) == [1, 1]
-    assert parallel_windows(np.array([True, True])) == []
 
 
 def make_trace(confidences, agrees):

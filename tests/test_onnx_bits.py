@@ -10,7 +10,7 @@ import torch
 from decoding_cases import MANY_ENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_models import MAX_EXAMPLES, decode, loaded, perturbed
+from onnx_models import MAX_EXAMPLES, WINDOWED, check_bits_in_windows, decode, loaded, perturbed
 from pairs import covering, slow_but, thin
 from tiny_models import FAMILIES, padded_inputs
 from transformers.modeling_outputs import BaseModelOutput
@@ -50,13 +50,10 @@ def states_of(view, inputs, hidden, windows, rows=slice(None)):
 )
 def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
     view = prepare(loaded(perturbed(family)), precision=precision).view
-    inputs, tokens = padded_inputs(3), 36
+    inputs = padded_inputs(3)
     torch.manual_seed(1)
-    hidden = torch.randn(3, tokens, view.model.config.hidden_size)
-    alone = [states_of(view, inputs, hidden, [1] * tokens, slice(row, row + 1)) for row in range(3)]
-    for windows in ([36], [2] * 18, [3] * 12, [4, 8, 6, 9, 9], [1, 5, 1, 11, 17, 1], [17, 19], [33, 3]):
-        for ours, *theirs in zip(states_of(view, inputs, hidden, windows), *alone, strict=True):
-            assert torch.equal(ours, torch.cat(theirs)), windows
+    hidden = torch.randn(3, WINDOWED, view.model.config.hidden_size)
+    check_bits_in_windows(lambda windows, rows: states_of(view, inputs, hidden, windows, rows))
 
 
 @pytest.mark.slow

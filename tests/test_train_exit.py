@@ -149,6 +149,7 @@ def test_lossless_decisions_by_hand(sure, agrees, cap, steps, windows):
 
 def test_decisions_of_free_by_hand():
     assert replay(bools("110100"), bools("000000"), None, lossless=False) == (6, [3, 2, 1])
+    assert replay(bools("00"), bools("11"), None, lossless=False) == (2, [1, 1])
     assert replay(bools("111"), bools("111"), None, lossless=False) == (3, [])  # what waits at the end stays
 
 

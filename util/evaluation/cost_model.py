@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.confidence import SoftmaxGap
 from models.loading import LoadedModel
+from models.replay import replay
 from util.evaluation.records import Trace
 from util.timing import Stopwatch
 
@@ -135,7 +136,8 @@ def predict_free(cost: CostModel, traces: list[Trace], shallow_layer: int, thres
         tokens, num_layers = trace.confidences.shape
         sure = trace.confidences[:, shallow_layer - 1] > threshold
         mistakes = int((sure & ~trace.agrees[:, shallow_layer - 1]).sum())
-        seconds += cost.free(parallel_windows(sure), tokens, shallow_layer, num_layers)
+        _, windows = replay(sure, trace.agrees[:, shallow_layer - 1], cap=None, lossless=False)
+        seconds += cost.free(windows, tokens, shallow_layer, num_layers)
         full_seconds += cost.full_depth(tokens, num_layers)
         exits, wrong, unchanged = exits + int(sure.sum()), wrong + mistakes, unchanged + (mistakes == 0)
     total = sum(len(trace.confidences) for trace in traces)
@@ -147,12 +149,6 @@ def predict_free(cost: CostModel, traces: list[Trace], shallow_layer: int, thres
         agreement=1 - wrong / total,
         unchanged=unchanged / len(traces),
     )
-
-
-def parallel_windows(sure: np.ndarray) -> list[int]:
-    """Tokens in each parallel pass: an unsure one and the sure ones waiting before it. (T,) bool -> sizes."""
-    unsure = np.flatnonzero(~sure)
-    return np.diff(unsure, prepend=-1).tolist()
 
 
 def recommend(predictions: list[Prediction], min_agreement: float) -> Prediction | None:
