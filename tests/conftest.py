@@ -2,8 +2,10 @@ import functools
 import gc
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
 import torch
 
 CACHE = Path(__file__).parents[1] / ".pytest_cache"
@@ -26,3 +28,20 @@ def pytest_runtest_setup():
     registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
     if registry is not None and isinstance(vars(registry)["from_torchlib"], classmethod):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of run.py's tests, whose helpers take seconds to import."""
+    return import_module("tiny_runs").save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return import_module("tiny_runs").write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture
+def base(checkpoint, rows, tmp_path):
+    """Flags of a run on tiny rows."""
+    return import_module("tiny_runs").base_flags(checkpoint, rows, tmp_path / "out")

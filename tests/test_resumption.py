@@ -18,12 +18,9 @@ from tiny_runs import (
     FREE,
     TRAINING,
     as_argv,
-    base_flags,
     losses_of,
     refused,
     results_of,
-    save_checkpoint,
-    write_rows,
 )
 
 import run
@@ -31,21 +28,6 @@ from models.errors import UserError
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
 from util.files import locked_output_dir
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture
-def base(checkpoint, rows, tmp_path):
-    return base_flags(checkpoint, rows, tmp_path / "out")
 
 
 def start(flags):

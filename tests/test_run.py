@@ -15,30 +15,11 @@ from tiny_runs import (
     FREE,
     TRAINING,
     as_argv,
-    base_flags,
     results_of,
-    save_checkpoint,
-    write_rows,
 )
 from transformers import PLBartConfig, PLBartForConditionalGeneration
 
 import run
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture
-def base(checkpoint, rows, tmp_path):
-    return base_flags(checkpoint, rows, tmp_path / "out")
-
 
 BAD_FLAGS = {
     "nothing to do": ({"do_eval": False}, "--do_train"),
