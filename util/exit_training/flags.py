@@ -68,3 +68,21 @@ class ExitTrainingArguments:
         require(
             size is None or size == 0 or size >= 2, f"--shortlist_size must be 0 or at least 2, got {size}."
         )
+
+
+@dataclass
+class ExitPromptArguments:
+    _argument_group_name = "Prompts"
+
+    data_dir: str | None = flag(None, "Folder of local files <data set>.<split>, read instead of the hub.")
+    parts: int = flag(2, "Runs of turns drawn from each dialogue.")
+    others: int = flag(600, "Prompts of other tasks, besides 150 instructions.")
+    held_out: int = flag(96, "Dialogues of the validation split, put last.")
+    held_out_from: int = flag(200, "The first of them; those before are left to evaluations.")
+    seed: int = flag(3, "Of what is drawn, and of the order.")
+    output_file: str = flag("save/exit_prompts.jsonl", "For train_exit.py --train_file.")
+
+    def __post_init__(self) -> None:
+        for name in ("parts", "others", "held_out_from"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}.")
+        require_positive("held_out", self.held_out)

@@ -1,0 +1,141 @@
+"""Make the prompts on which checkpoints/smollm2-135m-exit was taught: dialogues and parts of them to be
+summed up, sentences to be translated, questions, passages to be explained, and instructions.
+
+    python scripts/make_exit_prompts.py --data_dir FOLDER --output_file save/exit_prompts.jsonl
+
+The last rows, those that scripts/train_exit.py holds out, are dialogues of another split.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.errors import one_line_errors
+from util.arguments import DataArguments
+from util.console import prepare_console
+from util.data.sources import load_rows
+from util.exit_training.flags import ExitPromptArguments
+from util.files import locked_output_file, write_json_lines
+from util.flags import parse_groups
+from util.tasks import DATASETS, TASKS
+
+LONGEST = {"dialogue": 1000, "part": 900, "sentence": 300, "passage": 500}  # characters
+SHORTEST_PART, LONGEST_PART = 4, 14  # turns
+FEWEST_TURNS = 6  # of a dialogue that is worth taking apart
+REQUESTS = (
+    "Name three ways to {}.",
+    "Explain in two sentences how to {}.",
+    "Write a short letter to a friend about how to {}.",
+    "What are the advantages of learning to {}?",
+    "Give me a step by step guide to {}.",
+)
+ACTIVITIES = [
+    "cook pasta",
+    "save energy",
+    "learn a language",
+    "repair a bicycle",
+    "grow tomatoes",
+    "write a poem",
+    "sleep better",
+    "train a dog",
+    "plan a trip",
+    "paint a wall",
+    "start a business",
+    "read faster",
+    "play chess",
+    "make new friends",
+    "stay healthy",
+    "write clean code",
+    "bake bread",
+    "save money",
+    "speak in public",
+    "prepare for an interview",
+    "take good photographs",
+    "teach children mathematics",
+    "swim safely",
+    "reduce waste",
+    "build a bookshelf",
+    "choose a laptop",
+    "understand music",
+    "run a marathon",
+    "care for houseplants",
+    "organize a party",
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    prepare_console()
+    with one_line_errors():
+        (flags,) = parse_groups((ExitPromptArguments,), __doc__, argv)
+        drawn = random.Random(flags.seed)
+        taught = [*summaries(flags, drawn), *others(flags, drawn)]
+        drawn.shuffle(taught)
+        prompts = taught + held_out(flags)
+        with locked_output_file(Path(flags.output_file)) as path:
+            write_json_lines(path, ({"source": prompt} for prompt in prompts))
+        print(f"Wrote {len(prompts)} prompts, the last {flags.held_out} to be held out, to {path}")
+
+
+def read(flags: ExitPromptArguments, name: str, split: str) -> Iterator[dict[str, Any]]:
+    data = DataArguments(dataset_name=name, data_dir=flags.data_dir)
+    rows, _ = load_rows(DATASETS[name], data, split)
+    yield from rows
+
+
+def sum_up(dialogue: str) -> str:
+    return TASKS["summarization"].message.format(source=dialogue)
+
+
+def dialogues(flags: ExitPromptArguments, split: str) -> Iterator[str]:
+    for row in read(flags, "samsum", split):
+        if row["dialogue"]:  # one of SAMSum's is empty
+            yield row["dialogue"].replace("\r", "").strip()
+
+
+def summaries(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
+    """Dialogues, and random runs of the turns of each."""
+    for dialogue in dialogues(flags, "train"):
+        if len(dialogue) < LONGEST["dialogue"]:
+            yield sum_up(dialogue)
+        turns = dialogue.split("\n")
+        for _ in range(flags.parts if len(turns) > FEWEST_TURNS else 0):
+            count = drawn.randint(SHORTEST_PART, min(len(turns) - 1, LONGEST_PART))
+            start = drawn.randint(0, len(turns) - count)
+            part = "\n".join(turns[start : start + count])
+            if len(part) < LONGEST["part"]:
+                yield sum_up(part)
+
+
+def others(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
+    """What the exit shall not forget: translation, questions, explanations, instructions."""
+    translate = TASKS["translation"].message.replace("{source_lang}", "German")
+    translate = translate.replace("{target_lang}", "English")
+    german = [row["translation"]["de"] for row in read(flags, "iwslt2017", "train")]
+    drawn.shuffle(german)
+    fitting = (text for text in german if 40 < len(text) < LONGEST["sentence"])
+    yield from (translate.format(source=text) for text in islice(fitting, flags.others // 2))
+    squad = list(read(flags, "squad", "train"))
+    drawn.shuffle(squad)
+    half = flags.others // 4
+    yield from (row["question"] for row in squad[:half])
+    passages = (row["context"][: LONGEST["passage"]] for row in squad[half : 2 * half])
+    yield from (f"Explain this in simple words.\n\n{passage}" for passage in passages)
+    yield from (request.format(activity) for activity in ACTIVITIES for request in REQUESTS)
+
+
+def held_out(flags: ExitPromptArguments) -> list[str]:
+    """Of another split, its first rows left to evaluations."""
+    found = dialogues(flags, "validation")
+    chosen = islice(found, flags.held_out_from, flags.held_out_from + flags.held_out)
+    return [sum_up(dialogue) for dialogue in chosen]
+
+
+if __name__ == "__main__":
+    main()
