@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArguments) -> None:
-    if flags.self_generated:
-        data.target_column = data.target_column or data.source_column  # prompts need no targets
+    data.sources_alone = flags.self_generated
     require_split(data, flags.split)
     limit_threads(backend)
     PartialState(cpu=best_device().type == "cpu")  # else processes on CPUs would not know of each other

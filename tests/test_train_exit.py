@@ -278,11 +278,12 @@ def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
     assert "was begun with other lengths" in capsys.readouterr().err
 
 
-def test_a_file_of_prompts_needs_no_targets(tmp_path):
+@pytest.mark.parametrize("task", ["summarization", "translation"])
+def test_a_file_of_prompts_needs_no_targets(task, tmp_path):
     prompts = [{"text": f"Paket {number}"} for number in range(8)]
     Path(tmp_path, "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     own = ["--train_file", str(tmp_path / "prompts.jsonl"), "--source_column", "text", "--held_out", "2"]
-    own += ["--task", "summarization", "--prompt_template", "{source}:", "--max_steps", "2"]
+    own += ["--task", task, "--prompt_template", "{source}:", "--max_steps", "2"]
     train_exit.main(["--model_name_or_path", LLAMA, "--output_dir", str(tmp_path / "exit"), *SMALL[2:], *own])
     tokenizer = load_model(LLAMA).tokenizer
     texts = [

@@ -140,6 +140,7 @@ class DataArguments:
         "Full depth's predictions.jsonl: test whether quality differs (paired bootstrap).",
         changes_outputs=False,
     )
+    sources_alone: bool = field(default=False, init=False)  # rows of prompts, which may lack targets
     report_dir: str | None = field(default=None, init=False)  # where skipped rows are listed
     hub: dict[str, Any] = field(default_factory=dict, init=False)  # --token and --cache_dir, for downloads
 

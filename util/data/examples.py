@@ -103,7 +103,10 @@ def load_examples(
     first = peek(rows)
     if not first:
         raise UserError(f"{origin}: the {split} split is empty.")
-    check_columns(first, record, origin)
+    bare = data_args.sources_alone and record.target not in columns_of(first)
+    if bare:  # sources stand for targets
+        record = replace(record, target=record.source, languages=None)
+    check_columns(first, record, origin, by_language=not bare)
     limit = None if data_args.drop_long_samples else max_samples
     record = with_prefix_for(record, data_args, tokenizer, prompt)
     examples = read_examples(rows, RowReader(record, columns_of(first)), limit)

@@ -23,8 +23,9 @@ TEXT_TYPES = (str, int, float, Decimal, datetime.date, datetime.time)
 QUESTION_PARTS = ("source", "target", "question", "context", "references")
 
 
-def check_columns(first: list[Row], record: DatasetRecord, origin: str) -> None:
-    """Raise UserError if a column or language that the record names is in none of the first rows."""
+def check_columns(first: list[Row], record: DatasetRecord, origin: str, by_language: bool = True) -> None:
+    """Raise UserError if a column or language that the record names is in none of the first rows.
+    `by_language`: one column for source and target holds both by their languages."""
     columns = columns_of(first)
     found = ", ".join(columns)
     for flag, column in (("--source_column", record.source), ("--target_column", record.target)):
@@ -35,7 +36,7 @@ def check_columns(first: list[Row], record: DatasetRecord, origin: str) -> None:
             )
     if record.task == "question_answering" and "context" not in columns:
         raise UserError(f"{origin}: no column 'context'; found {found}. Rename yours to it.")
-    if record.task == "translation" and record.source == record.target:
+    if record.task == "translation" and record.source == record.target and by_language:
         check_languages(first, record, origin)
 
 
