@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import HfApi, RepoUrl
+from real_rows import ROOT
 from tiny_runs import FREE, TRAINING, as_argv, base_flags, refused, results_of, save_checkpoint, write_rows
 
 import run
-from models import load_model
+from models import attach_exit_adapter, load_model, make_exit_adapter, save_exit_adapter
 from models.exit_heads import ExitConfig
+from util.exit_training.card import write_exit_card
 from util.model_card import MARK, Card, curve_rows, policy_call, write_card
 
 LOSS = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
@@ -200,3 +202,19 @@ def test_losses_are_shown_with_the_parts_that_there_are():
         "| 2 | 1.000 | 1.500 | 1.250 |",
         "| 3 | 0.500 |  |  |",
     ]
+
+
+def test_an_exit_adapter_has_a_card(tmp_path):
+    base = str(ROOT / "checkpoints/debian-llama-free")
+    loaded = load_model(base)
+    attach_exit_adapter(loaded.model, make_exit_adapter(loaded.view, "norm", 3))
+    save_exit_adapter(loaded.model, tmp_path, base_model=base)
+    row = {"layer": 3, "decoding": "lossless", "threshold": 0.25, "max_pending": 4, "speedup": 1.234}
+    other = row | {"decoding": "FREE", "max_pending": None, "speedup": 2.0}
+    write_exit_card(tmp_path, loaded, base, [row, other])
+    card = (tmp_path / "README.md").read_text()
+    assert "after layer 3 of 8" in card and "base_model" not in card
+    assert "| lossless | 0.25 | 4 | 1.23 |\n| FREE | 0.25 |  | 2.00 |" in card
+    scope = run_block(card, str(tmp_path), tmp_path)
+    greedy = loaded.model.generate(**scope["inputs"], max_new_tokens=40, do_sample=False)
+    assert scope["output"].tolist() == greedy.tolist()

@@ -152,11 +152,20 @@ def describe_decoding(results: dict[str, Any]) -> str:
     return f"{f'`{words}`' if words else 'full depth'}, batches of {results['batch_size']}"
 
 
-def usage(model: str, loaded: LoadedModel, text: str, folder: Path | None = None, chat: bool = False) -> str:
-    """A block of Python that loads `model` and decodes `text`, with the exits that it was evaluated with, or
-    else trained for. `chat`: the text has all special tokens."""
-    results = list(read_results(folder).values()) if folder is not None else []
-    policy = policy_call(loaded, exit_flags_of(results[-1]) if results else {})
+def usage(
+    model: str,
+    loaded: LoadedModel,
+    text: str,
+    folder: Path | None = None,
+    chat: bool = False,
+    policy: str | None = None,
+) -> str:
+    """A block of Python that loads `model` and decodes `text`, by a policy: an expression, by default the one
+    that the results in `folder` were decoded with, or that the checkpoint was trained for. `chat`: the text
+    has all special tokens."""
+    if policy is None:
+        results = list(read_results(folder).values()) if folder is not None else []
+        policy = policy_call(loaded, exit_flags_of(results[-1]) if results else {})
     names = sorted({"load_model", *(name for name in EXPORTED if f"{name}(" in policy)})
     return "## Use\n\n" + USAGE.format(
         names=", ".join(names),

@@ -35,7 +35,7 @@ LEFT_OUT = (  # locks, checkpoints, texts of the data, and arguments that may ho
     "training_args.bin",
 )
 PIPELINES = {"summarization": "summarization", "translation": "translation"}
-EXAMPLE = "Ein Beispiel."
+EXAMPLE = "An example."
 
 
 def holds_the_model(arguments: Arguments) -> bool:
@@ -123,7 +123,7 @@ def run_card(arguments: Arguments, loaded: LoadedModel, name: str) -> Card:
         title=name.rstrip("/").split("/")[-1],
         metadata=card_metadata(arguments, loaded, folder),
         sections=[
-            f"{describe_size(loaded)}. It exits early: tokens that a shallow layer is sure of skip the rest.",
+            f"{describe_size(loaded)}.",
             usage(name, loaded, text, folder, chat),
             results_table(folder),
             training_section(folder, state, loaded) if state else "",
