@@ -262,3 +262,16 @@ def test_stale_modules_go(tmp_path):
 def test_imports_that_cannot_be_made_relative_are_refused(line):
     with pytest.raises(UserError, match="write from models"):
         export_custom_generate.rewrite("models.x", f"{line}\n")
+
+
+def test_the_blocks_of_the_card_run(tmp_path, capsys):
+    model, code = str(ROOT / "checkpoints" / T5), str(tmp_path / "free-decoding")
+    export_custom_generate.main(["--output_dir", code, "--repo_id", code, "--example_model", model])
+    card = (tmp_path / "free-decoding/README.md").read_text()
+    scope = {}
+    for block in re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "card", "exec"), scope)
+    greedy = scope["model"].generate(**scope["inputs"], max_new_tokens=30)
+    text = scope["tokenizer"].batch_decode(greedy, skip_special_tokens=True)
+    assert str(text) in capsys.readouterr().out and scope["stats"]["exit_share"] > 0
+    assert scope["output"].shape[0] == 1

@@ -17,6 +17,7 @@ from tiny_runs import FREE, TRAINING, as_argv, base_flags, refused, results_of, 
 import run
 from models import attach_exit_adapter, load_model, make_exit_adapter, save_exit_adapter
 from models.exit_heads import ExitConfig
+from scripts import export_checkpoint
 from util.exit_training.card import write_exit_card
 from util.model_card import MARK, Card, curve_rows, policy_call, write_card
 
@@ -218,3 +219,14 @@ def test_an_exit_adapter_has_a_card(tmp_path):
     scope = run_block(card, str(tmp_path), tmp_path)
     greedy = loaded.model.generate(**scope["inputs"], max_new_tokens=40, do_sample=False)
     assert scope["output"].tolist() == greedy.tolist()
+
+
+def test_a_released_checkpoint_has_the_same_kind_of_card(base, tmp_path):
+    run.main(as_argv(base | TRAINING | LOSS))
+    folder = tmp_path / "released"
+    flags = {"run": base["output_dir"], "output_dir": folder, "title": "A title", "train_script": "train.sh"}
+    export_checkpoint.main(as_argv(flags))
+    card = (folder / "README.md").read_text()
+    assert "# A title" in card and "`bash train.sh`: seed 42, 6 steps" in card and card.count("\n| 6 |") == 1
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert run_block(card, str(folder), folder)["output"].shape[0] == 1
