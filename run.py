@@ -36,6 +36,7 @@ from util.flags import non_default_settings
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.setup import read_split
 from util.tables import comparison_table, print_report
+from util.training.sharing import settle_push, share
 from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(arguments: Arguments) -> None:
+    settle_push(arguments)
     loaded, exit_flags = open_model(arguments)
     examples = load_stages(arguments, loaded)  # before training, lest a missing file be found hours later
     if arguments.training.do_train:
@@ -64,6 +66,7 @@ def run(arguments: Arguments) -> None:
         loaded = run_by_backend(loaded, arguments.evaluation_backend)
     for stage, rows in examples.items():
         evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+    share(arguments, loaded)
 
 
 def open_model(arguments: Arguments) -> tuple[LoadedModel, ExitArguments]:

@@ -29,6 +29,7 @@ LOADING_ERRORS = (  # what torch and transformers raise for files that are damag
     StrictDataclassError,
     pickle.UnpicklingError,
 )
+GGUF_SUFFIX = ".gguf"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -70,3 +71,11 @@ def first_line(error: Exception) -> str:
     """The start of an error's text, with the kind where that says nothing; two lines after a colon."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])
+
+
+def split_gguf(name: str) -> tuple[str, str | None]:
+    """Folder or repository of a `.gguf` file, and its name there; None for what is no such file."""
+    path = Path(name)
+    if path.suffix != GGUF_SUFFIX or path.is_dir():
+        return name, None
+    return str(path.parent), path.name

@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.checkpoint_files import find_file, read_weights
+from models.checkpoint_files import find_file, read_weights, split_gguf
 from models.errors import UserError
 from models.exit_adapter import NAME, ExitAdapter, attach_exit_adapter, exit_adapter_of, make_exit_adapter
 from models.families import view_for
-from models.gguf import split_gguf
 from models.json_files import check_keys, read_mapping
 
 CONFIG_NAME = f"{NAME}_config.json"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.choices import INTERMEDIATE_LOSSES
 from models.choices import PER_EXIT_HEADS as PER_EXIT_HEADS
 from models.errors import UserError
 from models.families import view_for
 from models.json_files import check_fields, read_mapping
-from models.losses import INTERMEDIATE_LOSSES
 
 T = TypeVar("T")
 EXIT_CONFIG_NAME = "exit_config.json"

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerateEncoderDecoderOutput,
@@ -81,6 +88,21 @@ def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
     return {name: value for name, value in given.items() if name in known}
+
+
+def with_stop_strings(
+    criteria: list[Any] | None,
+    stop_strings: str | list[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> StoppingCriteriaList:
+    """The criteria and, if there are stop strings, one of these: `generate` keeps their tokenizer from custom
+    loops."""
+    criteria = StoppingCriteriaList(criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise UserError("stop_strings need a tokenizer=.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return criteria
 
 
 def length_of_mask(prompt_mask: Tensor | None, config: GenerationConfig) -> int | None:

@@ -19,14 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 
 from models.decoder_view import DecoderView, ModelInputs
 from models.decoding import DecodeStats, early_exit_decode
-from models.errors import UserError
 from models.exit_policy import ExitPolicy
-from models.generate_contract import NEUTRAL, Output
+from models.generate_contract import NEUTRAL, Output, with_stop_strings
 from models.token_choice import is_stateless
 
 PLAIN = (bool, int, float, str, type(None))
@@ -62,11 +60,7 @@ def generate(
 ) -> Output:
     """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
     tokenizer `generate` keeps from custom loops."""
-    criteria = StoppingCriteriaList(stopping_criteria or [])
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise UserError("stop_strings need a tokenizer=.")
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
     return model.generate(inputs, custom_generate=custom_generate, stopping_criteria=criteria, **options)
 
 

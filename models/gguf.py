@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,20 +15,11 @@ import numpy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from models.checkpoint_files import LOADING_ERRORS, first_line
+from models.checkpoint_files import LOADING_ERRORS, first_line, split_gguf
 from models.errors import UserError
 from models.families import check_family
 
-SUFFIX = ".gguf"
 READING = threading.RLock()  # while transformers is shown another reader than the package's
-
-
-def split_gguf(name: str) -> tuple[str, str | None]:
-    """Folder or repository of a `.gguf` file, and its name there; None for what is no such file."""
-    path = Path(name)
-    if path.suffix != SUFFIX or path.is_dir():
-        return name, None
-    return str(path.parent), path.name
 
 
 @contextmanager

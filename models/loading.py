@@ -8,7 +8,7 @@ random weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +25,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from models.checkpoint_files import LOADING_ERRORS, find_damage, find_file, first_line, read_weights
+from models.checkpoint_files import (
+    LOADING_ERRORS,
+    find_damage,
+    find_file,
+    first_line,
+    read_weights,
+    split_gguf,
+)
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_adapter import exit_adapter_of
 from models.exit_adapter_files import is_exit_adapter, load_exit_adapter, read_base_of_exit
 from models.exit_heads import (
-    EXIT_CONFIG_NAME,
     HEAD_NAMES,
     ExitConfig,
     attach_exit_heads,
@@ -43,7 +49,7 @@ from models.exit_heads import (
 from models.families import check_family, view_for
 from models.generate_contract import Output
 from models.generation import Generation
-from models.gguf import load_gguf, parsed_once, split_gguf
+from models.gguf import load_gguf, parsed_once
 from models.json_files import LARGEST, read_mapping
 from models.lora import (
     ADAPTER_CONFIG_NAME,
@@ -55,10 +61,9 @@ from models.lora import (
     read_base_model,
 )
 from models.prompts import Prompt
+from models.stored_heads import DECODER_LM_HEAD, load_exit_config, read_extra_weights, with_stored_heads
 from models.tokenizer import load_tokenizer
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-DECODER_LM_HEAD = "decoder.lm_head.weight"
 OLD_BUFFERS = (".attn.masked_bias",)  # GPT-2's, of early transformers: no weights
 
 
@@ -263,16 +268,6 @@ def freeze_unsaved_weights(model: PreTrainedModel) -> None:
         model.get_parameter(name).requires_grad_(False)
 
 
-def with_stored_heads(exit_config: ExitConfig, unexpected_keys: Iterable[str]) -> ExitConfig:
-    """The configuration, extended by heads that a checkpoint holds but does not announce."""
-    stored = {key.removeprefix("decoder.").split(".")[0] for key in unexpected_keys}
-    return replace(
-        exit_config,
-        train_meta_cm_head=exit_config.train_meta_cm_head or "cm_head" in stored,
-        do_layer_transformation=exit_config.do_layer_transformation or "layer_transformation" in stored,
-    )
-
-
 def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Change the precision in place. In float16 the projections that overflow in T5 stay in float32, as
     `from_pretrained` keeps them."""
@@ -303,34 +298,6 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
     except LOADING_ERRORS as error:
         raise UserError(f"{config_name}: {first_line(error)}") from error
     return LoadedModel(model, tokenizer, ExitConfig())
-
-
-def load_exit_config(name_or_path: str, **hub: Any) -> ExitConfig:
-    """The checkpoint's exit configuration; all defaults where it has none."""
-    files = (EXIT_CONFIG_NAME, "config.json")
-    paths = [find_file(name_or_path, file, **hub) for file in files]
-    return next((ExitConfig.load(path.parent) for path in paths if path is not None), ExitConfig())
-
-
-def read_extra_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
-    """The weights of a checkpoint that belong to exit heads or to a second LM head, from one file or from
-    shards, on the CPU."""
-    for file in WEIGHT_FILES:
-        index = find_file(name_or_path, f"{file}.index.json", **hub)
-        if index is not None:
-            places = read_mapping(index)["weight_map"]  # whole, as the model came from it
-            shards = {shard for name, shard in places.items() if is_extra_weight(name)}
-            paths = [find_file(name_or_path, shard, **hub) for shard in sorted(shards)]
-        else:
-            paths = [find_file(name_or_path, file, **hub)]
-        weights = {name: tensor for path in paths if path for name, tensor in read_weights(path).items()}
-        if weights:
-            return {name: tensor for name, tensor in weights.items() if is_extra_weight(name)}
-    return {}
-
-
-def is_extra_weight(name: str) -> bool:
-    return is_head_weight(name) or name == DECODER_LM_HEAD
 
 
 def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, list[str]]) -> None:

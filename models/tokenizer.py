@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from models.checkpoint_files import LOADING_ERRORS, find_file, first_line
+from models.checkpoint_files import LOADING_ERRORS, find_file, first_line, split_gguf
 from models.errors import UserError
-from models.gguf import split_gguf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # beside those that a tokenizer's class names
 

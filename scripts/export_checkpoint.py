@@ -23,33 +23,25 @@ if __name__ == "__main__":
 import torch
 
 from models.errors import one_line_errors
-from models.loading import LoadedModel, load_model
+from models.loading import load_model
 from util.files import locked_output_dir
 from util.flags import parse_groups, require
+from util.model_card import NAME, Card, describe_size, loss_curve, usage
 
-CARD = """\
----
-license: apache-2.0
-language: [de, en]
-library_name: transformers
-pipeline_tag: translation
----
-# {title}
-
-{parameters:.1f}M parameters, {layers}, width {width}, a vocabulary of
-{vocabulary} pieces, trained on short German-English package descriptions (`data/debian`, sources and targets
-of at most 28 tokens). A demonstration of early exiting, not a translator for other text.
-
+ABOUT = """\
+{size}, trained on short German-English package descriptions (`data/debian`, sources and targets
+of at most 28 tokens). A demonstration of early exiting, not a translator for other text."""
+TRAINING = """\
 - Training: `bash {script}`: seed {seed}, {steps} steps, {epochs} epochs, starting from {origin}.
 - Loss: `{loss}`, exit layer: {shallow}.
-- Stored in bfloat16; decoded in float32.
-
-| step | training loss | cross-entropy, shallow exit | cross-entropy, last layer |
-|---|---|---|---|
-{curve}
-
-{scores}
-"""
+- Stored in bfloat16; decoded in float32."""
+EXAMPLE = "Entwicklungsdateien für die Bibliothek"
+METADATA = {
+    "license": "apache-2.0",
+    "language": ["de", "en"],
+    "library_name": "transformers",
+    "pipeline_tag": "translation",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,13 +58,7 @@ def export(flags: ExportArguments) -> None:
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)
     loaded.exit_config.save(flags.output_dir)
-    config = loaded.model.config
-    card = CARD.format(
-        title=flags.title,
-        parameters=sum(weight.numel() for weight in loaded.model.parameters()) / 1e6,
-        layers=describe_layers(loaded),
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
+    training = TRAINING.format(
         script=flags.train_script,
         origin=flags.origin,
         seed=torch.load(flags.run / "training_args.bin", weights_only=False).seed,
@@ -80,19 +66,12 @@ def export(flags: ExportArguments) -> None:
         epochs=" + ".join(f"{state['epoch']:.1f}" for state in states),
         loss=loaded.exit_config.intermediate_loss_fn,
         shallow=loaded.exit_config.shallow_exit_layer or "all",
-        curve="\n".join(row for state in states for row in curve_rows(state["log_history"])),
-        scores="\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else "",
     )
-    (flags.output_dir / "README.md").write_text(card.rstrip() + "\n", encoding="utf8")
-
-
-def describe_layers(loaded: LoadedModel) -> str:
-    count = loaded.view.num_layers
-    return (
-        f"{count} encoder and {count} decoder layers"
-        if loaded.model.config.is_encoder_decoder
-        else f"{count} layers"
-    )
+    scores = "\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else ""
+    use = usage(str(flags.output_dir), loaded, EXAMPLE)
+    about = ABOUT.format(size=describe_size(loaded))
+    card = Card(flags.title, METADATA, [about, training, loss_curve(states), scores, use])
+    (flags.output_dir / NAME).write_text(card.render(), encoding="utf8")
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -100,16 +79,6 @@ def read_state(run: Path) -> dict[str, Any]:
     path = run / "trainer_state.json"
     require(path.is_file(), f"--run {run} is no finished training: there is no {path.name}.")
     return json.loads(path.read_text(encoding="utf8"))
-
-
-def curve_rows(history: list[dict[str, Any]]) -> list[str]:
-    """About ten points of a run's training losses."""
-    entries = [entry for entry in history if "loss" in entry]
-    rows = []
-    for entry in entries[:: max(1, len(entries) // 10)]:
-        parts = [value for name, value in entry.items() if name.startswith("ce_layer_")]
-        rows.append(f"| {entry['step']} | {entry['loss']:.3f} | {parts[0]:.3f} | {parts[-1]:.3f} |")
-    return rows
 
 
 def score_rows(sweep: Path, checkpoint: str) -> list[str]:

@@ -49,6 +49,7 @@ from util.data.encoding import Encoder, encoder_for
 from util.device import best_device
 from util.environment import environment
 from util.evaluation.identity import hash_rows, identify_model
+from util.exit_training.card import write_exit_card
 from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs
 from util.exit_training.objectives import LayeredView
 from util.exit_training.states import Start, compute_states
@@ -274,6 +275,7 @@ def conclude(
         "environment": environment(loaded),
     }
     write_json(Path(flags.output_dir, "train_exit.json"), content)
+    write_exit_card(Path(flags.output_dir), loaded, flags.model_name_or_path, content["recommended"])
     print_report(comparison_table("Forecast on held-out texts", COLUMNS, rows))
     print(
         f"Wrote the exit after layer {chosen['layer']} to {flags.output_dir}. Next: run.py "

@@ -296,6 +296,14 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         "--run, --output_dir, --title, --train_script",
         None,
     ),
+    "scripts.export_custom_generate": (["--output_dir", "x"], "repo_ip", "repo_id", "--output_dir", None),
+    "scripts.export_static": (
+        [*MODEL, "--output_dir", "x"],
+        "layers",
+        "layer",
+        "--model_name_or_path, --output_dir",
+        None,
+    ),
     "scripts.distill_targets": (
         [*MODEL, *DATA, "--output_file", "x"],
         "num_beam",

@@ -22,6 +22,8 @@ COMMANDS = {  # module: the work that is interrupted, the flags that lead there,
     "scripts.train_tokenizer": ("train", [*MODEL[2:], "--output_dir", "x"], "to start again"),
     "scripts.distill_targets": ("distill", [*MODEL, "--output_file", "x"], "to start again"),
     "scripts.export_checkpoint": ("export", EXPORT, "to start again"),
+    "scripts.export_custom_generate": ("export", ["--output_dir", "x"], "to start again"),
+    "scripts.export_static": ("export", [*MODEL[:2], "--output_dir", "x"], "to start again"),
     "scripts.benchmark": ("benchmark", [], "to start again"),
     "scripts.benchmark_training": ("benchmark", [], "to start again"),
 }

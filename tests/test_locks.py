@@ -22,6 +22,8 @@ FOLDER_SCRIPTS = {
     "simulate_calibration": ["--losses_file", str(ROOT / "README.md")],
     "train_tokenizer": DATA,
     "export_checkpoint": ["--run", "nowhere", "--title", "a", "--train_script", "b"],
+    "export_custom_generate": [],
+    "export_static": MODEL,
 }
 FILE_SCRIPTS = {"distill_targets": [*MODEL, *DATA], "learn_shortlist": [*MODEL, *DATA]}
 

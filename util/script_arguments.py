@@ -187,6 +187,34 @@ class ExportArguments:
 
 
 @dataclass
+class CustomGenerateArguments:
+    _argument_group_name = "Export"
+
+    output_dir: Path = required_flag("Gets the repository.", changes_outputs=False)
+    repo_id: str = flag("your-name/free-decoding", "What its card calls it.")
+    example_model: str = flag("google-t5/t5-small", "The model of the card's example.")
+    auto_class: str = flag(
+        "AutoModelForSeq2SeqLM",
+        "What loads that model.",
+        ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM"),
+    )
+
+
+@dataclass
+class StaticArguments:
+    _argument_group_name = "Export"
+
+    model_name_or_path: str = required_flag("Checkpoint: hub id or folder.")
+    output_dir: Path = required_flag("Gets the shallower model.", changes_outputs=False)
+    layer: int | None = flag(None, "The last decoder layer that stays (default: the checkpoint's own exit).")
+    exit_adapter_path: str | None = flag(None, "Exit adapter of the kind norm, which becomes the final norm.")
+    dtype: str = flag("float32", "Precision of the weights.", ("float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        require_positive("layer", self.layer)
+
+
+@dataclass
 class DistillationArguments:
     _argument_group_name = "Distillation"
 

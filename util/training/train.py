@@ -85,7 +85,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     if trainer.is_world_process_zero():
         write_json(Path(arguments.training.output_dir, IDENTITY_FILE), identity)
     result = train_or_explain(trainer, newest)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without a push: util.training.sharing has results to push, too
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     loaded.model = merge_lora(loaded.model)

@@ -1,0 +1,216 @@
+"""`generate` with early exits by keywords alone: what a `custom_generate` repository serves.
+
+    model.generate(**inputs, custom_generate="org/free-decoding", trust_remote_code=True, shallow_layer=2)
+
+`scripts/export_custom_generate.py` makes such a repository of this module and all that it imports.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
+from models.decoding import DecodeStats, early_exit_decode
+from models.errors import UserError
+from models.exit_adapter import exit_adapter_of
+from models.exit_adapter_files import with_exit_adapter
+from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, head_misfits, load_exit_heads
+from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
+from models.free import Free
+from models.generate_contract import Output, with_stop_strings
+from models.stored_heads import load_exit_config, read_extra_weights
+
+READ_BY = {  # the options of each method
+    "free": {
+        "shallow_layer",
+        "threshold",
+        "confidence",
+        "lossless",
+        "max_pending_tokens",
+        "copy_skipped",
+        "rollback_threshold",
+        "exit_adapter",
+    },
+    "calm": {"threshold", "confidence", "min_layer", "exit_layers"},
+    "static": {"shallow_layer", "exit_adapter"},
+    "full": set[str](),
+}
+CONFIDENCES = ("softmax", "meta")
+TOOLKIT_ONLY = (  # what the toolkit offers besides
+    "exit_policy",
+    "decoder_view",
+    "backend",
+    "precision",
+    "auto_exit",
+    "use_adapt_threshold",
+    "calibrated_threshold_file",
+    "conf_shortlist",
+)
+PARAMETERS = frozenset(inspect.signature(GenerationMixin.generate).parameters)
+EXITS, TWINS = "_exits_of_checkpoint", "_with_exit_adapters"  # kept on the model between calls
+
+
+@dataclass
+class ExitOptions:
+    """The keywords, and their values where they are left out; layers count from 1.
+
+    Raises:
+        UserError: no such method or confidence, or an option that the method does not read.
+    """
+
+    method: str = "free"
+    shallow_layer: int | None = None  # default: the exit adapter's, or the one that the checkpoint names
+    threshold: float = 0.9
+    confidence: str = "softmax"
+    lossless: bool = False
+    max_pending_tokens: int | None = None
+    copy_skipped: bool = False
+    rollback_threshold: float | None = None
+    min_layer: int = 1
+    exit_layers: list[int] | None = None
+    exit_adapter: str | None = None  # folder or repository
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", tuple(READ_BY)), ("confidence", CONFIDENCES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        for spec in fields(self):
+            given = getattr(self, spec.name) != spec.default
+            if given and spec.name != "method" and spec.name not in READ_BY[self.method]:
+                raise UserError(f"method={self.method!r} does not read {spec.name}: leave it out.")
+
+
+OPTIONS = tuple(spec.name for spec in fields(ExitOptions))
+
+
+def generate(
+    inputs: Tensor | None = None,
+    *,
+    model: PreTrainedModel,
+    decode_stats: dict[str, Any] | None = None,
+    **options: Any,
+) -> Output:
+    """As the model's own `generate`, each token as deep as the method decides: (B, P + T) ids, or the usual
+    output object.
+
+    Args:
+        decode_stats: gets tokens, exit_share, average_layers, ideal_speedup and exit_layers, [row][token].
+        options: those of `ExitOptions`, and what `generate` takes.
+
+    Raises:
+        UserError: an option that is not served, or does not fit the model or the other options.
+    """
+    refuse_not_served(model, options)
+    given = {name: value for name in OPTIONS if (value := options.pop(name, None)) is not None}
+    exits = ExitOptions(**given)
+    with torch.random.fork_rng(devices=[]):  # new modules draw weights, of which sampling should know nothing
+        trained = exits_of(model)
+        if exits.exit_adapter is not None:
+            model = twin_with(model, exits.exit_adapter)
+    stops = [options.pop(name, None) for name in ("stopping_criteria", "stop_strings", "tokenizer")]
+    stats = DecodeStats()
+    output = GenerationMixin.generate(  # not the model's, which may be this function
+        model,
+        inputs,
+        custom_generate=early_exit_decode,
+        exit_policy=build_policy(exits, trained, model),
+        decode_stats=stats,
+        stopping_criteria=with_stop_strings(*stops),
+        **options,
+    )
+    if decode_stats is not None:
+        names = ("tokens", "exit_share", "average_layers", "ideal_speedup", "exit_layers")
+        decode_stats.update({name: getattr(stats, name) for name in names})
+    return output
+
+
+def refuse_not_served(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Raise UserError for what the toolkit alone can do, and for misspelt options; others that are unknown
+    `generate` refuses itself."""
+    for name in options:
+        if name in OPTIONS or name in PARAMETERS or hasattr(model.generation_config, name):
+            continue
+        if name in TOOLKIT_ONLY:
+            raise UserError(f"custom_generate does not serve {name}: only the toolkit itself does.")
+        near = get_close_matches(name, OPTIONS, 1, 0.75)
+        if near:
+            raise UserError(f"custom_generate has no option {name}: did you mean {near[0]}?")
+
+
+def exits_of(model: PreTrainedModel) -> ExitConfig:
+    """What the model's checkpoint says of exits; the heads that it names are loaded with the first call."""
+    known = vars(model).get(EXITS)
+    if known is None:
+        known = read_exits(model)
+        setattr(model, EXITS, known)
+    return known
+
+
+def read_exits(model: PreTrainedModel) -> ExitConfig:
+    """Attach the exit heads that the files of the model's checkpoint hold; its exit configuration."""
+    name, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    if not name:  # made of a config
+        return ExitConfig()
+    hub = {} if commit is None else {"revision": commit}
+    exits = load_exit_config(name, **hub)
+    lacking = set(exit_head_weights(model.state_dict()))
+    attach_exit_heads(model, exits)
+    if set(exit_head_weights(model.state_dict())) == lacking:  # has none, or its own already
+        return exits
+    weights = exit_head_weights(read_extra_weights(name, **hub))
+    misfits = {kind: names for kind, names in head_misfits(model, weights).items() if names}
+    if misfits:
+        raise UserError(f"The exit heads of {name} do not fit its exit configuration: {misfits}.")
+    load_exit_heads(model, weights)
+    return exits
+
+
+def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
+    """The model with an exit adapter, which is loaded once; the model itself stays as it is."""
+    twins = vars(model).setdefault(TWINS, {})
+    if exit_adapter not in twins:
+        twins[exit_adapter] = with_exit_adapter(model, exit_adapter)
+    return twins[exit_adapter]
+
+
+def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedModel) -> ExitPolicy:
+    """The policy that the options ask for."""
+    if options.method == "full":
+        return FullDepth()
+    if options.method == "calm":
+        measure = build_measure(options, model)
+        limits = (options.min_layer, options.exit_layers)
+        return Calm(measure, options.threshold, *limits)
+    adapter = exit_adapter_of(model)
+    layer = options.shallow_layer or (trained.shallow_exit_layer if adapter is None else adapter.layer)
+    if layer is None:
+        raise UserError("Give shallow_layer: the checkpoint does not say after which layer tokens may exit.")
+    if options.method == "static":
+        return StaticExit(layer)
+    return Free(
+        layer,
+        build_measure(options, model),
+        options.threshold,
+        options.copy_skipped,
+        options.rollback_threshold,
+        lossless=options.lossless,
+        max_pending=options.max_pending_tokens,
+    )
+
+
+def build_measure(options: ExitOptions, model: PreTrainedModel) -> ConfidenceMeasure:
+    if options.confidence == "softmax":
+        return SoftmaxGap()
+    if exit_adapter_of(model) is not None:
+        raise UserError("confidence='meta' reads states that the exit adapter replaces: use 'softmax'.")
+    if not hasattr(model, "cm_head"):
+        raise UserError("confidence='meta' needs a checkpoint with a confidence head: use 'softmax'.")
+    return MetaClassifier(model.cm_head)

@@ -1,0 +1,202 @@
+"""Model cards: the README.md of a model's folder, put together from sections.
+
+    card = Card("My model", {"language": ["de", "en"]}, [describe_size(loaded), *loss_curve([state])])
+    write_card(folder, card)
+
+A card that somebody wrote by hand stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.choices import ALL_LAYER_LOSSES
+from models.json_files import read_mapping
+from models.loading import LoadedModel
+from util.exit_arguments import ExitArguments
+
+logger = logging.getLogger(__name__)
+
+NAME = "README.md"
+MARK = "<!-- Written from the files of this folder. Without this line, the card stays as it is. -->"
+UNFILLED = "[More Information Needed]"  # in the card that comes with a LoRA adapter
+RESULTS = {"validation": "eval_results.json", "test": "predict_results.json"}
+FIGURES = {  # of results, besides the scores: how they are called, and decimals
+    "samples": ("samples", 0),
+    "average_layers": ("decoder layers per token", 2),
+    "exit_share": ("share of tokens that exit early", 3),
+    "ideal_speedup": ("ideal speed-up", 2),
+    "ms_per_token": ("ms per token", 1),
+}
+EXIT_FLAGS = {spec.name for spec in fields(ExitArguments) if spec.init and not spec.metadata["file"]}
+USAGE = """\
+In a checkout of exitlm:
+
+```python
+from models import {names}
+
+loaded = load_model({model!r})
+inputs = loaded.tokenizer({text!r}, return_tensors="pt"{more})
+output = loaded.generate(**inputs, {policy}max_new_tokens=40)
+print(loaded.tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
+
+@dataclass
+class Card:
+    title: str
+    metadata: dict[str, Any]  # of its YAML header; None is left out
+    sections: list[str]  # Markdown; empty ones are left out
+
+    def render(self) -> str:
+        known = {name: value for name, value in self.metadata.items() if value}
+        header = yaml.safe_dump(known, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        parts = [f"---\n{header}---\n{MARK}", f"# {self.title}", *filter(None, self.sections)]
+        return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def write_card(folder: Path, card: Card) -> bool:
+    """Write a folder's card, unless it has one of somebody's own; whether it was written."""
+    path = folder / NAME
+    if path.is_file():
+        before = path.read_text(encoding="utf8")
+        if MARK not in before and UNFILLED not in before:
+            logger.warning("%s stays as it is: it was not written by exitlm.", path)
+            return False
+    path.write_text(card.render(), encoding="utf8")
+    return True
+
+
+# Sections
+
+
+def describe_size(loaded: LoadedModel) -> str:
+    """Parameters, layers, width and vocabulary, as the start of a sentence."""
+    config = loaded.model.config
+    millions = sum(weight.numel() for weight in loaded.model.parameters()) / 1e6
+    size = f"{millions:.1f}M parameters, {describe_layers(loaded)}, width {config.hidden_size}"
+    return f"{size}, a vocabulary of\n{config.vocab_size} pieces"
+
+
+def describe_layers(loaded: LoadedModel) -> str:
+    count, encoder = loaded.view.num_layers, loaded.model.config.num_hidden_layers
+    if not loaded.model.config.is_encoder_decoder:
+        return f"{count} layers"
+    return f"{encoder} encoder and {count} decoder layers"
+
+
+def loss_curve(states: list[dict[str, Any]]) -> str:
+    """The training losses of runs, about ten points each; empty where none was logged.
+
+    `states`: of trainer_state.json.
+    """
+    rows = [row for state in states for row in curve_rows(state["log_history"])]
+    header = ["| step | training loss | cross-entropy, shallow exit | cross-entropy, last layer |"]
+    return "\n".join([*header, "|---|---|---|---|", *rows]) if rows else ""
+
+
+def curve_rows(history: list[dict[str, Any]]) -> list[str]:
+    """About ten points of a run's training losses."""
+    entries = [entry for entry in history if "loss" in entry]
+    rows = []
+    for entry in entries[:: max(1, len(entries) // 10)]:
+        parts = [f"{value:.3f}" for name, value in entry.items() if name.startswith("ce_layer_")]
+        shallow, last = (parts[0], parts[-1]) if parts else ("", "")
+        rows.append(f"| {entry['step']} | {entry['loss']:.3f} | {shallow} | {last} |")
+    return rows
+
+
+def results_table(folder: Path) -> str:
+    """The figures of run.py's evaluations in a folder; empty where there are none."""
+    results = read_results(folder)
+    if not results:
+        return ""
+    scores = dict.fromkeys(name for found in results.values() for name in score_names(found))
+    figures = {name: (name, 2) for name in scores} | FIGURES
+    lines = [f"| | {' | '.join(results)} |", f"|---|{'---|' * len(results)}"]
+    for name, (title, decimals) in figures.items():
+        if any(name in found for found in results.values()):
+            cells = [f"{found[name]:.{decimals}f}" if name in found else "" for found in results.values()]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    settings = [f"- {split}: {describe_decoding(found)}" for split, found in results.items()]
+    return "\n".join(["## Results", "", *lines, "", "Decoded by `run.py`:", "", *settings])
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """By split: what run.py wrote."""
+    paths = {split: folder / name for split, name in RESULTS.items()}
+    return {split: read_mapping(path) for split, path in paths.items() if path.is_file()}
+
+
+def score_names(results: dict[str, Any]) -> list[str]:
+    """The task's scores, which stand before everything else."""
+    names = list(results)
+    return [name for name in names[: names.index("samples")] if isinstance(results[name], float)]
+
+
+def exit_flags_of(results: dict[str, Any]) -> dict[str, Any]:
+    """The flags of exits that a result was decoded with, those with their defaults left out."""
+    return {name: value for name, value in results["arguments"].items() if name in EXIT_FLAGS}
+
+
+def describe_decoding(results: dict[str, Any]) -> str:
+    given = {
+        name: value if isinstance(value, list) else [value] for name, value in exit_flags_of(results).items()
+    }
+    words = " ".join(" ".join(map(str, [f"--{name}", *values])) for name, values in given.items())
+    return f"{f'`{words}`' if words else 'full depth'}, batches of {results['batch_size']}"
+
+
+def usage(
+    model: str,
+    loaded: LoadedModel,
+    text: str,
+    folder: Path | None = None,
+    chat: bool = False,
+    policy: str | None = None,
+) -> str:
+    """A block of Python that loads `model` and decodes `text`, by a policy: an expression, by default the one
+    that the results in `folder` were decoded with, or that the checkpoint was trained for. `chat`: the text
+    has all special tokens."""
+    if policy is None:
+        results = list(read_results(folder).values()) if folder is not None else []
+        policy = policy_call(loaded, exit_flags_of(results[-1]) if results else {})
+    names = sorted({"load_model", *(name for name in EXPORTED if f"{name}(" in policy)})
+    return "## Use\n\n" + USAGE.format(
+        names=", ".join(names),
+        model=model,
+        text=text,
+        more=", add_special_tokens=False" if chat else "",
+        policy=f"exit_policy={policy}, " if policy else "",
+    )
+
+
+EXPORTED = ("Calm", "Free", "MetaClassifier", "SoftmaxGap", "StaticExit")  # by models, that calls may name
+
+
+def policy_call(loaded: LoadedModel, flags: dict[str, Any]) -> str:
+    """The expression that makes the policy of these flags, or the one that the checkpoint was trained for;
+    empty for full depth."""
+    exits = loaded.exit_config
+    if "static_exit_layer" in flags:
+        return f"StaticExit({flags['static_exit_layer']})"
+    trained = "meta" if exits.train_meta_cm_head else "softmax"
+    if flags.get("use_early_exit"):
+        kind, threshold = flags.get("exit_conf_type", "softmax"), flags.get("exit_conf_threshold", 0.9)
+        return f"Calm({measure(kind)}, {threshold})"
+    layer = flags.get("shallow_exit_layer") or exits.shallow_exit_layer
+    if layer is not None:
+        kind = flags.get("shallow2deep_conf_type", "softmax") if flags else trained
+        threshold = flags.get("shallow2deep_conf_threshold", 0.9)
+        more = ", lossless=True" if flags.get("lossless") else ""
+        return f"Free({layer}, {measure(kind)}, {threshold}{more})"
+    return f"Calm({measure(trained)}, 0.9)" if exits.intermediate_loss_fn in ALL_LAYER_LOSSES else ""
+
+
+def measure(kind: str) -> str:
+    return {"softmax": "SoftmaxGap()", "meta": "MetaClassifier(loaded.model.cm_head)"}[kind]
