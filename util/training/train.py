@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -43,9 +42,10 @@ from util.data.examples import dataset_record, load_examples, target_language, t
 from util.data.preparation import LABEL_MULTIPLE
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
-from util.evaluation.decode import batch_indices, decode_batch, describe_batch, own_share
+from util.evaluation.decode import batch_indices, decode_batch, describe_batch
 from util.evaluation.identity import hash_rows, hash_tokenizer
 from util.evaluation.records import EvaluationSettings, best_windows
+from util.evaluation.shards import launched_shards
 from util.evaluation.summary import score
 from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash, write_json
@@ -306,7 +306,7 @@ def generation_score(
             f"{' '.join(exit_flags.methods)} decodes greedily: leave --generation_num_beams at 1."
         )
     policy = build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
-    share = examples.select(own_share(len(examples), settings.batch_size, PartialState()))
+    share = examples.select(launched_shards().own_rows(len(examples), settings.batch_size))
 
     def compute() -> dict[str, float]:
         records = []
