@@ -1,7 +1,7 @@
 """Several settings on the same samples, interleaved: records, traces, and figures relative to full depth.
 
-`decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_comparison` what is left of
-a process's share; `compare(settings, evaluation)` gives one row of figures a setting.
+`decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_comparison` what is left
+of a process's share; `compare(settings, evaluation)` gives one row of figures a setting.
 """
 
 from __future__ import annotations
