@@ -98,7 +98,7 @@ def test_trackers_get_the_loss_of_each_exit_and_acceptance(tracked):
 
 def generated(model, tokenizer, row):
     source = tokenizer(row["source"], truncation=True, max_length=24, return_tensors="pt")
-    output = model.generate(**source, max_length=12, do_sample=False, num_beams=1)
+    output = model.generate(**source, max_length=12, do_sample=False, num_beams=1, use_cache=False)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
