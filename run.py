@@ -36,6 +36,7 @@ from util.flags import non_default_settings
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.setup import read_split
 from util.tables import comparison_table, print_report
+from util.training.deepspeed import loading_whole_weights, refuse_under_deepspeed
 from util.training.sharing import settle_push, share
 from util.training.train import train
 
@@ -74,7 +75,9 @@ def open_model(arguments: Arguments) -> tuple[LoadedModel, ExitArguments]:
     set_seed(arguments.training.seed)
     limit_threads(arguments.backend)
     arguments.connect()
-    loaded = build_model(arguments)
+    refuse_under_deepspeed(arguments)
+    with loading_whole_weights(arguments.training):
+        loaded = build_model(arguments)
     exit_flags = resolve_exit_arguments(arguments.exit, loaded.exit_config, loaded.view.num_layers)
     prepare(loaded, arguments.data, lengths_by_flag(arguments), arguments.training.do_train)
     return loaded, exit_flags

@@ -5,7 +5,8 @@
 
 Besides the flags below it takes those of run.py (model, data, method, lengths, batch size; `--resume_eval
 True` continues an interrupted calibration, or judges its outputs anew with another --delta). Candidates and
-full depth decode each batch in turn. --output_dir gets calibrated_threshold.json, for `run.py
+full depth decode each batch in turn. Processes of torchrun share the rows, and so do jobs with --num_shards
+(docs/clusters.md). --output_dir gets calibrated_threshold.json, for `run.py
 --calibrated_threshold_file`, losses.npz, for scripts/simulate_calibration.py, and records.jsonl.
 """
 
@@ -20,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.arguments import OUR_GROUPS
 from util.flag_help import answer_help
 from util.script_arguments import CalibrationArguments
+from util.shard_arguments import ShardArguments
 
 if __name__ == "__main__":
-    answer_help((CalibrationArguments, *OUR_GROUPS), __doc__, training=True)  # before torch is imported
+    groups = (CalibrationArguments, ShardArguments, *OUR_GROUPS)
+    answer_help(groups, __doc__, training=True)  # before torch is imported
 
 import numpy as np
 from datasets import Dataset
@@ -38,11 +41,11 @@ from util.calibration.risk_control import certify, fastest, monotone, needed_sam
 from util.console import prepare_console
 from util.device import move_model
 from util.environment import environment
-from util.evaluation.comparison import LiveSetting, compare_speed, decode_rest, restore
-from util.evaluation.decode import share_out
+from util.evaluation.comparison import LiveSetting, compare_speed, decode_comparison
+from util.evaluation.decode import identify_run
 from util.evaluation.identity import fingerprint
-from util.evaluation.prediction_log import PredictionLog
-from util.evaluation.records import EvaluationSettings, Record, best_windows
+from util.evaluation.records import EvaluationSettings, best_windows
+from util.evaluation.shards import Shards, join_shards, tell_shard
 from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
@@ -53,6 +56,7 @@ from util.policies import build_policy, with_threshold
 from util.setup import read_split
 from util.tables import comparison_table, print_report
 
+GROUPS = (CalibrationArguments, ShardArguments)
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
     "threshold": "threshold",
@@ -66,15 +70,15 @@ COLUMNS = {
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
-        flags, arguments = parse_flags(argv)
-        with locked_output_dir(Path(arguments.training.output_dir)):
-            calibrate(flags, arguments)
+        flags, jobs, arguments = parse_flags(argv)
+        with locked_output_dir(Path(arguments.training.output_dir), jobs.shard_index):
+            calibrate(flags, arguments, join_shards(jobs))
 
 
-def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments]:
+def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, ShardArguments, Arguments]:
     """The flags of this script, and the others as run.py understands them."""
     argv = [*expand_argument_file(argv), "--do_eval", "True"]
-    flags, arguments = parse_with_run((CalibrationArguments,), __doc__, argv)
+    flags, jobs, arguments = parse_with_run(GROUPS, __doc__, argv)
     exits, training = arguments.exit, arguments.training
     require(not training.do_train, "--do_train: calibration is for a finished model.")
     require(not training.do_predict, "--do_predict: name the split to calibrate on with --split.")
@@ -84,20 +88,23 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, Arguments
     )
     for spec in exits.uncertified():
         require(not differs(exits, spec), f"--{spec.name} contradicts a calibration over --thresholds.")
-    return flags, arguments
+    return flags, jobs, arguments
 
 
-def calibrate(flags: CalibrationArguments, arguments: Arguments) -> None:
+def calibrate(flags: CalibrationArguments, arguments: Arguments, shards: Shards) -> None:
     """Decode the split at full depth and with every candidate, certify, save and print."""
     data, training = arguments.data, arguments.training
     require_split(data, flags.split)
     loaded, exit_flags = open_model(arguments)
+    if not shards.tells:
+        data.report_dir = None  # one job lists the rows that cannot be used
     limit = data.max_eval_samples if flags.split == "validation" else data.max_predict_samples
     examples = read_split(data, flags.split, loaded, limit)
     move_model(loaded.model, training.device, evaluation_dtype(training))
     loaded = run_by_backend(loaded, arguments.evaluation_backend)
-    settings = decode_candidates(flags, arguments, exit_flags, loaded, examples)
+    settings = decode_candidates(flags, arguments, exit_flags, loaded, examples, shards)
     if settings is None:  # another process gathers and judges
+        tell_shard(shards, Path(training.output_dir))
         return
     full, *early = settings
     losses = loss_matrices(data.task, full, early)
@@ -123,23 +130,16 @@ def decode_candidates(
     exit_flags: ExitArguments,
     loaded: LoadedModel,
     examples: Dataset,
+    shards: Shards,
 ) -> list[LiveSetting] | None:
-    """Full depth and every candidate with their records; None in all processes but the first."""
+    """Full depth and every candidate with their records; None in all processes but the one that judges."""
     evaluation = evaluation_settings(arguments, exit_flags, "records.jsonl")
     evaluation.arguments |= {"split": flags.split, "thresholds": flags.thresholds}
     settings = build_settings(flags, exit_flags, loaded, evaluation)
-
-    def decode(rows: range, log: PredictionLog) -> list[Record]:
-        rest = restore(settings, log, rows)
-        decode_rest(settings, settings, examples, evaluation, rest, log)  # no policy here learns
-        return [record for setting in settings for record in setting.records]
-
-    records = share_out(decode, loaded, examples, evaluation)
-    if records is None:
-        return None
-    for setting in settings:
-        setting.records = [record for record in records if record.setting == setting.name]
-    return settings
+    identity = identify_run(loaded, examples, evaluation)
+    # No policy here learns: the settings warm up themselves.
+    decoded = decode_comparison(settings, settings, examples, evaluation, identity, shards)
+    return settings if decoded else None
 
 
 def build_settings(

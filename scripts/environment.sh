@@ -31,10 +31,13 @@ export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 PROCESSES=$((GPUS > 0 ? GPUS : $(env -u OMP_NUM_THREADS nproc)))  # nproc takes the variable for its answer
 
-launch() {
+launch() { # with RENDEZVOUS=host:port, as one of NODES nodes that meet there
+  local meeting=(--standalone)
+  [ -z "${RENDEZVOUS:-}" ] || meeting=(--nnodes "${NODES:?}" --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS"
+    --rdzv_id "${RENDEZVOUS_ID:-exitlm}")
   if [ "$GPUS" -gt 0 ]; then
-    torchrun --standalone --nproc_per_node "$PROCESSES" "$@"
+    torchrun "${meeting[@]}" --nproc_per_node "$PROCESSES" "$@"
   else # one thread a process: small models scale better over processes than over threads
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node "$PROCESSES" "$@" --use_cpu --ddp_backend gloo
+    OMP_NUM_THREADS=1 torchrun "${meeting[@]}" --nproc_per_node "$PROCESSES" "$@" --use_cpu --ddp_backend gloo
   fi
 }

@@ -4,9 +4,9 @@
         --dataset_name debian_de_en --output_dir save/sweep
 
 Data flags are those of run.py. A JSON or YAML file of flags may come first; `--preset NAME` takes the one of
-scripts/presets. `--resume_eval True` continues an interrupted sweep. --output_dir gets sweep.json and
-sweep.csv (figures), records.jsonl (every output), traces.jsonl (what each layer would have predicted), and
-report.html.
+scripts/presets. `--resume_eval True` continues an interrupted sweep. Processes of torchrun share the rows,
+and so do jobs with --num_shards (docs/clusters.md). --output_dir gets sweep.json and sweep.csv (figures),
+records.jsonl (every output), traces.jsonl (what each layer would have predicted), and report.html.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
+from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
-    answer_help((SweepArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
+    groups = (SweepArguments, ShardArguments, DataArguments, BackendArguments)
+    answer_help(groups, __doc__)  # before torch is imported
 
 from datasets import Dataset
 from rich.text import Text
@@ -45,15 +47,15 @@ from util.evaluation.comparison import (
     LiveSetting,
     areas_under_curves,
     compare,
-    decode_rest,
+    decode_comparison,
     fastest_good,
+    largest_batch,
     name_front,
-    restore,
     trace_output,
 )
 from util.evaluation.identity import hash_named_files, hash_rows, identify_model
-from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Trace, write_records
+from util.evaluation.shards import Shards, join_shards, refuse_state_across_samples, tell_shard
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import locked_output_dir, write_json
 from util.flags import expand_argument_file, non_default_settings, parse_groups, require
@@ -76,6 +78,7 @@ from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import TASKS
 
+GROUPS = (SweepArguments, ShardArguments, DataArguments, BackendArguments)
 COLUMNS = {  # after the setting and its score
     "quality_share": "% of full",
     "unchanged": "unchanged",
@@ -95,12 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
-        flags, data, backend = parse_groups((SweepArguments, DataArguments, BackendArguments), __doc__, argv)
-        with locked_output_dir(Path(flags.output_dir)):
-            sweep(flags, data, backend)
+        flags, jobs, data, backend = parse_groups(GROUPS, __doc__, argv)
+        with locked_output_dir(Path(flags.output_dir), jobs.shard_index):
+            sweep(flags, data, backend, join_shards(jobs))
 
 
-def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments) -> None:
+def sweep(
+    flags: SweepArguments, data: DataArguments, backend: BackendArguments, shards: Shards | None = None
+) -> None:
+    """Decode, and judge what all `shards` decoded (default: this process is the only one)."""
+    shards = shards or Shards()
+    learning = [method for method in flags.methods if method == FREE_ADAPTIVE]
+    refuse_state_across_samples(shards, learning, "methods")
     require_split(data, flags.split)
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
@@ -111,18 +120,28 @@ def sweep(flags: SweepArguments, data: DataArguments, backend: BackendArguments)
     prompts = {loaded.prompt for loaded in checkpoints.values()}
     require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
-    folder = Path(flags.output_dir)
-    evaluation = comparison_settings(data, folder / "records.jsonl")
     depth = min(loaded.view.num_layers for loaded in checkpoints.values())
     for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
         require_exits(name, getattr(flags, name), depth)
-    settings = build_settings(flags, checkpoints)
+    folder, settings = Path(flags.output_dir), build_settings(flags, checkpoints)
     given = non_default_settings(flags, data, backend)
-    identity = identify_sweep(given, checkpoints, examples)
-    with PredictionLog(evaluation.predictions_file, identity, data.resume_eval) as log:
-        rest = restore(settings, log, range(len(examples)))
-        write_settings(folder, flags, given, data, settings, len(examples))
-        decode_rest(settings, build_settings(flags, checkpoints), examples, evaluation, rest, log)
+    evaluation = replace(
+        comparison_settings(data, folder / "records.jsonl"),
+        batch_size=largest_batch(settings),
+        resume=data.resume_eval,
+    )
+    decoded = decode_comparison(
+        settings,
+        build_settings(flags, checkpoints),
+        examples,
+        evaluation,
+        identify_sweep(given, checkpoints, examples),
+        shards,
+        begun=lambda: write_settings(folder, flags, given, data, settings, len(examples)),
+    )
+    if not decoded:
+        tell_shard(shards, folder)
+        return
     write_traces(folder / "traces.jsonl", settings, examples, evaluation, flags.trace_samples)
     write_figures(folder, settings, evaluation)
     write_report(read_folders([folder]), folder)

@@ -241,8 +241,8 @@ def make_output_dir(folder: Path) -> Path:
 
 
 @contextmanager
-def locked_output_dir(folder: Path) -> Iterator[Path]:
-    """Make --output_dir and keep other runs out of it.
+def locked_output_dir(folder: Path, shard: int | None = None) -> Iterator[Path]:
+    """Make --output_dir and keep other runs out of it, or others that decode the same `shard` into it.
 
     Under torchrun each process holds a lock for its part: the first is refused where another run writes, the
     others wait, to be ended by torchrun together with it.
@@ -251,9 +251,12 @@ def locked_output_dir(folder: Path) -> Iterator[Path]:
         UserError: it cannot be made or written to, or another run writes there.
     """
     make_output_dir(folder)
-    complaint = f"--output_dir {folder}: another run is writing there; wait for it, or name another folder."
+    what = "another run is writing there" if shard is None else f"another run is decoding shard {shard}"
+    complaint = f"--output_dir {folder}: {what}; wait for it, or name another folder."
     rank = int(os.environ.get("RANK", 0))
-    with locked(folder / (f".lock.{rank}" if rank else ".lock"), complaint, wait=rank > 0):
+    part = f".{rank}" if rank else ""
+    name = f".lock{part}" if shard is None else f".lock.shard{shard}"
+    with locked(folder / name, complaint, wait=rank > 0):
         yield folder
 
 

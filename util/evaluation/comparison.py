@@ -1,7 +1,7 @@
 """Several settings on the same samples, interleaved: records, traces, and figures relative to full depth.
 
-`decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_rest` what an interrupted
-comparison left over; `compare(settings, evaluation)` gives one row of figures a setting.
+`decode_interleaved(settings, examples, evaluation)` decodes block by block, `decode_comparison` what is left
+of a process's share; `compare(settings, evaluation)` gives one row of figures a setting.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from util.data.encoding import encoder_for
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
+from util.evaluation.shards import Shards, share_out
 from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
 from util.evaluation.summary import summarize, texts_of
 from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
@@ -132,6 +133,38 @@ def decode_rest(
     if rest:
         warm_up(fresh, examples, evaluation)
         decode_interleaved(settings, examples, evaluation, rest, log.append)
+
+
+def decode_comparison(
+    settings: list[LiveSetting],
+    fresh: list[LiveSetting],
+    examples: Dataset,
+    evaluation: EvaluationSettings,
+    identity: dict[str, Any],
+    shards: Shards,
+    begun: Callable[[], Any] = lambda: None,
+) -> bool:
+    """Decode this process's share of the examples with every setting, and what was interrupted of it.
+
+    `fresh` are like the settings, to warm up with; `begun` is called by the process that will tell of all,
+    once it is known that it may write. Whether the settings have the records of all processes now.
+    """
+
+    def decode(rows: range, log: PredictionLog) -> list[Record]:
+        rest = restore(settings, log, rows)
+        if shards.tells:
+            begun()
+        decode_rest(settings, fresh, examples, evaluation, rest, log)
+        return log.records
+
+    records = share_out(decode, len(examples), evaluation, identity, shards, len(settings))
+    if records is None:
+        return False
+    if shards.index is None:
+        begun()
+    for setting in settings:
+        setting.records = [record for record in records if record.setting == setting.name]
+    return True
 
 
 def trace_output(setting: LiveSetting, record: Record, source: str, evaluation: EvaluationSettings) -> Trace:

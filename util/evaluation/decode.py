@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers.generation import GenerateEncoderDecoderOutput
@@ -27,7 +25,8 @@ from util.data.rows import SEEN_COLUMN
 from util.environment import environment
 from util.evaluation.identity import hash_named_files, identify
 from util.evaluation.prediction_log import PredictionLog
-from util.evaluation.records import EvaluationSettings, Record, best_windows, read_records, write_records
+from util.evaluation.records import EvaluationSettings, Record, best_windows
+from util.evaluation.shards import launched_shards, share_out
 from util.evaluation.summary import judge, read_baseline, summarize, write_sample_scores
 from util.progress import track
 from util.timing import Stopwatch
@@ -95,33 +94,13 @@ def decode_split(
     def decode(rows: range, log: PredictionLog) -> list[Record]:
         return decode_share(loaded, policy, examples.select(rows), settings, log)
 
-    return share_out(decode, loaded, examples, settings)
+    identity = identify_run(loaded, examples, settings)
+    return share_out(decode, len(examples), settings, identity, launched_shards())
 
 
-def share_out(
-    decode: Callable[[range, PredictionLog], list[Record]],
-    loaded: LoadedModel,
-    examples: Dataset,
-    settings: EvaluationSettings,
-) -> list[Record] | None:
-    """Let every process `decode` its share of the rows into a log of its own.
-
-    Under torchrun batches are as one process would form them; the first process gathers the records in order
-    and returns them, the others None.
-    """
-    processes = PartialState()
-    share = own_share(len(examples), settings.batch_size, processes)
-    path = share_path(settings.predictions_file, processes.process_index, processes.num_processes)
-    identity = settings.arguments | hash_named_files(settings.arguments) | identify(loaded, examples)
-    identity |= {"processes": processes.num_processes}
-    with PredictionLog(path, identity, settings.resume) as log:
-        records = decode(share, log)
-    if processes.num_processes > 1:
-        processes.wait_for_everyone()
-        if not processes.is_main_process:
-            return None
-        records = gather_shares(settings.predictions_file, processes.num_processes)
-    return records
+def identify_run(loaded: LoadedModel, examples: Dataset, settings: EvaluationSettings) -> dict[str, Any]:
+    """All that the records depend on."""
+    return settings.arguments | hash_named_files(settings.arguments) | identify(loaded, examples)
 
 
 def decode_share(
@@ -145,26 +124,6 @@ def decode_share(
         decoded = decode_batch(loaded, policy, batch, settings)
         log.append(describe_batch(loaded, batch, decoded))
     return log.records
-
-
-def own_share(total: int, batch_size: int, processes: PartialState) -> range:
-    """The contiguous samples of this process: whole batches, the last share possibly shorter."""
-    batches = -(-total // batch_size)
-    per_process = -(-batches // processes.num_processes) * batch_size
-    start = min(total, processes.process_index * per_process)
-    return range(start, min(total, start + per_process))
-
-
-def share_path(path: Path, index: int, processes: int) -> Path:
-    return path if processes == 1 else path.with_suffix(f".part{index}.jsonl")
-
-
-def gather_shares(path: Path, processes: int) -> list[Record]:
-    """Records of all processes, in order; also written as one file."""
-    parts = [share_path(path, index, processes) for index in range(processes)]
-    records = [record for part in parts for _, record in read_records(part)]
-    write_records(path, records)
-    return records
 
 
 def batch_indices(start: int, stop: int, size: int) -> Iterator[range]:

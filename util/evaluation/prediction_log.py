@@ -27,8 +27,8 @@ class PredictionLog:
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool = False) -> None:
         self.path = path
-        self.settings_path = path.with_name(path.stem + ".settings.json")
-        self.identity = json.loads(json.dumps(identity))
+        self.settings_path = settings_file(path)
+        self.identity = identity
         self.records: list[Record] = []
         self._log = JsonLog(path, fresh=not resume)
         try:
@@ -62,11 +62,20 @@ class PredictionLog:
     def _refuse_other_identity(self) -> None:
         if not self.settings_path.is_file():
             raise UserError(f"--resume_eval: {self.settings_path} is missing; set --resume_eval False.")
-        before = read_mapping(self.settings_path)
-        names = {*before, *self.identity}
-        changed = sorted(name for name in names if before.get(name) != self.identity.get(name))
+        changed = changed_names(self.path, self.identity)
         if changed:
             raise UserError(
                 f"--resume_eval: {self.path} was begun with other {', '.join(changed)}; "
                 "use what it was begun with, or start afresh with --resume_eval False."
             )
+
+
+def settings_file(path: Path) -> Path:
+    """Beside the log `path`: what its records depend on."""
+    return path.with_name(path.stem + ".settings.json")
+
+
+def changed_names(path: Path, identity: dict[str, Any]) -> list[str]:
+    """In what the records of the log `path` were made differently."""
+    now, before = json.loads(json.dumps(identity)), read_mapping(settings_file(path))
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))

@@ -11,12 +11,10 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -43,16 +41,18 @@ from util.data.examples import dataset_record, load_examples, target_language, t
 from util.data.preparation import LABEL_MULTIPLE
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
-from util.evaluation.decode import batch_indices, decode_batch, describe_batch, own_share
+from util.evaluation.decode import batch_indices, decode_batch, describe_batch
 from util.evaluation.identity import hash_rows, hash_tokenizer
 from util.evaluation.records import EvaluationSettings, best_windows
+from util.evaluation.shards import launched_shards
 from util.evaluation.summary import score
 from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash, write_json
 from util.policies import build_policy
 from util.training.optimizer import build_muon
 from util.training.progress import progress_callbacks
-from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint
+from util.training.tracking import SampleTables, taught_exits
+from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,11 @@ def keep_all_layers(view: DecoderView) -> None:
 
 
 def build_trainer(
-    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, **exit_options: Any
+    arguments: Arguments,
+    exit_flags: ExitArguments,
+    loaded: LoadedModel,
+    exit_loss: ExitLoss | ConfidenceHeadLoss | None,
+    exit_config: ExitConfig,
 ) -> EarlyExitTrainer:
     data, training = arguments.data, arguments.training
     tokenizer, prompt = loaded.tokenizer, loaded.prompt
@@ -250,15 +254,17 @@ def build_trainer(
     else:
         train_rows = load_examples(record, data, "train", tokenizer, data.max_train_samples, prompt)
         train_rows = tokenize(train_rows, tokenizer, data, data.max_target_length, prompt)
-    eval_rows, scorer = None, None
+    eval_rows, scorer, exits = None, None, []
     if training.eval_strategy != "no":
         examples = load_examples(record, data, "validation", tokenizer, data.max_eval_samples, prompt)
         eval_rows = tokenize(examples, tokenizer, data, data.val_max_target_length, prompt)
+        shallow_layer = exit_config.shallow_exit_layer
+        exits = taught_exits(loaded.view, shallow_layer, exit_loss is not None)
         if training.predict_with_generate:
             scorer = generation_score(arguments, exit_flags, loaded, examples)
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns
     patience = arguments.loss.early_stopping_patience
-    return EarlyExitTrainer(
+    trainer = EarlyExitTrainer(
         model=loaded.model,
         args=training,
         train_dataset=train_rows,
@@ -268,8 +274,28 @@ def build_trainer(
         score=scorer,
         optimizers=(build_muon(loaded.model, training) if arguments.loss.use_muon else None, None),
         callbacks=progress_callbacks(training) + ([EarlyStoppingCallback(patience)] if patience else []),
-        **exit_options,
+        exit_loss=exit_loss,
+        exit_config=exit_config,
+        exits=exits,
     )
+    if exits and not trainer.is_deepspeed_enabled:  # texts need whole weights
+        show_samples(trainer, loaded, examples, greedy_settings(arguments))
+    return trainer
+
+
+def show_samples(
+    trainer: EarlyExitTrainer, loaded: LoadedModel, examples: Dataset, settings: EvaluationSettings
+) -> None:
+    """Let trackers have a table of texts by depth at each evaluation."""
+    tables = SampleTables(
+        loaded,
+        examples,
+        settings,
+        trainer.exits,
+        trackers=lambda: trainer.callback_handler.callbacks,
+        whole=lambda: whole_weights(trainer.model),
+    )
+    trainer.add_callback(tables)
 
 
 def build_collator(loaded: LoadedModel) -> DataCollatorForSeq2Seq:
@@ -287,26 +313,31 @@ def use_one_gpu(training: Seq2SeqTrainingArguments) -> None:
         training._n_gpu = 1
 
 
-def generation_score(
-    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, examples: Dataset
-) -> Callable[[], dict[str, float]]:
-    """A function that decodes the examples and gives the figures that `--do_eval` would give."""
+def greedy_settings(arguments: Arguments) -> EvaluationSettings:
+    """How evaluations between training steps decode."""
     data, training = arguments.data, arguments.training
-    settings = EvaluationSettings(
+    return EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
         max_length=arguments.max_length,
         batch_size=training.per_device_eval_batch_size,
-        num_beams=training.generation_num_beams or 1,
         predictions_file=Path(training.output_dir, "predictions.jsonl"),  # stays as it is
         language=target_language(data),
     )
+
+
+def generation_score(
+    arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, examples: Dataset
+) -> Callable[[], dict[str, float]]:
+    """A function that decodes the examples and gives the figures that `--do_eval` would give."""
+    beams = arguments.training.generation_num_beams or 1
+    settings = replace(greedy_settings(arguments), num_beams=beams)
     if settings.num_beams > 1 and exit_flags.methods:
         raise UserError(
             f"{' '.join(exit_flags.methods)} decodes greedily: leave --generation_num_beams at 1."
         )
     policy = build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
-    share = examples.select(own_share(len(examples), settings.batch_size, PartialState()))
+    share = examples.select(launched_shards().own_rows(len(examples), settings.batch_size))
 
     def compute() -> dict[str, float]:
         records = []

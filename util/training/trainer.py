@@ -10,8 +10,9 @@ import json
 import logging
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from models.losses import (
     ConfidenceHeadLoss,
     ExitLoss,
     Total,
+    own_total,
     token_share,
     without_logits,
 )
+from util.training.tracking import AGREEMENT_BATCHES, LayerAgreement
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ AnyExitLoss = ExitLoss | ConfidenceHeadLoss
 
 
 class EarlyExitTrainer(Seq2SeqTrainer):
-    """`score` makes the figures of an evaluation besides its loss; without it, there are none."""
+    """Evaluations give, besides the loss, how often each of `exits` agrees with the last layer, and the
+    figures of `score`."""
 
     loss_is_scaled_for_ga = True  # every micro-batch returns its share of the whole batch's loss
 
@@ -52,6 +56,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         exit_loss: AnyExitLoss | None = None,
         exit_config: ExitConfig | None = None,
         score: Callable[[], dict[str, float]] | None = None,
+        exits: Iterable[int] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -59,6 +64,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         self.exit_loss = exit_loss
         self.exit_config = exit_config
         self.score = score
+        self.exits = list(exits)
         self.micro_batches: list[Batch] = []  # of the optimizer step to come
         self.totals: dict[str, Tensor] = {}  # what losses must know of all of them, if they are several
         self.loss_parts: dict[str, Tensor] = {}  # sums since the last log
@@ -129,7 +135,7 @@ class EarlyExitTrainer(Seq2SeqTrainer):
         return {name: self.accelerator.reduce(own, "sum") for name, own in sums.items()}
 
     def _forward(
-        self, exit_loss: AnyExitLoss, model: nn.Module, inputs: Batch, total: Total
+        self, exit_loss: AnyExitLoss | LayerAgreement, model: nn.Module, inputs: Batch, total: Total
     ) -> dict[str, Tensor]:
         """The exit loss as `total` and its parts, computed in the forward pass: sharded weights are whole
         only there."""
@@ -151,13 +157,26 @@ class EarlyExitTrainer(Seq2SeqTrainer):
             handle.remove()
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The parent's loop, for the loss; then `score`'s figures."""
+        """The parent's loop, for the loss; then agreement and `score`'s figures."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self.measure_agreement() if self.exits else {}
         if self.score is not None:
             with whole_weights(self.model):
-                scores = self.score()
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+                figures |= self.score()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
+
+    @torch.no_grad()
+    def measure_agreement(self) -> dict[str, float]:
+        """Of the target tokens of the first evaluation batches, the share at which an exit predicts what the
+        last layer does."""
+        self.model.eval()
+        agreement, sums = LayerAgreement(self.exits), Counter[str]()
+        for batch in islice(self.get_eval_dataloader(), AGREEMENT_BATCHES):
+            counts = self._forward(agreement, self.model, self._prepare_inputs(batch), own_total)
+            sums.update({name: self.accelerator.reduce(own, "sum").item() for name, own in counts.items()})
+        tokens = sums.pop("total")
+        return {name: sums[name] / tokens for name in sorted(sums)}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each part of the loss since the last log, over the steps that had it, to the
