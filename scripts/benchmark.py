@@ -34,6 +34,7 @@ import torch
 from models.errors import one_line_errors
 from scripts.benchmarking.contestants import Contestant, Output, announce_missing, enter_contestants
 from scripts.benchmarking.figures import Floor, make_rows, measure_bandwidth
+from scripts.benchmarking.speed_figure import draw_speeds
 from scripts.benchmarking.subjects import Subject, open_subject, subject_names
 from util.console import prepare_console
 from util.environment import git_hash
@@ -78,7 +79,9 @@ def benchmark(flags: BenchmarkArguments) -> None:
         records.append(record)
         title = f"{name}: {record['samples']} samples, {record['bytes_per_second'] / 1e9:.1f} GB/s"
         print_report(comparison_table(title, COLUMNS, record["rows"]))
-    print(json.dumps(records))
+    if flags.figure_file is not None:
+        draw_speeds(records, flags.figure_file)
+    print(json.dumps(records, default=str))
 
 
 def run_model(name: str, flags: BenchmarkArguments) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from models.errors import UserError
 from scripts import benchmark
 from scripts.benchmarking import ctranslate, figures
 from scripts.benchmarking.contestants import Coin, Contestant, Output, build_policy, enter_contestants
+from scripts.benchmarking.speed_figure import speed_figure
 from scripts.benchmarking.subjects import open_subject
 from util.methods import CALM
 from util.script_arguments import BenchmarkArguments
@@ -94,6 +95,11 @@ def test_table_and_json_have_every_method(config, capsys):
     assert full["average_layers"] == 4 and "speedup" not in full
     assert static["speedup"] == pytest.approx(full["ms_per_token"] / static["ms_per_token"])
     assert static["real_over_ideal"] == pytest.approx(static["speedup"] / 4)
+    panel = speed_figure([record]).axes[0]
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    shown = dict(zip(names, [bar.get_width() for bar in panel.patches], strict=True))
+    assert shown == {name: row["ms_per_token"] for name, row in rows.items()}
+    assert list(shown.values()) == sorted(shown.values())
 
 
 @pytest.mark.slow
@@ -211,6 +217,7 @@ def test_contestants_take_turns(config):
         (["--backends", "onnx"], "--backends: there is no onnx; choose of torch, compile,"),
         (["--methods", "Free"], "--methods: there is no Free; choose of FREE,"),
         (["--rivals", "llama.cpp"], "--rivals: there is no llama.cpp; choose of HF generate,"),
+        (["--figure_file", "speed.gif"], "--figure_file speed.gif: name an .svg or a .png."),
         (["--samples", "0"], "--samples must be positive, got 0."),
         (["--models", "t5-base", "--exit_share", "1.5"], "--exit_share must lie in [0, 1], got 1.5."),
         (

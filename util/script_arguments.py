@@ -277,8 +277,11 @@ class BenchmarkArguments:
     exit_share: float = flag(0.7, "Share of tokens that exit early, on random weights.", method=(FREE, CALM))
     source_length: int = flag(128, "Tokens of a source, for random weights.")
     target_length: int = flag(64, "Tokens of an output, for random weights.")
+    figure_file: Path | None = flag(None, "Gets a picture of the figures: .svg or .png.")
 
     def __post_init__(self) -> None:
+        kind = None if self.figure_file is None else self.figure_file.suffix
+        require(kind in (None, ".svg", ".png"), f"--figure_file {self.figure_file}: name an .svg or a .png.")
         for name in ("models", "rivals", "backends", "methods"):
             setattr(self, name, list(dict.fromkeys(getattr(self, name))))
         for name in self.models:
