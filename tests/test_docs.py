@@ -14,7 +14,8 @@ from models import families
 
 ROOT = Path(__file__).parent.parent
 OWN_DATA = ROOT / "docs/your_own_data.md"  # writes files
-PAGES = [*sorted({*ROOT.glob("docs/*.md")} - {OWN_DATA}), ROOT / "README.md"]
+INDEX = ROOT / "docs/README.md"
+PAGES = [*sorted({*ROOT.glob("docs/*.md")} - {OWN_DATA, INDEX}), ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,3 +68,9 @@ def test_your_own_data_from_a_csv_to_a_report(tmp_path, monkeypatch, capsys):
     assert len(outputs.splitlines()) == 2
     log = json.loads(Path("save/own/model/trainer_state.json").read_text(encoding="utf8"))
     assert log["logging_steps"] == 10
+
+
+def test_the_index_names_every_page():
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {INDEX.name}
+    linked = set(re.findall(r"\]\(([^)]+\.md)\)", INDEX.read_text(encoding="utf8")))
+    assert linked == pages
