@@ -1,0 +1,118 @@
+"""The models of the page: loaded once for each choice, the least recently used given up."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from models.backends import prepare
+from models.errors import UserError
+from models.loading import LoadedModel, load_model
+from models.prompts import Prompt
+from util.data.encoding import Encoder, make_encoder
+from util.demo.examples import template_of
+from util.device import move_model
+
+Kept = TypeVar("Kept")
+ON_THE_PAGE = ("torch", "onnx")  # backends; compiling takes minutes for each shape
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model, and what runs it."""
+
+    checkpoint: str
+    exit_adapter: str = ""
+    backend: str = "torch"
+    precision: str = "fp32"
+
+
+@dataclass
+class OpenModel:
+    """A model ready to decode; `plain` is the same in its own modules, for analysis."""
+
+    fast: LoadedModel
+    plain: LoadedModel
+    encoder: Encoder
+    warm: set[tuple[str, int]] = field(default_factory=set)  # methods and layers that have decoded before
+
+    @property
+    def num_layers(self) -> int:
+        return self.plain.view.num_layers
+
+    @property
+    def shallow_layer(self) -> int:
+        """The exit that the checkpoint was trained with; about a third of the depth where there is none."""
+        return self.plain.exit_config.shallow_exit_layer or max(1, self.num_layers // 3)
+
+
+class Session:
+    """Opens models for all requests, one at a time."""
+
+    def __init__(self, models_kept: int = 3, offered: tuple[str, ...] | None = None) -> None:
+        """`offered`: the only checkpoints that may be opened; None: any."""
+        self.offered = offered
+        self.lock = threading.Lock()
+        self.loaded: Recent[LoadedModel] = Recent(models_kept)
+        self.opened: Recent[OpenModel] = Recent(models_kept)
+
+    def open(self, choice: Choice) -> OpenModel:
+        """The model of a choice.
+
+        Raises:
+            UserError: it is not offered, cannot be loaded, or not run so.
+        """
+        self._check(choice)
+        with self.lock:
+            return self.opened.get(choice, lambda: self._open(choice))
+
+    def _check(self, choice: Choice) -> None:
+        if not choice.checkpoint:
+            raise UserError("Checkpoint: choose one.")
+        if choice.backend not in ON_THE_PAGE:
+            raise UserError(f"Backend: {choice.backend!r} is none of {', '.join(ON_THE_PAGE)}.")
+        if self.offered is not None and (choice.checkpoint not in self.offered or choice.exit_adapter):
+            raise UserError("Checkpoint: choose one of the list; this page takes no others.")
+
+    def _open(self, choice: Choice) -> OpenModel:
+        named = (choice.checkpoint, choice.exit_adapter)
+        plain = self.loaded.get(named, lambda: load(*named))
+        if choice.backend == "torch":
+            move_model(plain.model)
+        fast = prepare(plain, choice.backend, choice.precision)
+        return OpenModel(fast, plain, make_encoder(plain.tokenizer, plain.prompt))
+
+
+class Recent(OrderedDict[Any, Kept]):
+    """The `most` values that were asked for last."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def get(self, key: Any, make: Callable[[], Kept]) -> Kept:  # type: ignore[override]  # makes what it lacks
+        if key not in self:
+            made = make()
+            self[key] = made
+        self.move_to_end(key)
+        while len(self) > self.most:
+            self.popitem(last=False)
+        return self[key]
+
+
+def load(checkpoint: str, exit_adapter: str) -> LoadedModel:
+    """A checkpoint, with its exit adapter if one is named, that knows how it is asked.
+
+    Raises:
+        UserError: it cannot be loaded, or has no layer to exit after.
+    """
+    loaded = load_model(checkpoint, exit_adapter=exit_adapter or None)
+    if loaded.view.num_layers < 2:
+        raise UserError(f"{checkpoint} has one layer only, and none to exit after.")
+    if not loaded.model.config.is_encoder_decoder:
+        chat = loaded.tokenizer.chat_template is not None
+        loaded.prompt = Prompt(template_of(checkpoint), chat)
+    return loaded
