@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import torch
 
+from models.checkpoint_files import first_line
 from models.choices import PRECISIONS
 from models.errors import UserError
 from util.demo.comparison import compare, paced
@@ -29,13 +30,6 @@ FONTS = ["system-ui", "sans-serif"]  # no web fonts
 MONOSPACE = ["ui-monospace", "monospace"]
 WAITING_REQUESTS = 16
 SLOWEST = 1.0  # seconds an event
-LAYOUT = """
-.gradio-container { max-width: 76rem !important; }
-footer { display: none !important; }
-@media (max-width: 40rem) {
-  .gradio-container, .gradio-container > main { padding-inline: .4rem !important; }
-}
-"""
 
 
 def open_page(flags: DemoArguments) -> None:
@@ -49,9 +43,11 @@ def open_page(flags: DemoArguments) -> None:
     app = DemoPage(flags).build()
     app.queue(max_size=WAITING_REQUESTS, default_concurrency_limit=flags.requests_at_once)
     try:
-        launch(app, flags)
+        _, address, _ = launch(app, flags, prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f"--host {flags.host} --port {flags.port}: {error}") from error
+        raise UserError(f"--host {flags.host} --port {flags.port}: {first_line(error)}") from error
+    print(f"Open {address} in a browser; Ctrl-C ends it.")
+    app.block_thread()
 
 
 def launch(app: gr.Blocks, flags: DemoArguments, **options: Any) -> Any:
@@ -61,10 +57,11 @@ def launch(app: gr.Blocks, flags: DemoArguments, **options: Any) -> Any:
         server_name=flags.host,
         server_port=flags.port,
         share=False,
+        quiet=True,
         ssr_mode=False,
         footer_links=[],
         theme=theme,
-        css=STYLE + LAYOUT,
+        css=STYLE,
         **options,
     )
 
@@ -99,15 +96,15 @@ class DemoPage:
         self.text = gr.Textbox(
             examples[0], label="Text", lines=2, max_lines=8, max_length=self.limits.max_characters
         )
+        with gr.Row():
+            self.run = gr.Button("Decode", variant="primary", elem_id="decode", min_width=120)
+            self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
         self.examples = gr.Dataset(
             components=["textbox"],
             samples=[[text] for text in examples],
             label="Examples",
             elem_id="examples",
         )
-        with gr.Row():
-            self.run = gr.Button("Decode", variant="primary", elem_id="decode", min_width=120)
-            self.stop = gr.Button("Stop", elem_id="stop", min_width=80)
         self.output = gr.HTML(show_note("Press Decode."), elem_id="output")
 
     def _add_model(self, first: str, opened: OpenModel) -> None:

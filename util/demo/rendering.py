@@ -31,8 +31,9 @@ def show_output(title: str, transcript: Transcript) -> str:
 
 
 def show_token(token: ShownToken, num_layers: int) -> str:
-    text = END if token.special and not token.text else token.text
-    if not text:  # it only begins a character, which the next one completes
+    blank = token.text[: len(token.text) - len(token.text.lstrip())]  # stays between the colours
+    text = END if token.special and not token.text else token.text[len(blank) :]
+    if not text and not blank:  # it only begins a character, which the next one completes
         return ""
     names = ["token", CLASSES[token.state]]
     names += ["special"] if token.special and not token.text else []
@@ -40,10 +41,8 @@ def show_token(token: ShownToken, num_layers: int) -> str:
     depth = depth_share(token.layer, num_layers)
     detail = escape(describe(token, num_layers))
     classes = " ".join(names)
-    return (
-        f'<span class="{classes}" style="--depth: {depth:.0%}" tabindex="0" data-layer="{token.layer}" '
-        f'data-detail="{detail}">{escape(text)}</span>'
-    )
+    attributes = f'class="{classes}" style="--depth: {depth:.0%}" data-layer="{token.layer}"'
+    return f'{escape(blank)}<span {attributes} tabindex="0" data-detail="{detail}">{escape(text)}</span>'
 
 
 def depth_share(layer: int, num_layers: int) -> float:
@@ -94,7 +93,7 @@ def show_figures(shown: Comparison) -> str:
         ("Tokens that exit early", *(figure(one.exit_share, ".0%") for one in both(shown))),
         ("Drafts taken back", str(shown.method.taken_back), UNKNOWN),
         ("Words that differ", figure(shown.different_words, "d"), UNKNOWN),
-        ("Speed, full depth = 1", figure(shown.speedup, ".2f"), "1"),
+        ("Speed-up", figure(shown.speedup, ".2f"), UNKNOWN),
     ]
     heads = f"<th></th><th>{escape(shown.request.method)}</th><th>{BASELINE}</th>"
     body = "".join(

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
 from models.backends import prepare
 from models.errors import UserError
 from models.loading import LoadedModel, load_model
 from models.prompts import Prompt
 from util.data.encoding import Encoder, make_encoder
 from util.demo.examples import template_of
-from util.device import move_model
+from util.device import best_device, move_model
 
 Kept = TypeVar("Kept")
 ON_THE_PAGE = ("torch", "onnx")  # backends; compiling takes minutes for each shape
@@ -66,8 +68,14 @@ class Session:
             UserError: it is not offered, cannot be loaded, or not run so.
         """
         self._check(choice)
+        device = best_device() if choice.backend == "torch" else torch.device("cpu")
+        named = (choice.checkpoint, choice.exit_adapter, device)
         with self.lock:
-            return self.opened.get(choice, lambda: self._open(choice))
+            plain = self.loaded.get(named, lambda: load(*named))
+            kept = {*map(id, self.loaded.values())}
+            for other in [one for one, opened in self.opened.items() if id(opened.plain) not in kept]:
+                del self.opened[other]
+            return self.opened.get(choice, lambda: run_as_chosen(plain, choice))
 
     def _check(self, choice: Choice) -> None:
         if not choice.checkpoint:
@@ -76,14 +84,6 @@ class Session:
             raise UserError(f"Backend: {choice.backend!r} is none of {', '.join(ON_THE_PAGE)}.")
         if self.offered is not None and (choice.checkpoint not in self.offered or choice.exit_adapter):
             raise UserError("Checkpoint: choose one of the list; this page takes no others.")
-
-    def _open(self, choice: Choice) -> OpenModel:
-        named = (choice.checkpoint, choice.exit_adapter)
-        plain = self.loaded.get(named, lambda: load(*named))
-        if choice.backend == "torch":
-            move_model(plain.model)
-        fast = prepare(plain, choice.backend, choice.precision)
-        return OpenModel(fast, plain, make_encoder(plain.tokenizer, plain.prompt))
 
 
 class Recent(OrderedDict[Any, Kept]):
@@ -103,8 +103,13 @@ class Recent(OrderedDict[Any, Kept]):
         return self[key]
 
 
-def load(checkpoint: str, exit_adapter: str) -> LoadedModel:
-    """A checkpoint, with its exit adapter if one is named, that knows how it is asked.
+def run_as_chosen(plain: LoadedModel, choice: Choice) -> OpenModel:
+    fast = prepare(plain, choice.backend, choice.precision)
+    return OpenModel(fast, plain, make_encoder(plain.tokenizer, plain.prompt))
+
+
+def load(checkpoint: str, exit_adapter: str, device: torch.device) -> LoadedModel:
+    """A checkpoint on a device, with its exit adapter if one is named, that knows how it is asked.
 
     Raises:
         UserError: it cannot be loaded, or has no layer to exit after.
@@ -115,4 +120,5 @@ def load(checkpoint: str, exit_adapter: str) -> LoadedModel:
     if not loaded.model.config.is_encoder_decoder:
         chat = loaded.tokenizer.chat_template is not None
         loaded.prompt = Prompt(template_of(checkpoint), chat)
+    move_model(loaded.model, device)
     return loaded
