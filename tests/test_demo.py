@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import html.parser
 import json
 import sys
 import threading
@@ -29,13 +28,11 @@ from models import (
 )
 from scripts import demo
 from util.demo import comparison
-from util.demo.comparison import Comparison, compare, paced
-from util.demo.events import Chosen, Confirmed, Ended, TakenBack
+from util.demo.comparison import compare, paced
 from util.demo.examples import embedded_checkpoints, examples_for
-from util.demo.rendering import show_comparison, show_error
 from util.demo.request import Limits, Request
 from util.demo.session import Choice, Session
-from util.demo.transcript import State, Transcript, differing_words
+from util.demo.transcript import State
 from util.demo_arguments import DemoArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +229,31 @@ def test_models_are_loaded_once_and_the_least_recent_goes(monkeypatch):
     assert kept.open(Choice(FREE)) is first and loads == [FREE, CALM, LLAMA]
     kept.open(Choice(CALM))
     assert loads == [FREE, CALM, LLAMA, CALM]
+
+
+def test_a_model_that_is_loaded_does_not_wait_for_another(monkeypatch):
+    """A hub that does not answer holds up nobody else."""
+    from util.demo import session
+
+    kept, asked, answer = Session(), threading.Event(), threading.Event()
+    first = kept.open(Choice(FREE))
+
+    def load_slowly(name, **_):
+        asked.set()
+        answer.wait(60)
+        raise UserError(name)
+
+    monkeypatch.setattr(session, "load_model", load_slowly)
+
+    def open_it():
+        with pytest.raises(UserError):
+            kept.open(Choice("far/away"))
+
+    thread = threading.Thread(target=open_it)
+    thread.start()
+    assert asked.wait(60) and kept.open(Choice(FREE)) is first
+    answer.set()
+    thread.join()
 
 
 def test_slow_motion_shows_every_event_and_quick_the_last(monkeypatch):

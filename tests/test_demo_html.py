@@ -12,7 +12,6 @@ from util.demo.rendering import show_comparison, show_error
 from util.demo.request import Request
 from util.demo.transcript import State, Transcript, differing_words
 
-
 # Texts of tokens
 
 

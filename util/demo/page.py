@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 import torch
 
-from models.checkpoint_files import first_line
 from models.choices import PRECISIONS
 from models.errors import UserError
 from util.demo.comparison import compare, paced
@@ -45,7 +44,10 @@ def open_page(flags: DemoArguments) -> None:
     try:
         _, address, _ = launch(app, flags, prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f"--host {flags.host} --port {flags.port}: {first_line(error)}") from error
+        raise UserError(
+            f"Cannot listen on --host {flags.host} --port {flags.port}: the port is taken, or the address is "
+            "none of this machine's."
+        ) from error
     print(f"Open {address} in a browser; Ctrl-C ends it.")
     app.block_thread()
 

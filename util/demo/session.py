@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -19,6 +18,7 @@ from util.demo.examples import template_of
 from util.device import best_device, move_model
 
 Kept = TypeVar("Kept")
+Named: TypeAlias = tuple[str, str, torch.device]  # checkpoint, exit adapter, where
 ON_THE_PAGE = ("torch", "onnx")  # backends; compiling takes minutes for each shape
 
 
@@ -57,7 +57,8 @@ class Session:
     def __init__(self, models_kept: int = 3, offered: tuple[str, ...] | None = None) -> None:
         """`offered`: the only checkpoints that may be opened; None: any."""
         self.offered = offered
-        self.lock = threading.Lock()
+        self.loading = threading.Lock()  # held for as long as a hub takes to answer
+        self.lock = threading.Lock()  # of what is kept
         self.loaded: Recent[LoadedModel] = Recent(models_kept)
         self.opened: Recent[OpenModel] = Recent(models_kept)
 
@@ -70,12 +71,29 @@ class Session:
         self._check(choice)
         device = best_device() if choice.backend == "torch" else torch.device("cpu")
         named = (choice.checkpoint, choice.exit_adapter, device)
+        if (opened := self._find(choice, named)) is not None:
+            return opened
+        with self.loading:
+            opened = self._find(choice, named)  # loaded by another request in the meantime
+            return opened or self._open(choice, named)
+
+    def _find(self, choice: Choice, named: Named) -> OpenModel | None:
         with self.lock:
-            plain = self.loaded.get(named, lambda: load(*named))
+            self.loaded.get(named)
+            return self.opened.get(choice)
+
+    def _open(self, choice: Choice, named: Named) -> OpenModel:
+        with self.lock:
+            plain = self.loaded.get(named)
+        plain = plain or load(*named)
+        opened = run_as_chosen(plain, choice)
+        with self.lock:
+            self.loaded.put(named, plain)
             kept = {*map(id, self.loaded.values())}
-            for other in [one for one, opened in self.opened.items() if id(opened.plain) not in kept]:
+            for other in [one for one, model in self.opened.items() if id(model.plain) not in kept]:
                 del self.opened[other]
-            return self.opened.get(choice, lambda: run_as_chosen(plain, choice))
+            self.opened.put(choice, opened)
+        return opened
 
     def _check(self, choice: Choice) -> None:
         if not choice.checkpoint:
@@ -87,20 +105,22 @@ class Session:
 
 
 class Recent(OrderedDict[Any, Kept]):
-    """The `most` values that were asked for last."""
+    """The `most` values that were put or asked for last."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
 
-    def get(self, key: Any, make: Callable[[], Kept]) -> Kept:  # type: ignore[override]  # makes what it lacks
-        if key not in self:
-            made = make()
-            self[key] = made
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key in self:
+            self.move_to_end(key)
+        return super().get(key, default)
+
+    def put(self, key: Any, value: Kept) -> None:
+        self[key] = value
         self.move_to_end(key)
         while len(self) > self.most:
             self.popitem(last=False)
-        return self[key]
 
 
 def run_as_chosen(plain: LoadedModel, choice: Choice) -> OpenModel:
