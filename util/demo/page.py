@@ -170,10 +170,10 @@ class DemoPage:
             event(self.choose, [self.checkpoint, self.adapter], chosen, **private)
         self.backend.change(offer_precisions, self.backend, self.precision, **private)
 
-    def choose(self, checkpoint: str | None, adapter: str) -> tuple[Any, ...]:
+    def choose(self, checkpoint: str | None, adapter: str | None) -> tuple[Any, ...]:
         """What the page shows of another model: a line about it, its layers, texts that fit it."""
         try:
-            opened = self.session.open(Choice((checkpoint or "").strip(), adapter.strip()))
+            opened = self.session.open(choice_of(checkpoint, adapter))
         except UserError as error:
             return show_error(str(error)), gr.skip(), gr.skip(), gr.skip()
         texts = examples_of(checkpoint or "", opened)
@@ -182,19 +182,25 @@ class DemoPage:
         return show_note(describe(opened)), layer, samples, texts[0]
 
     def decode(
-        self, checkpoint: str | None, adapter: str, backend: str, precision: str, text: str, method: str,
-        threshold: float, layer: float, pending: float, new_tokens: float, slowness: float,
+        self, checkpoint: str | None, adapter: str | None, backend: str, precision: str, text: str | None,
+        method: str, threshold: float, layer: float, pending: float, new_tokens: float, slowness: float,
     ) -> Iterator[str]:  # fmt: skip
         """The outputs as they grow; or one line that says what is wrong."""
-        choice = Choice((checkpoint or "").strip(), adapter.strip(), backend, precision)
-        yield show_note("Loading the model; the first time with onnx, it is exported.")
+        choice = choice_of(checkpoint, adapter, backend, precision)
+        if not self.session.is_open(choice):
+            yield show_note("Loading the model; for onnx, it is exported the first time.")
         try:
-            request = Request(text, method, threshold, whole(layer), whole(pending), whole(new_tokens))
+            request = Request(text or "", method, threshold, whole(layer), whole(pending), whole(new_tokens))
             with closing(compare(self.session.open(choice), request, self.limits)) as steps:
                 for shown in paced(steps, min(max(slowness, 0.0), SLOWEST)):
                     yield show_comparison(shown)
         except UserError as error:
             yield show_error(str(error))
+
+
+def choice_of(checkpoint: str | None, adapter: str | None, *how: str) -> Choice:
+    """Fields that were emptied are None."""
+    return Choice((checkpoint or "").strip(), (adapter or "").strip(), *how)
 
 
 def whole(value: Any) -> Any:

@@ -77,6 +77,11 @@ class Session:
             opened = self._find(choice, named)  # loaded by another request in the meantime
             return opened or self._open(choice, named)
 
+    def is_open(self, choice: Choice) -> bool:
+        """Whether `open` returns at once."""
+        with self.lock:
+            return choice in self.opened
+
     def _find(self, choice: Choice, named: Named) -> OpenModel | None:
         with self.lock:
             self.loaded.get(named)
