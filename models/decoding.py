@@ -126,7 +126,8 @@ def early_exit_decode(
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
-        streamer: gets each token once it can no longer be taken back; the prompt it has from `generate`.
+        streamer: gets each token once it can no longer be taken back, and drafts as well if it is a
+            `models.token_choice.DraftStreamer`; the prompt it has from `generate`.
         model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
             back with those that every layer has keys/values for: after early exits, not all.
 
@@ -253,6 +254,7 @@ class Decoding:
         if result is not None:
             self.stats.record_cost(result, len(self.input_ids))
             self.settle(result, closing=True)
+            self.stream.show(self.input_ids, result.deep_pass)
 
     def settle(self, result: StepResult, *, closing: bool) -> None:
         """Take back what the step says should go, and append the token it predicts."""
@@ -277,6 +279,7 @@ class Decoding:
         """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""
         self.input_ids = self.chooser.take_back(self.input_ids, count)
         self.stats.take_back(count)
+        self.stream.take_back(count)
         self.state.truncate(self.cached_before + self.input_ids.shape[1])
 
     def append(self, result: StepResult, scores: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -273,17 +273,36 @@ def copy_item(item: Any) -> Any:
         ) from error
 
 
+class DraftStreamer(Protocol):
+    """A streamer that is also shown tokens which may still be taken back. `put` confirms them, oldest first,
+    or brings a token that never was a draft."""
+
+    def put_draft(self, value: Tensor) -> None:
+        """Take the newest token of each row, (B,)."""
+
+    def take_back(self, count: int) -> None:
+        """Forget the newest `count` drafts."""
+
+
 class TokenStream:
-    """Feeds a streamer; a policy that retracts is shown only up to its newest deep pass."""
+    """Feeds a streamer; a policy that retracts is shown only up to its newest deep pass, unless the streamer
+    is a `DraftStreamer`."""
 
     def __init__(self, streamer: BaseStreamer | None, retracts: bool, shown: int) -> None:
         self.streamer = streamer
+        self.drafting: DraftStreamer | None = streamer if hasattr(streamer, "put_draft") else None
         self.retracts = retracts
-        self.shown = shown
+        self.shown = shown  # tokens of a row that the streamer has, without drafts
 
     def show(self, input_ids: Tensor, deep_pass: bool) -> None:
         if deep_pass or not self.retracts:
             self._flush(input_ids)
+        elif self.drafting is not None:
+            self.drafting.put_draft(input_ids[:, -1].cpu())
+
+    def take_back(self, count: int) -> None:
+        if self.drafting is not None:
+            self.drafting.take_back(count)
 
     def end(self, input_ids: Tensor) -> None:
         self._flush(input_ids)

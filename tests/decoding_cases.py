@@ -84,3 +84,25 @@ class Recorder(BaseStreamer):
 
     def end(self):
         self.ended = True
+
+
+class DraftRecorder(Recorder):
+    """Is shown drafts, which `put` must confirm in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.drafts, self.taken_back, self.confirmed = [], 0, 0
+
+    def put_draft(self, value):
+        self.drafts += value.tolist()
+
+    def take_back(self, count):
+        assert 0 < count <= len(self.drafts)
+        self.taken_back += count
+        del self.drafts[-count:]
+
+    def put(self, value):
+        super().put(value)
+        if self.drafts:
+            assert [self.drafts.pop(0)] == value.tolist()
+            self.confirmed += 1

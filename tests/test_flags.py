@@ -311,6 +311,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         "--model_name_or_path, --dataset_name, --output_file",
         "batch_size",
     ),
+    "scripts.demo": ([], "prot", "port", None, "port"),
     "scripts.benchmark": ([], "sample", "samples", None, "threads"),
     "scripts.quickstart_llm": ([], "prompt", "prompts", None, "max_new_tokens"),
     "scripts.benchmark_layer_skip": ([], "prompt", "prompts", None, "steps"),

@@ -21,7 +21,7 @@ POLICIES = (*CALIBRATION, "util.policies")
 TRAINING = (*POLICIES, "util.training")
 REPORT = (*GROUND, "models.errors", "models.json_files", "util.evaluation", "util.report")
 EVERYTHING = (
-    *TRAINING, "util.exit_training", "util.exit_training.flags", "util.setup",
+    *TRAINING, "util.demo", "util.exit_training", "util.exit_training.flags", "util.setup",
     "util.report", "gpt_eval", "run",
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "models.families": ("models.errors", "models.exit_adapter", "models.decoder_view"),
     "util": (*ENGINE, *GROUND),
     "util.data": DATA,
+    "util.demo": (*DATA, "util.demo"),
     "util.evaluation": EVALUATION,
     "util.calibration": CALIBRATION,
     "util.policies": POLICIES,  # from flags and certificates to policies

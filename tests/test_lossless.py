@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, Recorder, decode, sometimes
+from decoding_cases import LENGTH, MANY_ENDS, DraftRecorder, EveryThirdDeep, Recorder, decode, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import QUICK, slow_but, thin
@@ -72,6 +72,22 @@ def test_streamers_see_verified_tokens_once():
     policy = Free(2, SoftmaxGap(), EveryThirdDeep(), lossless=True)
     output = decode(model, inputs, policy, streamer=recorder)
     assert recorder.tokens == output[0].tolist() and recorder.ended
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"lossless": True}, {"rollback_threshold": 3.0}], ids=["lossless", "rollback"]
+)
+def test_streamers_that_ask_for_drafts_see_them_come_and_go(options, always):
+    """Also where only the pass at the end judges them, after which the sequence may go on."""
+    model, inputs = agreeing_model("t5-tied", 5, deep_strength=1.0), padded_inputs(seed=5)
+    recorder, stats = DraftRecorder(), DecodeStats()
+    threshold = THRESHOLDS["always"] if always else EveryThirdDeep()
+    output = decode(model, inputs, Free(2, SoftmaxGap(), threshold, **options), stats, streamer=recorder)
+    assert recorder.tokens == output[0].tolist() and recorder.ended and not recorder.drafts
+    assert recorder.taken_back == stats.retracted_tokens
+    assert recorder.confirmed == sum(layer == 2 for layer in stats.exit_layers[0]) > 0
+    assert recorder.taken_back > 0 or "rollback_threshold" in options
 
 
 def test_statistics_count_every_token_once():
