@@ -24,7 +24,7 @@ from util.script_arguments import CalibrationArguments
 from util.shard_arguments import ShardArguments
 
 if __name__ == "__main__":
-    groups = (CalibrationArguments, ShardArguments, *OUR_GROUPS)
+    groups = (CalibrationArguments, *OUR_GROUPS, ShardArguments)
     answer_help(groups, __doc__, training=True)  # before torch is imported
 
 import numpy as np

@@ -27,7 +27,7 @@ from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments, expand_preset
 
 if __name__ == "__main__":
-    groups = (SweepArguments, ShardArguments, DataArguments, BackendArguments)
+    groups = (SweepArguments, DataArguments, BackendArguments, ShardArguments)
     answer_help(groups, __doc__)  # before torch is imported
 
 from datasets import Dataset
@@ -78,7 +78,7 @@ from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import TASKS
 
-GROUPS = (SweepArguments, ShardArguments, DataArguments, BackendArguments)
+GROUPS = (SweepArguments, DataArguments, BackendArguments, ShardArguments)
 COLUMNS = {  # after the setting and its score
     "quality_share": "% of full",
     "unchanged": "unchanged",
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
-        flags, jobs, data, backend = parse_groups(GROUPS, __doc__, argv)
+        flags, data, backend, jobs = parse_groups(GROUPS, __doc__, argv)
         with locked_output_dir(Path(flags.output_dir), jobs.shard_index):
             sweep(flags, data, backend, join_shards(jobs))
 

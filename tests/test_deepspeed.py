@@ -52,7 +52,7 @@ def arguments(stage=3, **asked):
     )
 
 
-@pytest.mark.parametrize("flag", ["do_eval", "do_predict", "predict_with_generate", "use_muon", "use_lora"])
+@pytest.mark.parametrize("flag", ["do_eval", "do_predict", "use_muon", "use_lora"])
 def test_what_needs_whole_weights_is_refused(flag):
     refuse_under_deepspeed(arguments())
     for stage in (None, 2):

@@ -23,6 +23,7 @@ from util.calibration.certificate import decoding_settings
 from util.exit_arguments import ExitArguments
 from util.exit_training.flags import ExitTrainingArguments
 from util.flags import flag, list_flag, non_default_settings, parse_groups, required_flag
+from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
@@ -33,7 +34,8 @@ SCRIPT_GROUPS = [
     for value in vars(script_arguments).values()
     if dataclasses.is_dataclass(value) and hasattr(value, "_argument_group_name")
 ]
-GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, SweepArguments, ExitTrainingArguments, *JUDGE_COMMANDS.values()]
+GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, SweepArguments, ShardArguments, ExitTrainingArguments]
+GROUPS += JUDGE_COMMANDS.values()
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from real_rows import ROOT
 
 from models.errors import UserError
 from scripts import calibrate, sweep
+from util.evaluation.shards import Shards
 from util.files import locked_output_dir
 
 DATA = ["--dataset_name", "debian_de_en", "--max_target_length", "12", "--val_max_target_length", "12"]
@@ -201,6 +203,14 @@ def test_torchrun_does_not_start_jobs_of_an_array(tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ("--num_shards", 2, "--shard_index", 0)
     assert "leave the flags out, or torchrun" in refusal(sweep, tmp_path, SWEEP, *flags, capsys=capsys)
+
+
+@pytest.mark.parametrize(("total", "block", "count"), [(7, 2, 2), (8, 8, 2), (5, 2, 4), (0, 3, 2), (9, 1, 4)])
+def test_shares_are_whole_blocks_and_all_rows_in_order(total, block, count):
+    rows = Dataset.from_dict({"number": list(range(total))})
+    shares = [Shards(count, index).own_rows(total, block) for index in range(count)]
+    decoded = [number for share in shares for number in rows.select(share)["number"]]  # none is left to some
+    assert decoded == list(range(total)) and all(share.start % block == 0 for share in shares)
 
 
 def test_two_jobs_do_not_decode_the_same_share(tmp_path):

@@ -47,8 +47,8 @@ class Shards:
     def rows(self, total: int, block: int, index: int) -> range:
         """The contiguous samples of a process: whole blocks, the last share possibly shorter."""
         per_process = ceil(ceil(total / block) / self.count) * block
-        start = min(total, index * per_process)
-        return range(start, min(total, start + per_process))
+        start = index * per_process
+        return range(start, min(total, start + per_process)) if start < total else range(0)
 
     def own_rows(self, total: int, block: int) -> range:
         assert self.index is not None  # who merges decodes nothing

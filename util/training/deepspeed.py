@@ -35,14 +35,13 @@ def refuse_under_deepspeed(arguments: Arguments) -> None:
     if training.deepspeed_plugin is None or training.deepspeed_plugin.zero_stage < 3:
         return
     asked = {
-        "--do_eval": training.do_eval,
+        "--do_eval": training.do_eval,  # which any --eval_strategy switches on
         "--do_predict": training.do_predict,
-        "--predict_with_generate": training.predict_with_generate and training.eval_strategy != "no",
         "--use_muon": arguments.loss.use_muon,
         "--use_lora": arguments.lora.use_lora,
     }
     unfit = " ".join(name for name, wanted in asked.items() if wanted)
     if unfit:
         raise UserError(
-            f"{unfit}: needs whole weights, which ZeRO-3 shards. Leave it out; evaluate in a run of its own."
+            f"{unfit}: needs whole weights, which ZeRO-3 shards. Leave it out, and --eval_strategy; evaluate in a run of its own."
         )

@@ -278,7 +278,7 @@ def build_trainer(
         exit_config=exit_config,
         exits=exits,
     )
-    if exits and not trainer.is_deepspeed_enabled:  # texts need whole weights
+    if exits:
         show_samples(trainer, loaded, examples, greedy_settings(arguments))
     return trainer
 
