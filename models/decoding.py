@@ -126,8 +126,7 @@ def early_exit_decode(
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
-        streamer: gets each token once it can no longer be taken back, and drafts as well if it is a
-            `models.token_choice.DraftStreamer`; the prompt it has from `generate`.
+        streamer: gets tokens that can no longer be taken back; a `token_choice.DraftStreamer` drafts, too.
         model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
             back with those that every layer has keys/values for: after early exits, not all.
 

@@ -117,12 +117,8 @@ def sweep(
     checkpoints = {
         name: open_checkpoint(path, data, backend, exits[name]) for name, path in paths.items() if path
     }
-    prompts = {loaded.prompt for loaded in checkpoints.values()}
-    require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
+    check_checkpoints(flags, checkpoints)
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
-    depth = min(loaded.view.num_layers for loaded in checkpoints.values())
-    for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
-        require_exits(name, getattr(flags, name), depth)
     folder, settings = Path(flags.output_dir), build_settings(flags, checkpoints)
     given = non_default_settings(flags, data, backend)
     evaluation = replace(
@@ -244,6 +240,15 @@ def free_policies(
         for value in flags.lossless_thresholds:
             threshold, cap = FixedThreshold(value), flags.max_pending_tokens
             yield FREE_LOSSLESS, value, Free(layer, gap, threshold, lossless=True, max_pending=cap)
+
+
+def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> None:
+    """Refuse checkpoints that are asked in different ways, and layers that one of them has not."""
+    prompts = {loaded.prompt for loaded in checkpoints.values()}
+    require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
+    depth = min(loaded.view.num_layers for loaded in checkpoints.values())
+    for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
+        require_exits(name, getattr(flags, name), depth)
 
 
 def write_settings(

@@ -7,7 +7,6 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from real_rows import ROOT
@@ -21,8 +20,8 @@ from util import script_arguments
 from util.arguments import OUR_GROUPS, DataArguments, parse_arguments
 from util.calibration.certificate import decoding_settings
 from util.exit_arguments import ExitArguments
-from util.exit_training.flags import ExitTrainingArguments
-from util.flags import flag, list_flag, non_default_settings, parse_groups, required_flag
+from util.exit_training.flags import ExitPromptArguments, ExitTrainingArguments
+from util.flags import non_default_settings
 from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments
 
@@ -34,8 +33,8 @@ SCRIPT_GROUPS = [
     for value in vars(script_arguments).values()
     if dataclasses.is_dataclass(value) and hasattr(value, "_argument_group_name")
 ]
-GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, SweepArguments, ShardArguments, ExitTrainingArguments]
-GROUPS += JUDGE_COMMANDS.values()
+GROUPS = [*OUR_GROUPS, *SCRIPT_GROUPS, SweepArguments, ShardArguments]
+GROUPS += [ExitTrainingArguments, ExitPromptArguments, *JUDGE_COMMANDS.values()]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
@@ -225,54 +224,6 @@ def test_flags_said_not_to_change_outputs_do_not(decoded, tmp_path, capsys):
     assert "lossless" in capsys.readouterr().err
 
 
-# The library
-
-
-@dataclasses.dataclass
-class Toy:
-    _argument_group_name = "Toy"
-
-    path: Path = required_flag("A path.")
-    rates: list[float] = list_flag([0.5], "Rates, in % of 100.")
-    layers: list[int] | None = flag(None, "Layers.")
-    fast: bool = flag(True, "Whether.")
-    body: dict | None = flag(None, "JSON.")
-    batch_size: int = flag(1, "Size.")
-
-
-def test_words_become_values(tmp_path):
-    words = ["--path", "a b", "--rates", "1", "2.5", "--layers", "3", "--no_fast", "--body", '{"a": [1]}']
-    (toy,) = parse_groups((Toy,), "", [*words, "--batch-size=7"])
-    assert toy == Toy(Path("a b"), [1.0, 2.5], [3], False, {"a": [1]}, 7)
-    assert parse_groups((Toy,), "", ["--path", "x", "--fast", "no"]) == (Toy(Path("x"), fast=False),)
-    file = tmp_path / "toy.yaml"
-    file.write_text("path: y\nrates: [1, 2]\nbody: {a: 1}\nlayers: null\nfast: false\n")
-    (toy,) = parse_groups((Toy,), "", [str(file), "--batch_size", "2"])
-    assert toy == Toy(Path("y"), [1.0, 2.0], None, False, {"a": 1}, 2)
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ([], "Missing: --path. See --help."),
-        (["--path", "x", "--lairs", "3"], "Unknown flag --lairs: did you mean --layers?"),
-        (["--path", "x", "--layer", "3"], "Unknown flag --layer: did you mean --layers?"),
-        (["--path", "x", "y"], "y: no flag takes this word."),
-        (["--path", "x", "--fast", "maybe"], "Argument --fast: maybe is neither True nor False"),
-        (["--path", "x", "--body", "[]"], "Argument --body: give a JSON object"),
-        (["--path", "x", "--batch_size", "many"], "Argument --batch_size: invalid int value: 'many'"),
-        (
-            ["--path", "x", "--layers", str(2**63)],
-            f"--layers {2**63} is too large: whole numbers have 64 bits.",
-        ),
-    ],
-)
-def test_wrong_words_get_one_line(words, line):
-    with pytest.raises(UserError) as refusal:
-        parse_groups((Toy,), "", words)
-    assert str(refusal.value) == line
-
-
 # All commands
 
 
@@ -313,6 +264,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         "--model_name_or_path, --dataset_name, --output_file",
         "batch_size",
     ),
+    "scripts.make_exit_prompts": ([], "part", "parts", None, "others"),
     "scripts.demo": ([], "prot", "port", None, "port"),
     "scripts.benchmark": ([], "sample", "samples", None, "threads"),
     "scripts.quickstart_llm": ([], "prompt", "prompts", None, "max_new_tokens"),
