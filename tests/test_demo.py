@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -30,7 +31,7 @@ from scripts import demo
 from util.demo import comparison
 from util.demo.comparison import compare, paced
 from util.demo.examples import embedded_checkpoints, examples_for
-from util.demo.request import Limits, Request
+from util.demo.request import Limits, Request, encode
 from util.demo.session import Choice, Session
 from util.demo.transcript import State
 from util.demo_arguments import DemoArguments
@@ -161,6 +162,17 @@ def test_an_exit_adapter_is_used(tmp_path):
         finish(choice, ask(shallow_layer=2))
 
 
+def test_models_with_a_chat_template_are_asked_through_it(tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(LLAMA, folder)
+    tokenizer = load_model(LLAMA).tokenizer
+    tokenizer.chat_template = "{% for message in messages %}Q: {{ message.content }}\nA:{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    opened = SESSION.open(Choice(str(folder)))
+    asked = tokenizer(f"Q: {BUS}\nA:", add_special_tokens=False).input_ids
+    assert encode(opened, ask())["input_ids"].tolist() == [asked]
+
+
 # Two requests at once
 
 
@@ -168,18 +180,23 @@ def summary(shown):
     return [(one.token, one.layer, one.state, one.confidence) for one in shown.method.tokens], shown.full.text
 
 
-def test_requests_at_once_give_what_each_gives_alone():
+@pytest.mark.parametrize(
+    "choice",
+    [Choice(FREE), pytest.param(Choice(FREE, backend="onnx", precision="w8"), marks=pytest.mark.slow)],
+    ids=["torch", "onnx"],
+)
+def test_requests_at_once_give_what_each_gives_alone(choice):
     """On one model, with other texts, methods and thresholds, so that anything shared would show."""
     texts = examples_for(FREE, encoder=True, chat=False)
     requests = [
         ask(m, t, threshold=0.1 + 0.1 * n) for n, (m, t) in enumerate(zip(POLICIES, texts, strict=False))
     ]
-    alone = [summary(finish(Choice(FREE), request)) for request in requests]
+    alone = [summary(finish(choice, request)) for request in requests]
     found, barrier = {}, threading.Barrier(len(requests))
 
     def answer(number):
         barrier.wait()
-        found[number] = summary(finish(Choice(FREE), requests[number]))
+        found[number] = summary(finish(choice, requests[number]))
 
     threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(requests))]
     for thread in threads:

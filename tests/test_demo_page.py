@@ -19,7 +19,7 @@ ASPELL = "Laufzeitbibliothek für die Rechtschreibprüfung GNU Aspell"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NEEDED = {
     "Gradio (pip install -r requirements-demo.txt)": importlib.util.find_spec("gradio"),
-    "Playwright (pip install playwright)": importlib.util.find_spec("playwright"),
+    "Playwright (pip install -r tests/requirements-browser.txt)": importlib.util.find_spec("playwright"),
     "Chromium (apt-get install chromium)": CHROMIUM,
 }
 MISSING = [name for name, found in NEEDED.items() if not found]
