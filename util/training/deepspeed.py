@@ -43,6 +43,6 @@ def refuse_under_deepspeed(arguments: Arguments) -> None:
     unfit = " ".join(name for name, wanted in asked.items() if wanted)
     if unfit:
         raise UserError(
-            f"{unfit}: needs whole weights, which ZeRO-3 shards. Leave it out, and "
-            "--eval_strategy; evaluate in a run of its own."
+            f"{unfit}: needs whole weights, which ZeRO-3 shards. Leave it out, and --eval_strategy, and "
+            "evaluate in a run of its own."
         )
