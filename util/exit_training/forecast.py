@@ -113,9 +113,7 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
 def time_decoding(fast: LoadedModel, sources: Sequence[Any]) -> tuple[float, float]:
     """Seconds of a token at full depth, and of a sample besides its tokens."""
     times: dict[int, list[float]] = {SHORT: [], LONG: []}
-    never = fast.model.get_output_embeddings().weight.shape[
-        0
-    ]  # no token: nothing ends early
+    never = fast.model.get_output_embeddings().weight.shape[0]  # no token: nothing ends early
     for inputs in sources:
         for tokens, own in times.items():
             limit: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": never, "do_sample": False}
