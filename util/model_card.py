@@ -61,14 +61,16 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> bool:
-    """Write a folder's card, unless it has one of somebody's own; whether it was written."""
-    path = folder / NAME
+    """Write a folder's card, unless it has one of somebody's own or the same; whether it was written."""
+    path, text = folder / NAME, card.render()
     if path.is_file():
         before = path.read_text(encoding="utf8")
+        if before == text:
+            return False
         if MARK not in before and UNFILLED not in before:
             logger.warning("%s stays as it is: it was not written by exitlm.", path)
             return False
-    path.write_text(card.render(), encoding="utf8")
+    path.write_text(text, encoding="utf8")
     return True
 
 
