@@ -120,12 +120,12 @@ def summaries(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]
 
 def others(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
     """What the exit shall not forget: translation, questions, explanations, instructions."""
-    translate = TASKS["translation"].message.replace("{source_lang}", "German")
-    translate = translate.replace("{target_lang}", "English")
+    languages = {"source_lang": "German", "target_lang": "English"}
     german = [row["translation"]["de"] for row in read(flags, "iwslt2017", "train")]
     drawn.shuffle(german)
     fitting = (text for text in german if 40 < len(text) < LONGEST["sentence"])
-    yield from (translate.format(source=text) for text in islice(fitting, flags.others // 2))
+    for text in islice(fitting, flags.others // 2):
+        yield TASKS["translation"].message.format(source=text, **languages)
     squad = list(read(flags, "squad", "train"))
     drawn.shuffle(squad)
     half = flags.others // 4

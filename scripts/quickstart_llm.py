@@ -54,6 +54,7 @@ from util.analysis import settled_layers
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.sources import load_file
+from util.demo.examples import INSTRUCTIONS
 from util.depth_stream import DepthStreamer
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend
 from util.evaluation.records import Trace
@@ -71,12 +72,6 @@ DIALOGUES = (
     "Mia: No problem, we start with coffee. Can you bring the blue chairs?\nTom: Sure, both of them.",
     "Lena: I lost my keys again!\nOmar: Did you look in the kitchen?\nLena: Twice. They must be at work.\n"
     "Omar: I can let you in at six. My neighbour has the spare one.\nLena: You are saving my evening.",
-)
-INSTRUCTIONS = (
-    "What is the capital of France, and what is it known for?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a short letter that thanks a colleague for her help.",
-    "Name three ways to save energy at home.",
 )
 TO_SUM_UP = TASKS["summarization"].message  # which the taught exit was taught with
 TRACED_TOKENS = 16  # of the first answer, one a row

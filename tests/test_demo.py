@@ -255,7 +255,7 @@ def test_a_model_that_is_loaded_does_not_wait_for_another(monkeypatch):
     kept, asked, answer = Session(), threading.Event(), threading.Event()
     first = kept.open(Choice(FREE))
 
-    def load_slowly(name, **_):
+    def load_slowly(name, exit_adapter):
         asked.set()
         answer.wait(60)
         raise UserError(name)

@@ -36,24 +36,21 @@ def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    """By one process."""
-    folder = tmp_path_factory.mktemp("sweep")
+def by_one_process(script, flags, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        sweep.main([*SWEEP, "--output_dir", str(folder)])
+        shard(script, folder, flags)
     return folder
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    return by_one_process(sweep, SWEEP, tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
-    """By one process."""
-    folder = tmp_path_factory.mktemp("calibration")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        calibrate.main([*CALIBRATION, "--output_dir", str(folder)])
-    return folder
+    return by_one_process(calibrate, CALIBRATION, tmp_path_factory.mktemp("calibration"))
 
 
 def shard(script, folder, flags, *more):

@@ -45,11 +45,13 @@ def base(checkpoint, rows, tmp_path):
 def hub(monkeypatch, tmp_path):
     """The folder in which repositories then lie."""
 
-    def create(api, repo_id, **_):
+    def create(api, repo_id, *, token, private, exist_ok):
+        assert exist_ok and token is None and private is None
         (tmp_path / "hub/someone" / repo_id.split("/")[-1]).mkdir(parents=True, exist_ok=True)
         return RepoUrl(f"https://huggingface.co/someone/{repo_id.split('/')[-1]}")
 
-    def upload(api, *, repo_id, folder_path, ignore_patterns, **_):
+    def upload(api, *, repo_id, folder_path, commit_message, token, revision, ignore_patterns):
+        assert commit_message and token is None and revision is None
         for path in filter(Path.is_file, Path(folder_path).rglob("*")):
             name = str(path.relative_to(folder_path))
             if not any(fnmatch(name, pattern) for pattern in ignore_patterns):

@@ -138,9 +138,7 @@ def work(
             outputs[place] = decode(opened, inputs, policy, request.max_new_tokens, hear)
         tell(trace_layers(opened.plain.model, **inputs, sequences=outputs[METHOD]))
         tell(None)
-    except Stopped:
-        pass
-    except Exception as error:  # raised again by whoever waits
+    except Exception as error:  # raised again by whoever waits; after `Stopped`, nobody does
         tell(error)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from os.path import commonprefix
 
+from nltk.metrics.distance import edit_distance
 from transformers import PreTrainedTokenizerBase
 
 from util.demo.events import Chosen, Confirmed, Ended, Event, TakenBack
@@ -99,7 +101,7 @@ class Transcript:
         whole = self.tokenizer.decode(ids, skip_special_tokens=True)
         if whole.endswith(UNFINISHED) and not final:
             return
-        common = common_start(before, whole)
+        common = commonprefix([before, whole])  # noqa: RUF071  # characters are what is meant
         surplus = len(before) - len(common)  # some tokenizers drop a blank before a full stop
         for token in reversed(self.kept[:-1]):
             cut = min(surplus, len(token.text))
@@ -107,22 +109,6 @@ class Transcript:
         added.text += whole[len(common) :]
 
 
-def common_start(one: str, other: str) -> str:
-    """What both texts begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[
-        : next((place for place, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))
-    ]
-
-
 def differing_words(one: str, other: str) -> int:
     """Least number of words to replace, insert or delete that makes one text the other."""
-    words, goal = one.split(), other.split()
-    costs = list(range(len(goal) + 1))
-    for row, word in enumerate(words, 1):
-        before, costs[0] = costs[0], row
-        for column, wanted in enumerate(goal, 1):
-            replaced = before + (word != wanted)
-            before = costs[column]
-            costs[column] = min(replaced, costs[column] + 1, costs[column - 1] + 1)
-    return costs[-1]
+    return edit_distance(one.split(), other.split())
