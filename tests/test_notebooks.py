@@ -27,7 +27,8 @@ def printed(notebook):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAVED)
-def test_a_notebook_prints_what_it_is_saved_with(name, tmp_path):
+def test_a_notebook_prints_what_it_is_saved_with(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the kernel and what it starts
     for part in ("models", "util", "scripts", "checkpoints", "data", "run.py"):
         Path(tmp_path, part).symlink_to(ROOT / part)
     folder = tmp_path / "docs/notebooks"
