@@ -9,11 +9,12 @@ Source of the operators: github.com/microsoft/onnxruntime/blob/main/docs/Contrib
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from models.backends.shared import Pair
 
 NAME = "exitlm_export"
+ROTATE = "apply_rotary_pos_emb"  # what all families with rotary positions call their function
+
+
+class Rotation(NamedTuple):
+    """By what queries and keys are rotated: tables (T, W' / 2) for the W' rotated of a head's W, and where in
+    them each query row stands."""
+
+    cosines: Tensor
+    sines: Tensor
+    places: Tensor  # (B, R)
 
 
 @dataclass
@@ -43,6 +54,8 @@ class Attended:
     row_count: Tensor | None = None  # (B,) int32, R
     queries: Tensor | None = None  # (R,)
     kept: Tensor | None = None  # (Q,)
+    rotation: Rotation | None = None  # that the operator does, if `rotates`
+    rotates: bool = False  # whether the layer left it to the operator
     written: list[Tensor] = field(default_factory=list)  # the buffers with the new keys, values
 
 
@@ -84,6 +97,23 @@ def attend(
     return select(output, attended.kept).unflatten(-1, (heads, width)), None
 
 
+@contextmanager
+def rotated_by_operator(layer: nn.Module) -> Iterator[None]:
+    """Let a layer pass on queries and keys as they are; layers without positions do anyway."""
+
+    def leave(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> Pair:
+        ATTENDED.get().rotates = True
+        return query, key
+
+    functions = vars(sys.modules[type(layer).__module__])
+    stock = functions[ROTATE]
+    functions[ROTATE] = leave
+    try:
+        yield
+    finally:
+        functions[ROTATE] = stock
+
+
 def select(states: Tensor, rows: Tensor | None) -> Tensor:
     return states if rows is None else states.index_select(1, rows)
 
@@ -102,12 +132,15 @@ def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str,
 def group_query(packed: Tensor, width: int, attended: Attended, attributes: dict[str, Any]) -> Tensor:
     """Self-attention of (B, R, 3 * `width`) queries, keys and values."""
     assert attended.past is not None
-    unused = None
+    unused, rotation = None, (None, None, None)
+    if attended.rotates:
+        assert attended.rotation is not None
+        rotation, attributes = attended.rotation, attributes | {"do_rotary": 1}
     output, *attended.written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         [
             *(packed, unused, unused, *attended.past, attended.last, attended.capacity),
-            *(unused, unused, unused),  # rotation, which the layers do themselves
+            *rotation,
             *(attended.bias, unused, unused, unused, unused, unused, attended.row_count),
         ],
         attributes,

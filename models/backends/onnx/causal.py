@@ -7,7 +7,7 @@ from transformers import Cache, DynamicCache
 
 from models.backends.onnx.state import Buffers, OnnxState
 from models.backends.onnx.view import OnnxView
-from models.backends.onnx.windows import Rotation
+from models.backends.onnx.windows import Tables
 from models.backends.shared import Shelf, copied
 from models.decoder_view import ModelInputs
 from models.families.buffers import hand_over
@@ -23,21 +23,19 @@ class OnnxCausalState(OnnxState):
         self.view = view
         self.begun = begun
         self.prompt_embeds = begun.prompt_embeds
-        self.positions = len(begun.positions)
         steps = begun.positions[0, 1:] - begun.positions[0, :-1]
         from_zero = int(begun.positions[0, 0]) == 0 and bool((steps == 1).all())
-        self.usual_positions = self.usual_positions and self.positions == 1 and from_zero
+        self.usual_positions = self.usual_positions and len(begun.positions) == 1 and from_zero
         self.continue_from(begun.cache)
         begun.lengths = self.lengths
 
-    def rotation(self, total: int) -> Rotation:
-        self.view.number_tokens(self.begun, total)
-        owners = {kind: self.view.kinds.index(kind) for kind in self.view.windows}
-        return {
-            owners[kind]: (table[0].numpy(), table[1].numpy())
-            for kind, table in self.begun.tables.items()
-            if table is not None
-        }
+    def tables(self) -> Tables | None:
+        numbered = self.numbered
+        if numbered.tables is None and self.view.rotary_width is not None:
+            self.view.number_tokens(self.begun, self.capacity)
+            rotations = {self.view.kinds.index(kind): table for kind, table in self.begun.tables.items()}
+            numbered.tables = Tables.of(rotations, self.capacity)
+        return numbered.tables
 
 
 class OnnxCausalView(OnnxView):

@@ -7,6 +7,7 @@ width, H heads, W their width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,13 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from models.backends.onnx.attention import Attended, NewOnly, attending
+from models.backends.onnx.attention import (
+    Attended,
+    NewOnly,
+    Rotation,
+    attending,
+    rotated_by_operator,
+    select,
+)
 from models.backends.shared import GivenMemory, Pair
 from models.exit_adapter import ExitAdapter
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
-BATCH, NEW, SOURCE, CAPACITY = 2, 3, 7, 11  # sizes of the traced examples
+BATCH, NEW, SOURCE, CAPACITY, HELD = 2, 3, 7, 11, 13  # sizes of the traced examples
+OPERATOR_WIDTHS = 16  # GroupQueryAttention rotates heads, and parts of them, of a multiple of this
 Axes = dict[int, str]
 
 
@@ -50,13 +59,32 @@ def source_mask_example() -> tuple[Tensor, Axes]:
     return torch.ones(BATCH, SOURCE, dtype=torch.int32), {0: "batch", 1: "source"}
 
 
-def rotation_examples(view: StackView) -> dict[str, tuple[Tensor, Axes]]:
-    """Cosines and sines of the new tokens, of families that rotate queries and keys."""
+def rotation_examples(view: StackView, rows: int = NEW, axis: str = "new") -> dict[str, tuple[Tensor, Axes]]:
+    """Of families that rotate queries and keys: tables, and where in them each row stands."""
     width = view.rotary_width
     if width is None:
         return {}
-    names = ("cosines", "sines")
-    return {name: (torch.zeros(BATCH, NEW, width), {0: "positions", 1: "new"}) for name in names}
+    tables = {name: (torch.zeros(HELD, width // 2), {0: "held"}) for name in ("cosines", "sines")}
+    places = torch.zeros(BATCH, rows, dtype=torch.int64)
+    return {**tables, "places": (places, {0: "batch", 1: axis})}
+
+
+def operator_rotates(view: StackView) -> bool:
+    width = view.rotary_width
+    return width is not None and not any(size % OPERATOR_WIDTHS for size in (width, view.key_value_shape[1]))
+
+
+def rotation_of(cosines: Tensor | None, sines: Tensor | None, places: Tensor | None) -> Rotation | None:
+    return None if cosines is None or sines is None or places is None else Rotation(cosines, sines, places)
+
+
+def rows_of(rotation: Rotation | None, kept: Tensor | None = None) -> Pair | None:
+    """Cosines and sines of the new tokens as layers take them, (B, Q, W) both."""
+    if rotation is None:
+        return None
+    places = select(rotation.places, kept)
+    cosines, sines = (F.embedding(places, table) for table in rotation[:2])
+    return torch.cat([cosines, cosines], -1), torch.cat([sines, sines], -1)
 
 
 def pair(first: Tensor | None, second: Tensor | None) -> Pair | None:
@@ -83,7 +111,7 @@ class DecoderLayer(Piece):
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "past_keys": keys_example(heads, CAPACITY, width, "capacity"),
             "past_values": keys_example(heads, CAPACITY, width, "capacity"),
-            **rotation_examples(view),
+            **rotation_examples(view, NEW + exact, "rows"),
         }
         if exact:
             self.inputs["queries"] = (torch.tensor([0, 1, 2, 2]), {0: "rows"})
@@ -106,6 +134,7 @@ class DecoderLayer(Piece):
         past_values: Tensor,
         cosines: Tensor | None = None,
         sines: Tensor | None = None,
+        places: Tensor | None = None,
         queries: Tensor | None = None,
         kept: Tensor | None = None,
         source_mask: Tensor | None = None,
@@ -113,10 +142,13 @@ class DecoderLayer(Piece):
         memory_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         memory, past = pair(memory_keys, memory_values), (past_keys, past_values)
+        rotation = rotation_of(cosines, sines, places)
         attended = Attended(source_mask, memory, past, bias, last, capacity, row_count, queries, kept)
-        inputs = self.view.traced_inputs(hidden, pair(cosines, sines))
+        attended.rotation = rotation
+        leaves = rotation is not None and operator_rotates(self.view)
+        inputs = self.view.traced_inputs(hidden, rotation[:2] if leaves else rows_of(rotation, kept))
         cache = NewOnly() if memory is None else GivenMemory(NewOnly(), {self.index: memory})
-        with attending(attended):
+        with attending(attended), rotated_by_operator(self.layer) if leaves else nullcontext():
             hidden = self.view.apply_layers(hidden, inputs, cast(Cache, cache), self.index, self.index + 1)
         keys, values = attended.written
         return hidden, keys, values
@@ -166,9 +198,14 @@ class KeysValues(Piece):
         self.inputs = {"hidden": hidden_example(view.width), **rotation_examples(view)}
 
     def forward(
-        self, hidden: Tensor, cosines: Tensor | None = None, sines: Tensor | None = None
+        self,
+        hidden: Tensor,
+        cosines: Tensor | None = None,
+        sines: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self.view.traced_keys_values(self.index, hidden, pair(cosines, sines))
+        rotation = rotation_of(cosines, sines, places)
+        return self.view.traced_keys_values(self.index, hidden, rows_of(rotation))
 
 
 class ExitHead(Piece):

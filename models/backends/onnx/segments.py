@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-SHARED = ("source_mask", "last", "capacity", "row_count", "queries", "kept")
+SHARED = ("source_mask", "last", "capacity", "row_count", "queries", "kept", "places")
 OWNED = ("bias", "cosines", "sines")  # the same for all layers that have the same owner
 OwnerOf = Callable[[int], int]  # the layer whose biases and rotation a layer uses
 

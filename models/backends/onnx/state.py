@@ -6,6 +6,7 @@ B rows, H heads, W their width, N capacity, S source tokens, Q new tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from models.backends.onnx.engine import Session
-from models.backends.onnx.windows import Array, Rotation, Window, shared
+from models.backends.onnx.windows import Array, Tables, Window, shared
 from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
 from models.families.stack import StackView
@@ -36,6 +37,14 @@ class Source(NamedTuple):
         ]
 
 
+@dataclass
+class Numbered:
+    """What depends on a capacity and on how tokens are numbered."""
+
+    windows: dict[int, Window] = field(default_factory=dict)  # made so far, by the number of new tokens
+    tables: Tables | None = None
+
+
 class Buffers:
     """Keys/values of every layer, (B, H, N, W) each, and what is bound to them: they outlive a generation, as
     binding them anew takes longer than a token of a small model."""
@@ -48,7 +57,7 @@ class Buffers:
             (torch.from_numpy(keys), torch.from_numpy(values)) for keys, values in arrays
         ]
         self.bound = [(shared(keys), shared(values)) for keys, values in arrays]
-        self.windows: dict[int, Window] = {}  # by the number of new tokens; of prompts without padding
+        self.numbered = Numbered()  # of prompts without padding
         self.segments: dict[tuple[int, int], BoundSegment] = {}  # by first layer and the one after the last
 
 
@@ -67,19 +76,18 @@ class OnnxState(DecoderState):
         self.shelf = shelf
         self.num_layers = view.num_layers  # without that of an exit adapter
         self.padding = padding
-        self.positions = 1  # B where rows are numbered otherwise
         self.usual_positions = padding is None  # from 0 on
         self.capacity = 0
-        self.own_windows: dict[int, Window] = {}
+        self.own = Numbered()
 
     @property
-    def windows(self) -> dict[int, Window]:
-        """Made so far, by the number of new tokens; those of usual positions outlive the generation."""
-        return self.buffers.windows if self.usual_positions else self.own_windows
+    def numbered(self) -> Numbered:
+        """That of usual positions outlives the generation."""
+        return self.buffers.numbered if self.usual_positions else self.own
 
-    def rotation(self, total: int) -> Rotation:
-        """Cosines and sines of at least `total` tokens, of families that rotate queries and keys."""
-        return {}
+    def tables(self) -> Tables | None:
+        """Of families that rotate queries and keys."""
+        return None
 
     def reserve(self, batch: int, needed: int) -> None:
         """Make room for `needed` tokens in every layer: a power of two."""
@@ -91,7 +99,7 @@ class OnnxState(DecoderState):
         for grown, pair, held in zip(self.buffers.pairs, old, self.lengths, strict=False):
             for ours, before in zip(grown, pair, strict=True):
                 ours[:, :, :held] = before[:, :, :held]
-        self.own_windows.clear()
+        self.own = Numbered()
 
     def continue_from(self, cache: Cache) -> None:
         """Take over the keys/values that a cache holds of each layer."""

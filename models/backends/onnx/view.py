@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.backends.onnx.engine import Engine, Session
 from models.backends.onnx.state import BoundSegment, Buffers, OnnxState
-from models.backends.onnx.windows import ROTATION, Array, Biases, Window
+from models.backends.onnx.windows import Array, Biases, Window
 from models.backends.shared import BackendView, Shelf
 from models.errors import UserError
 
@@ -33,7 +33,6 @@ class OnnxView(BackendView):
         # a token must have the same bits in every window, none has more rows than the smallest block.
         width = self.eager.key_value_shape[1]
         self.most_rows = min(2 * width, SMALLEST_BLOCK) if engine.exact else sys.maxsize
-        self.rotary_width = self.eager.rotary_width
         self.shelf = Shelf(self._make_buffers, most_kept=MOST_KEPT)
         self.biases: dict[int, Biases] = {}  # by capacity
 
@@ -73,11 +72,9 @@ class OnnxView(BackendView):
 
     def write_kv(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> None:
         state.reserve(len(hidden), state.lengths[start] + hidden.shape[1] + 1)
-        feeds = {
-            "hidden": hidden.contiguous().numpy(),
-            **self._rotation_feeds(state, start, stop, hidden.shape[1]),
-        }
-        made = self.engine.keys_values(start, stop).run(None, feeds)
+        session = self.engine.keys_values(start, stop)
+        given = {"hidden": hidden.contiguous().numpy(), **self._rotation(state, start, hidden)}
+        made = session.run(None, {node.name: given[node.name] for node in session.get_inputs()})
         for index in range(start, stop):
             keys, values = made[2 * (index - start) : 2 * (index - start) + 2]
             state.write(index, torch.from_numpy(keys), torch.from_numpy(values))
@@ -99,25 +96,22 @@ class OnnxView(BackendView):
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
         batch, new = hidden.shape[:2]
-        window = state.windows.get(new)
+        windows = state.numbered.windows
+        window = windows.get(new)
         if window is None:
             shape = (batch, new, self.eager.width)
             biases, exact = self._biases(state.capacity), self.engine.exact
-            window = Window(shape, biases, exact, state.padding, self.rotary_width, state.positions)
-            state.windows[new] = window
-        window.move(past, state.rotation(past + new))
+            window = windows[new] = Window(shape, biases, exact, state.padding, state.tables())
+        window.move(past)
         return window
 
-    def _rotation_feeds(self, state: OnnxState, start: int, stop: int, new: int) -> dict[str, Array]:
-        """Cosines and sines of `new` tokens after those that layer `start` holds."""
-        past = state.lengths[start]
-        tables = state.rotation(past + new)
-        owners = {self.eager.bias_owner(index) for index in range(start, stop)} & tables.keys()
-        return {
-            f"{name}.{owner}": table[:, past : past + new]
-            for owner in owners
-            for name, table in zip(ROTATION, tables[owner], strict=True)
-        }
+    def _rotation(self, state: OnnxState, start: int, hidden: Tensor) -> dict[str, Array]:
+        """By what keys of (B, Q, D) states are rotated, in families that rotate, after those that layer
+        `start` holds."""
+        tables, (batch, new, _) = state.tables(), hidden.shape
+        if tables is None:
+            return {}
+        return {**tables.arrays, "places": state.lengths[start] + tables.places(batch, new, state.capacity)}
 
     def _biases(self, capacity: int) -> Biases:
         if capacity not in self.biases:

@@ -5,6 +5,8 @@ B rows, H heads, N capacity of the key/value buffers, Q new tokens, R query rows
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
@@ -12,7 +14,6 @@ from onnxruntime import OrtValue
 from torch import Tensor
 
 Array = np.ndarray
-Rotation = dict[int, tuple[Array, Array]]  # (B or 1, N, W) cosines and sines, by owner
 ROTATION = ("cosines", "sines")
 SMALLEST = np.finfo(np.float32).min  # that hides a key
 
@@ -55,6 +56,31 @@ class Biases:
         out[...] = windows[:, last - out.shape[2] + 1 : last + 1][:, ::-1]
 
 
+class Tables(NamedTuple):
+    """By which layers rotate queries and keys: for all places in buffers, (N, W / 2), or where rows number
+    their tokens differently, for those of one row after the other, (B * N, W / 2)."""
+
+    arrays: dict[str, Array]
+    inputs: dict[str, OrtValue]  # the same
+    rows: int  # 1 or B
+
+    @classmethod
+    def of(cls, rotations: dict[int, tuple[Tensor, Tensor]], capacity: int) -> Tables:
+        """`rotations`: cosines and sines (B or 1, at least N, W) by owner, whose halves are alike."""
+        arrays, rows = {}, 1
+        for owner, rotation in rotations.items():
+            for name, table in zip(ROTATION, rotation, strict=True):
+                rows, half = len(table), table.shape[-1] // 2
+                assert torch.equal(table[..., :half], table[..., half:])
+                arrays[f"{name}.{owner}"] = table[:, :capacity, :half].reshape(-1, half).numpy()
+        return cls(arrays, {name: shared(array) for name, array in arrays.items()}, rows)
+
+    def places(self, batch: int, count: int, capacity: int) -> Array:
+        """(B, R): where the first `count` tokens of each row stand."""
+        starts = np.arange(batch)[:, None] * capacity * (self.rows > 1)
+        return starts + np.arange(count)
+
+
 class Window:
     """Inputs that depend on positions, the same for all layers: of Q new tokens after `past` others."""
 
@@ -64,11 +90,10 @@ class Window:
         biases: Biases,
         exact: bool,
         padding: Array | None = None,
-        rotary_width: int | None = None,
-        positions: int = 1,
+        tables: Tables | None = None,
     ) -> None:
         """`shape`: (B, Q, D); `exact`: a lone query has a copy beside it; `padding`: (B, 1, 1, P) additive;
-        `positions`: B, or 1 if all rows have the same."""
+        `tables`: of families that rotate."""
         batch, new, _ = shape
         rows = max(new, 2) if exact else new
         self.biases = biases
@@ -81,13 +106,7 @@ class Window:
         held = batch if padding is not None else 1
         owners = biases.rows_from
         self.bias = {owner: empty(held, biases.heads, rows, biases.capacity) for owner in owners}
-        self.rotation: dict[int, list[Array]] = {}
-        if rotary_width is not None:
-            tables = {owner: [empty(positions, new, rotary_width) for _ in ROTATION] for owner in owners}
-            self.rotation = tables
         inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
-        for owner, arrays in self.rotation.items():
-            inputs |= {f"{name}.{owner}": array for name, array in zip(ROTATION, arrays, strict=True)}
         inputs |= {
             "hidden": self.hidden.numpy(),
             "last": self.last,
@@ -95,11 +114,17 @@ class Window:
             "queries": np.minimum(np.arange(rows), new - 1),
             "kept": np.arange(new),
         }
+        self.places: Array | None = None
+        if tables is not None:
+            self.first_places = tables.places(batch, rows, biases.capacity)
+            inputs["places"] = self.places = self.first_places.copy()
         self.inputs = {name: shared(array) for name, array in inputs.items()}
+        if tables is not None:
+            self.inputs |= tables.inputs
         self.bound_outputs = [shared(output.numpy()) for output in self.outputs]
 
-    def move(self, past: int, rotation: Rotation) -> None:
-        """Let the window follow `past` tokens, rotated by the tables of each owner."""
+    def move(self, past: int) -> None:
+        """Let the window follow `past` tokens."""
         if past == self.past:
             return
         self.past = past
@@ -109,6 +134,5 @@ class Window:
             if self.padding is not None:
                 padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
                 np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
-        for owner, arrays in self.rotation.items():
-            for array, table in zip(arrays, rotation[owner], strict=True):
-                array[:] = table[:, past : past + array.shape[1]]
+        if self.places is not None:
+            np.add(self.first_places, past, out=self.places)
