@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.decoder_view import DecoderView
 from models.errors import UserError
+from models.host import argmax
 
 
 class Measured(NamedTuple):
@@ -65,5 +66,7 @@ class MetaClassifier:
 
 def softmax_gap(logits: Tensor) -> Tensor:
     """Top-1 minus top-2 probability: (..., V) -> (...)."""
-    top2 = torch.softmax(logits.float(), dim=-1).topk(2, dim=-1).values
-    return top2[..., 0] - top2[..., 1]
+    shares = torch.softmax(logits.float(), dim=-1)
+    place = argmax(shares).unsqueeze(-1)
+    others = shares.scatter(-1, place, -1.0)
+    return shares.gather(-1, place).squeeze(-1) - others.amax(-1)

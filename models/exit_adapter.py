@@ -95,8 +95,7 @@ class ExitAdapter(nn.Module):
             return logits
         others = logits[..., -1:] - math.log(max(vocabulary - len(self.shortlist), 1))
         complete = others.expand(*logits.shape[:-1], vocabulary).clone()
-        complete[..., self.shortlist] = logits[..., :-1]
-        return complete
+        return complete.index_copy_(-1, self.shortlist, logits[..., :-1])
 
 
 def make_exit_adapter(view: Any, kind: str, layer: int, shortlist: Tensor | None = None) -> ExitAdapter:

@@ -14,6 +14,7 @@ from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import StepResult, check_layer, choose_rows, layers_run, run_undecided
+from models.host import argmax
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
@@ -198,7 +199,7 @@ class Free:
         if learner.as_released and alone:  # the original counts only tokens that had company
             return []
         shallow = torch.stack([waiting.predicted for waiting in window], dim=1)  # (B, W)
-        right = (shallow == deep_logits.argmax(-1)).tolist()
+        right = (shallow == argmax(deep_logits)).tolist()
         pairs = [
             (waiting.confidence[row], right[row][index])
             for index, waiting in enumerate(window)

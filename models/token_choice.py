@@ -29,6 +29,7 @@ from transformers.generation import BaseStreamer
 from models.errors import UserError
 from models.exit_policy import Drafts
 from models.generate_contract import Output, OutputObject
+from models.host import argmax
 
 STATELESS = (  # of transformers: nothing that these keep changes what they say
     "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper "
@@ -100,7 +101,7 @@ class TokenChooser:
             if self.provisional:
                 self.provisional[-1].scores = scores
         else:
-            tokens = scores.argmax(-1, keepdim=True)
+            tokens = argmax(scores).unsqueeze(-1)
         if not all(active):
             running = torch.tensor(active, device=tokens.device)[:, None]
             tokens = torch.where(running, tokens, self.pad_token)
@@ -180,7 +181,7 @@ class TokenChooser:
         finished = ~torch.tensor(running, device=tokens.device)
         if proposed is not None:  # sampled from
             return self._accepts_sampled(tokens, proposed.softmax(-1), scores.softmax(-1), finished)
-        return bool(((scores.argmax(-1) == tokens) | finished).all())
+        return bool(((argmax(scores) == tokens) | finished).all())
 
     def _accepts_sampled(self, tokens: Tensor, draft: Tensor, target: Tensor, finished: Tensor) -> bool:
         """Speculative sampling (Leviathan et al., 2023, algorithm 1): whether all rows accept their tokens
@@ -238,7 +239,7 @@ def host_criteria(criteria: StoppingCriteriaList) -> HostCriteria | None:
 
 def count_agreeing(tokens: Tensor, drafts: Drafts) -> int:
     """How many leading columns of (B, n) drafts are the deep logits' greedy choice, finished rows aside."""
-    differs = (drafts.logits.float().argmax(-1) != tokens).tolist()
+    differs = (argmax(drafts.logits.float()) != tokens).tolist()
     for index, running in enumerate(drafts.running):
         if any(row[index] and active for row, active in zip(differs, running, strict=True)):
             return index

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.exit_policy import Drafts, StepResult
+from models.host import argmax
 
 
 class WaitingToken(NamedTuple):
@@ -28,7 +29,7 @@ class WaitingToken(NamedTuple):
     def predicted(self) -> Tensor:
         """The exit's own tokens, which a deep pass compares: (B,)."""
         assert self.logits is not None
-        return self.logits.argmax(-1)
+        return argmax(self.logits)
 
 
 class Verification(Protocol):

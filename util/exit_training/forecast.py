@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.confidence import SoftmaxGap
 from models.exit_policy import FullDepth
+from models.host import argmax
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
 from util.evaluation.cost_model import median_seconds
@@ -98,7 +99,7 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
         def call() -> None:
             state.truncate(held)
             states = view.run_layers(state, window[:, :size], layer, view.num_layers)
-            view.predict(states if read_all else states[:, -1:], view.num_layers).argmax(-1)
+            argmax(view.predict(states if read_all else states[:, -1:], view.num_layers))
 
         return call
 

@@ -19,7 +19,7 @@ from models.backends.onnx.pieces import (
     Memory,
     Piece,
 )
-from models.backends.onnx.quantization import quantize
+from models.backends.onnx.quantization import graphs_of, quantize
 from models.backends.onnx.segments import bundle, chain
 from models.backends.onnx.store import Store, fingerprint, hash_weights, makers
 from models.backends.onnx.tracing import Kinds
@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, view: StackView, cache_dir: Path, precision: str, threads: int) -> None:
         self.view = view
-        self.store = Store(cache_dir / fingerprint(view.model, precision))
+        self.store = Store(cache_dir / fingerprint(view.model, graphs_of(precision)))
         self.precision = precision
         self.threads = threads
         self.exact = precision in EXACT_PRECISIONS

@@ -2,12 +2,17 @@
 
 The weights of a column share a scale, and so do the activations of a row. Sums of products of integers are
 exact, so that a row has the same bits whatever rows are multiplied beside it.
+
+Processors with VNNI instructions sum products of unsigned and signed bytes exactly, twice as fast as those of
+unsigned ones; on others ONNX Runtime's kernels for signed weights add pairs of products in 16 bits, which
+overflow.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from models.backends.onnx.fusion import constant, initializer, is_constant
@@ -16,9 +21,14 @@ LARGEST, ZERO = 127, 128  # an unsigned byte ZERO + n stands for the integer n o
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
 
 
+def has_signed_products() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
 def quantize_rows(model: ir.Model) -> None:
     """Compute (.., K) x (K, N) products with constant matrices in 8 bits."""
-    graph, constants = model.graph, Constants(model.graph)
+    graph, constants, signed = model.graph, Constants(model.graph), has_signed_products()
     model.opset_imports[MICROSOFT] = 1
     rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # states to their integers and scales
     for product in list(graph):
@@ -37,10 +47,12 @@ def quantize_rows(model: ir.Model) -> None:
         integers, scale = rounded[states]
         # Step 2. The product of integers, times the scales of columns and of rows.
         columns = column_scales(constant(weight))
-        matrix = (np.rint(constant(weight) / columns) + ZERO).astype(np.uint8)
+        matrix = np.rint(constant(weight) / columns)
+        matrix = matrix.astype(np.int8) if signed else (matrix + ZERO).astype(np.uint8)
         weights = initializer(graph, f"{weight.name}.integers", matrix)
         scales = initializer(graph, f"{weight.name}.scales", columns)
-        operands = integers, weights, constants.step, scales, constants.zero_point, constants.zero_point
+        zero_points = [constants.zero_point] * (1 if signed else 2)  # of states, and of weights
+        operands = integers, weights, constants.step, scales, *zero_points
         before.replace(before.add("Mul", before.add("MatMulIntegerToFloat", *operands), scale))
     RemoveUnusedNodesPass()(model)
 

@@ -16,12 +16,17 @@ import onnx
 import onnx_ir as ir
 
 from models.backends.onnx.fusion import constant, is_constant
-from models.backends.onnx.integers import quantize_rows
+from models.backends.onnx.integers import has_signed_products, quantize_rows
 
 BITS = {"w8": 8, "w4": 4}
 BLOCKS = {"w8": (128, 64, 32), "w4": (32,)}  # the larger, the faster; 4 bits lose too much in larger ones
 MOST_PADDING = 1 / 8  # of a matrix, to whole blocks
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower
+
+
+def graphs_of(precision: str) -> str:
+    """A name for what `quantize` makes, which depends on the processor."""
+    return f"{precision}, signed" if precision == "int8" and has_signed_products() else precision
 
 
 def quantize(model: ir.Model, precision: str) -> ir.Model:
