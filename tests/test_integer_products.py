@@ -5,10 +5,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from models.backends.onnx import integers, quantization
 from models.backends.onnx.fusion import initializer
 from models.backends.onnx.integers import quantize_rows
 
 WIDTH = 64
+
+
+@pytest.fixture(autouse=True, params=["unsigned", "as here"])
+def weights_of_either_sign(request, monkeypatch):
+    if request.param == "unsigned":
+        for module in (integers, quantization):
+            monkeypatch.setattr(module, "has_signed_products", lambda: False)
+    return request.param
 
 
 def session_of(**weights):
@@ -43,10 +52,12 @@ def example():
     weights = {name: random.standard_normal((WIDTH, 24), np.float32) for name in ("a", "b")}
     weights["a"][:, 3] = 0
     weights["b"][:, 5] *= 1000
+    weights["b"][:, 6] = 2  # with states[6]: sums of two products need more than 16 bits
     states = random.standard_normal((9, WIDTH), np.float32)
     states[2] = 0
     states[4] *= 1e-6
     states[5, 7] = 500
+    states[6] = -3
     return states, weights
 
 
@@ -58,6 +69,15 @@ def test_products_are_those_of_rounded_rows_and_columns(example):
         magnitude = np.abs(expected).max(1, keepdims=True)
         assert (np.abs(made[0] - expected) <= 1e-5 * magnitude).mean() > 0.99  # but for ties of rounding
         assert (np.abs(made[0] - expected) <= 2e-2 * magnitude).all()
+
+
+def test_graphs_for_other_processors_have_other_names(weights_of_either_sign):
+    signed = integers.has_signed_products()
+    model, _ = session_of(a=np.ones((WIDTH, 1), np.float32))
+    (weight,) = [value for name, value in model.graph.initializers.items() if name.endswith(".integers")]
+    assert weight.dtype == (ir.DataType.INT8 if signed else ir.DataType.UINT8)
+    assert quantization.graphs_of("int8") != ("int8" if signed else "int8, signed")
+    assert quantization.graphs_of("w8") == "w8"
 
 
 def test_a_row_has_the_same_bits_in_any_company(example):

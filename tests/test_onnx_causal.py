@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from models import DecodeStats, FixedThreshold, Free, FullDepth, SoftmaxGap, StaticExit, UserError, prepare
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import default_cache_dir
+from models.backends.onnx.windows import Tables
 from models.choices import EXACT_PRECISIONS
 from models.exit_heads import ExitConfig
 from models.families import VIEWS
@@ -108,6 +109,25 @@ def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, prec
     options = {"max_new_tokens": 20, "eos_token_id": [1, 7, 11, 30]}
     expected = decode(model, inputs, FullDepth(), **options)
     assert torch.equal(decode(model, inputs, policy, **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "inside"),
+    [("llama-tied", True), ("neox-serial", True), ("llama-untied", False), ("pythia", False)],
+)
+def test_attention_rotates_what_it_can(shape, inside):
+    """Heads of a multiple of 16, and as many rotated: else the layer rotates itself."""
+    graph = on_onnx(shape).view.engine._piece("exact-layer", 0).graph
+    (attention,) = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert ("do_rotary" in attention.attributes) == inside
+    assert ("Neg" in [node.op_type for node in graph]) != inside  # of half of each head
+
+
+def test_windows_begin_where_rows_number_their_tokens():
+    tables = Tables.of({0: (torch.arange(24.0).view(2, 3, 4).repeat(1, 1, 2),) * 2}, 3)
+    assert tables.places(2, 2, 3).tolist() == [[0, 1], [3, 4]]
+    assert tables.arrays["cosines.0"][4].tolist() == [16, 17, 18, 19]  # of the second row's second token
 
 
 @pytest.mark.parametrize("family", EACH_KIND)

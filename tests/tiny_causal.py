@@ -15,7 +15,7 @@ SETTINGS = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,  # which ONNX Runtime's attention rotates by itself, as it does those of real models
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
     "pad_token_id": 0,
@@ -23,7 +23,8 @@ SETTINGS = {
     "eos_token_id": 1,
 }
 GPT2 = {"n_embd": 32, "n_head": 4, "n_inner": 48, "n_positions": 64}
-NEOX = {"num_attention_heads": 4, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+NEOX = {"num_attention_heads": 4, "head_dim": 8, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+HALF_ROTATED = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "rotary_pct": 0.5}
 OPT = {"ffn_dim": 48, "num_attention_heads": 4, "dropout": 0.0, "init_std": 0.3, "word_embed_proj_dim": 32}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 NARROW = {"sliding_window": 5}  # shorter than the prompts
@@ -31,7 +32,7 @@ GEMMA = {"query_pre_attn_scalar": 8, **NARROW}
 # Class prefix, and what differs from the settings above.
 CAUSAL_SHAPES = {
     "llama-tied": ("Llama", TIED),
-    "llama-untied": ("Llama", UNTIED | {"num_key_value_heads": 4, "attention_bias": True}),
+    "llama-untied": ("Llama", UNTIED | {"num_key_value_heads": 4, "attention_bias": True, "head_dim": 8}),
     "mistral": ("Mistral", UNTIED | {"sliding_window": None}),
     "mistral-window": ("Mistral", TIED | NARROW),
     "qwen2": ("Qwen2", TIED),
@@ -44,7 +45,7 @@ CAUSAL_SHAPES = {
     "gpt2-tied": ("GPT2", TIED | GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
     "gpt2-untied": ("GPT2", UNTIED | GPT2),
     "pythia": ("GPTNeoX", UNTIED | NEOX),
-    "neox-serial": ("GPTNeoX", TIED | NEOX | {"use_parallel_residual": False}),
+    "neox-serial": ("GPTNeoX", TIED | NEOX | {"use_parallel_residual": False} | HALF_ROTATED),
     "opt-tied": ("OPT", TIED | OPT),
     "opt-350m": ("OPT", UNTIED | OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
 }
