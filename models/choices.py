@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.backends
-PRECISIONS = ("fp32", "w8", "w4", "int8")  # of exported weights
-EXACT_PRECISIONS = ("fp32", "w8", "int8")  # in which a token has the same bits in every window
+MIXED = "w8+int8"  # the decoder's weights in w8, the encoder's in int8
+PRECISIONS = ("fp32", "w8", "w4", "int8", MIXED)  # of exported weights
+EXACT_PRECISIONS = ("fp32", "w8", "int8", MIXED)  # in which a token has the same bits in every window
 PER_EXIT_HEADS = ("norm", "projection")
 KEEPING_EXIT_ADAPTERS = ("layer", "attention")  # with keys/values of their own
 EXIT_ADAPTERS = (*KEEPING_EXIT_ADAPTERS, "projection", "norm")

@@ -80,11 +80,11 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
     Raises:
         UserError: there is none, it is damaged, or it was taught on another model.
     """
-    path, weights_path = (find_file(name_or_path, file, **hub) for file in (CONFIG_NAME, WEIGHTS_NAME))
-    if path is None or weights_path is None:
-        missing = CONFIG_NAME if path is None else WEIGHTS_NAME
-        raise UserError(f"exit_adapter: {name_or_path} has no {missing}.")
-    config, weights = ExitAdapterConfig.load(path), read_weights(weights_path)
+    config = read_exit_config(name_or_path, **hub)
+    weights_path = find_file(name_or_path, WEIGHTS_NAME, **hub)
+    if weights_path is None:
+        raise UserError(f"exit_adapter: {name_or_path} has no {WEIGHTS_NAME}.")
+    weights = read_weights(weights_path)
     if config.base_fingerprint != fingerprint_base(model):
         raise UserError(
             f"exit_adapter {name_or_path} was taught on {config.base_model}, whose weights are others than "
@@ -105,10 +105,12 @@ def is_exit_adapter(name_or_path: str, **hub: Any) -> bool:
     return adapter is not None and model is None
 
 
-def read_base_of_exit(name_or_path: str, **hub: Any) -> str:
+def read_exit_config(name_or_path: str, **hub: Any) -> ExitAdapterConfig:
+    """What the exit adapter of a folder or hub repository is; raise UserError where there is none."""
     path = find_file(name_or_path, CONFIG_NAME, **hub)
-    assert path is not None
-    return ExitAdapterConfig.load(path).base_model
+    if path is None:
+        raise UserError(f"exit_adapter: {name_or_path} has no {CONFIG_NAME}.")
+    return ExitAdapterConfig.load(path)
 
 
 def with_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> PreTrainedModel:

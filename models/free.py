@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.checks import as_count, as_number, as_object
+from models.choices import EXACT_PRECISIONS
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
@@ -95,7 +96,7 @@ class Free:
         if self.drafts and view.mixes_windows:
             raise UserError(
                 "Free: lossless needs tokens that do not depend on their window: prepare the model with "
-                "precision fp32, w8 or int8."
+                f"another precision: {', '.join(EXACT_PRECISIONS)}."
             )
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
         adapter = view.exit_adapter

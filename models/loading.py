@@ -36,7 +36,7 @@ from models.checkpoint_files import (
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_adapter import exit_adapter_of
-from models.exit_adapter_files import is_exit_adapter, load_exit_adapter, read_base_of_exit
+from models.exit_adapter_files import is_exit_adapter, load_exit_adapter, read_exit_config
 from models.exit_heads import (
     HEAD_NAMES,
     ExitConfig,
@@ -122,7 +122,7 @@ def load_model(
     """
     refuse_misspelt_folder(name_or_path)
     if exit_adapter is None and is_exit_adapter(name_or_path, **hub):
-        name_or_path, exit_adapter = read_base_of_exit(name_or_path, **hub), name_or_path
+        name_or_path, exit_adapter = read_exit_config(name_or_path, **hub).base_model, name_or_path
     with parsed_once(name_or_path):
         model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
         home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from models.errors import UserError, one_line_errors
 from models.exit_adapter import attach_exit_adapter, make_exit_adapter
-from models.exit_adapter_files import save_exit_adapter
+from models.exit_adapter_files import load_exit_adapter, read_exit_config, save_exit_adapter
 from models.families import view_for
 from models.families.causal import CausalView
 from models.families.encoder_decoder import EncoderDecoderView
@@ -105,12 +105,13 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     first = loaded.model.generation_config.decoder_start_token_id if has_encoder else None
     start = Start(first, with_prompt=flags.prompt_weight > 0)
     files = compute_states(frozen.view, texts, layers, in_folder(flags, "states"), start)
-    views = make_views(flags, loaded, layers, learn_shortlist(texts, flags, loaded))
+    views = make_views(flags, loaded, layers, texts)
     costs = {
         layer: time_exit(view, loaded, encoder, examples, flags, backend) for layer, view in views.items()
     }
     rows = range(len(texts))
     settings = {
+        "--exit_adapter_path": flags.exit_adapter_path,
         "exit_adapter": flags.exit_adapter,
         "exit_layers": layers,
         "loss": flags.exit_loss,
@@ -123,6 +124,8 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
 
 
 def candidate_layers(flags: ExitTrainingArguments, loaded: LoadedModel) -> list[int]:
+    if flags.exit_adapter_path is not None:
+        return [read_exit_config(flags.exit_adapter_path).layer]
     depth = loaded.view.num_layers
     require(loaded.model.config.model_type is not None and depth > 1, "A model of one layer has no exit.")
     layers = sorted(set(flags.exit_layers)) or [max(1, round(depth / 3))]
@@ -220,10 +223,13 @@ def learn_shortlist(texts: list[Text], flags: ExitTrainingArguments, loaded: Loa
 
 
 def make_views(
-    flags: ExitTrainingArguments, loaded: LoadedModel, layers: list[int], shortlist: Tensor | None
+    flags: ExitTrainingArguments, loaded: LoadedModel, layers: list[int], texts: list[Text]
 ) -> dict[int, LayeredView]:
-    """By candidate layer, the model seen with an adapter behind it."""
-    views = {}
+    """By candidate layer, the model seen with an adapter behind it: the given one, or an untaught one."""
+    if flags.exit_adapter_path is not None:
+        adapter = load_exit_adapter(loaded.model, flags.exit_adapter_path)
+        return {adapter.layer: cast(LayeredView, view_for(loaded.model))}
+    views, shortlist = {}, learn_shortlist(texts, flags, loaded)
     plain = view_for(loaded.model)
     for layer in layers:
         adapter = make_exit_adapter(plain, flags.exit_adapter, layer, shortlist)

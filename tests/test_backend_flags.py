@@ -64,7 +64,7 @@ def test_what_only_torch_can_do_runs_there(tmp_path, flags):
     [
         ({"backend": "onnx", **BEAMS}, "--num_beams needs --backend torch"),
         ({"precision": "w8", "parallel_causal_mask": False}, "--parallel_causal_mask False needs"),
-        ({"precision": "w4", "lossless": True}, "--lossless needs --precision fp32, w8 or int8"),
+        ({"precision": "w4", "lossless": True}, "--lossless needs --precision fp32, w8, int8"),
         ({"backend": "torch", "precision": "w8"}, "--precision w8 is for exported graphs"),
         ({"precision": "w8", "bf16_full_eval": True}, "bfloat16"),
         ({"backend": "compile", "precision": "w8"}, "precision w8 needs backend onnx"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from decoding_cases import MANY_ENDS
@@ -23,7 +25,9 @@ from models import (
     prepare,
 )
 from models.backends.onnx import engine as engine_module
-from models.choices import EXACT_PRECISIONS
+from models.backends.onnx.fusion import initializer
+from models.backends.onnx.quantization import BLOCKS, block_size
+from models.choices import EXACT_PRECISIONS, MIXED
 
 
 def states_of(view, inputs, hidden, windows, rows=slice(None)):
@@ -94,8 +98,31 @@ def test_quantized_products_are_near_the_exact_ones(family, precision):
         assert 0 < error < 16 * 0.5**bits  # rounding is half a step of 2 / 2**bits, over 6 layers
 
 
+def test_the_mixed_precision_reads_sources_in_int8():
+    engine = prepare(loaded(perturbed("bart-tied")), precision=MIXED).view.engine
+    quantized = {"MatMulNBits", "MatMulIntegerToFloat"}
+    used = {
+        kind: quantized & {node.op_type for node in engine._piece(kind, 0).graph}
+        for kind in ("encoder", "memory", "exact-layer", "keys-values", "head")
+    }
+    assert used["encoder"] == used["memory"] == {"MatMulIntegerToFloat"}
+    assert used["exact-layer"] == used["keys-values"] == used["head"] == {"MatMulNBits"}
+
+
+@pytest.mark.parametrize(
+    ("depths", "size"), [([576, 1536], 128), ([1536, 192], 64), ([128, 96], 32), ([48], 32)]
+)
+def test_blocks_are_the_largest_that_pad_matrices_little(depths, size):
+    states = ir.Value(name="x")
+    graph = ir.Graph([states], [], nodes=[], name="products")
+    for depth in depths:
+        weight = initializer(graph, f"weight{depth}", np.zeros((depth, 8), np.float32))
+        graph.append(ir.node("MatMul", [states, weight]))
+    assert block_size(graph, BLOCKS["w8"]) == size
+
+
 QUANTIZED = [("t5-tied", "w8"), ("bart-tied", "w4"), ("umt5", "int8")]
-QUANTIZED = thin(itertools.product(FAMILIES, ["w8", "w4", "int8"]), QUANTIZED)
+QUANTIZED = thin(itertools.product(FAMILIES, ["w8", "w4", "int8", MIXED]), QUANTIZED)
 QUANTIZED_PRODUCTS = ("MatMulNBits", "MatMulIntegerToFloat")
 
 

@@ -18,7 +18,7 @@ from models import DecodeStats, FixedThreshold, Free, FullDepth, SoftmaxGap, Sta
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import default_cache_dir
 from models.backends.onnx.windows import Tables
-from models.choices import EXACT_PRECISIONS
+from models.choices import EXACT_PRECISIONS, MIXED
 from models.exit_heads import ExitConfig
 from models.families import VIEWS
 from models.families.gpt2 import GPT2View
@@ -33,7 +33,8 @@ SHAPES = slow_but(DAILY, thin(CAUSAL_SHAPES, [*FAMILIES, "gpt2-tied"]))
 EACH_FAMILY = slow_but(DAILY, FAMILIES)
 # With windows, with norms that shift, with heads side by side: every graph decodes full depth anyway.
 EACH_KIND = slow_but(DAILY, thin(FAMILIES, ["llama-tied", "gemma2", "gpt2-untied", "pythia"]))
-IN_WINDOWS = slow_but([("llama-tied", "fp32")], covering(FAMILIES, EXACT_PRECISIONS))
+PRECISIONS = [precision for precision in EXACT_PRECISIONS if precision != MIXED]
+IN_WINDOWS = slow_but([("llama-tied", "fp32")], covering(FAMILIES, PRECISIONS))
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
     threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
     layer=st.integers(1, 5),
     max_pending=st.sampled_from([None, 1, 3, 6]),
-    precision=st.sampled_from(EXACT_PRECISIONS),
+    precision=st.sampled_from(PRECISIONS),
 )
 def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, precision):
     model, inputs = on_onnx("llama-tied", precision), prompts(batch, seed=seed)
@@ -128,6 +129,11 @@ def test_windows_begin_where_rows_number_their_tokens():
     tables = Tables.of({0: (torch.arange(24.0).view(2, 3, 4).repeat(1, 1, 2),) * 2}, 3)
     assert tables.places(2, 2, 3).tolist() == [[0, 1], [3, 4]]
     assert tables.arrays["cosines.0"][4].tolist() == [16, 17, 18, 19]  # of the second row's second token
+
+
+def test_a_model_without_an_encoder_has_no_precision_for_it():
+    with pytest.raises(UserError, match=r"w8\+int8: this model has no encoder; choose w8 or int8"):
+        on_onnx("llama-tied", MIXED)
 
 
 @pytest.mark.parametrize("family", EACH_KIND)

@@ -106,7 +106,7 @@ def test_what_onnx_cannot_run_is_refused_by_name():
     bidirectional = Free(2, SoftmaxGap(), EveryThirdDeep(), causal_catch_up=False)
     with pytest.raises(UserError, match="causal_catch_up"):
         decode(fast, padded_inputs(), bidirectional)
-    with pytest.raises(UserError, match="precision fp32, w8 or int8"):
+    with pytest.raises(UserError, match="another precision: fp32, w8, int8"):
         decode(prepare(torch_model, precision="w4"), padded_inputs(), policies()["lossless"])
 
 

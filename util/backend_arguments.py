@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from models.choices import BACKENDS, EXACT_PRECISIONS, PRECISIONS
+from models.choices import BACKENDS, EXACT_PRECISIONS, MIXED, PRECISIONS
 from util.exit_arguments import ExitArguments
 from util.flags import flag, require, require_positive
 
@@ -24,7 +24,8 @@ class BackendArguments:
     precision: str = flag(
         "fp32",
         "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits and a scale for each "
-        "32 of them, int8 has 8 and one for a column: less precise, faster. Lossless decoding refuses w4.",
+        "128 and 32 of them, int8 has 8 and one for a column: less precise, faster on sources and windows; "
+        f"{MIXED} takes it for the encoder, w8 for the decoder. Lossless decoding refuses w4.",
         PRECISIONS,
     )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
@@ -47,8 +48,8 @@ class BackendArguments:
         """
         require(
             not exits.lossless or self.precision in EXACT_PRECISIONS,
-            f"--lossless needs --precision fp32, w8 or int8: {self.precision} lets the tokens of a window "
-            "change each other.",
+            f"--lossless needs --precision {', '.join(EXACT_PRECISIONS)}: {self.precision} lets tokens "
+            "of a window change each other.",
         )
         reasons = {
             "--num_beams": num_beams > 1,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.choices import MIXED
 from scripts.benchmarking.contestants import Contestant, Output
 from scripts.benchmarking.subjects import Subject
 from util.evaluation.metrics import compute_scores
@@ -19,7 +20,8 @@ from util.script_arguments import CTRANSLATE2
 BYTES = {
     "fp32": 4,
     "float32": 4,
-    "w8": 1 + 4 / 32,
+    "w8": 1 + 4 / 128,
+    MIXED: 1 + 4 / 128,
     "w4": 1 / 2 + 4 / 32,
     "int8": 1,
 }  # of a weight and its scale

@@ -15,6 +15,11 @@ class ExitTrainingArguments:
     _argument_group_name = "Exit"
 
     model_name_or_path: str = required_flag("The model, which stays as it is: hub id, folder or .gguf file.")
+    exit_adapter_path: str | None = flag(
+        None,
+        "A taught exit to go on from, folder or hub id: its kind, layer and shortlist take the place of "
+        "--exit_adapter, --exit_layers and --shortlist_size.",
+    )
     exit_adapter: str = flag("layer", "What is put behind the exit, largest first.", EXIT_ADAPTERS)
     exit_layers: list[int] = list_flag(
         [], "Candidate layers, taught in one pass (default: a third of the depth)."
@@ -64,6 +69,13 @@ class ExitTrainingArguments:
             not self.bf16 or self.generation_precision is None,
             "--generation_precision is of onnx's weights, and --bf16 generates with torch: leave one out.",
         )
+        if self.exit_adapter_path is not None:
+            plain = {"exit_adapter": "layer", "exit_layers": [], "shortlist_size": 8192}
+            for name, default in plain.items():
+                require(
+                    getattr(self, name) == default,
+                    f"--{name}: --exit_adapter_path brings its own; leave one out.",
+                )
         size = self.shortlist_size
         require(
             size is None or size == 0 or size >= 2, f"--shortlist_size must be 0 or at least 2, got {size}."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.backends.onnx.view import OnnxView
+from models.choices import MIXED
 from models.errors import UserError
 
 TOLERANCE = {
@@ -20,6 +21,7 @@ TOLERANCE = {
     "w8": 0.3,
     "w4": 1.0,
     "int8": 0.6,
+    MIXED: 0.6,
 }  # of the norm of all logits: rounding, not faults
 SOURCE, TOKENS = 8, 6
 

@@ -19,7 +19,7 @@ from models.backends.onnx.pieces import (
     Memory,
     Piece,
 )
-from models.backends.onnx.quantization import graphs_of, quantize
+from models.backends.onnx.quantization import graphs_of, precision_of, quantize
 from models.backends.onnx.segments import bundle, chain
 from models.backends.onnx.store import Store, fingerprint, hash_weights, makers
 from models.backends.onnx.tracing import Kinds
@@ -123,10 +123,11 @@ class Engine:
     def _piece(self, kind: str, index: int) -> ir.Model:
         own = index < self.view.num_layers and kind != "exit-head"
         name = f"{kind}-{index}" if own or kind == "encoder" else f"{kind}-{self.adapted}"
-        return self.store.piece(name, lambda: self._export(PIECES[kind](self.view, index)))
+        return self.store.piece(name, lambda: self._export(kind, index))
 
-    def _export(self, piece: Piece) -> ir.Model:
-        return quantize(self.kinds.model(piece), self.precision)
+    def _export(self, kind: str, index: int) -> ir.Model:
+        piece = self.kinds.model(PIECES[kind](self.view, index))
+        return quantize(piece, precision_of(kind, self.precision))
 
     def _open(self, model: ir.Model) -> Session:
         options = onnxruntime.SessionOptions()

@@ -3,7 +3,8 @@
 - w8, w4: weights share a scale in blocks of 128 and 32, and activations are rounded block by block, row by
   row (ONNX Runtime's MatMulNBits at accuracy level 4);
 - int8: the weights of a column share a scale, and so do the activations of a row, see
-  `models.backends.onnx.integers`: less precise than w8, and for several rows up to twice as fast.
+  `models.backends.onnx.integers`: less precise than w8, and for several rows up to twice as fast;
+- w8+int8: w8, but what reads whole sources int8: the encoder, and what decoder layers make of its output.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ import onnx_ir as ir
 
 from models.backends.onnx.fusion import constant, is_constant
 from models.backends.onnx.integers import has_signed_products, quantize_rows
+from models.choices import MIXED
 
 BITS = {"w8": 8, "w4": 4}
 BLOCKS = {"w8": (128, 64, 32), "w4": (32,)}  # the larger, the faster; 4 bits lose too much in larger ones
+SOURCE_KINDS = ("encoder", "memory")
 MOST_PADDING = 1 / 8  # of a matrix, to whole blocks
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower
 
 
 def graphs_of(precision: str) -> str:
     """A name for what `quantize` makes, which depends on the processor."""
-    return f"{precision}, signed" if precision == "int8" and has_signed_products() else precision
+    return f"{precision}, signed" if precision in ("int8", MIXED) and has_signed_products() else precision
+
+
+def precision_of(kind: str, precision: str) -> str:
+    """That of pieces of a kind, where the whole has `precision`."""
+    if precision != MIXED:
+        return precision
+    return "int8" if kind in SOURCE_KINDS else "w8"
 
 
 def quantize(model: ir.Model, precision: str) -> ir.Model:
-    """A model whose products with constant matrices have weights of `precision`; biases and norms stay."""
+    """A model whose products with constant matrices have weights of `precision`, which is not mixed; biases
+    and norms stay."""
     if precision in BITS:
         with quiet_quantizers():
             block = block_size(model.graph, BLOCKS[precision])
