@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, make_inputs
 from pairs import thin
 from real_rows import ROOT
+from safetensors.torch import load_file
 
 from models import (
     DecodeStats,
@@ -253,6 +255,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         assert all(torch.equal(weight, second["weights"][layer][name]) for name, weight in weights.items())
 
 
+def test_a_taught_exit_is_taught_further(exit_of_llama, tmp_path, monkeypatch):
+    started = []
+    run = teaching.Teaching.run
+    monkeypatch.setattr(
+        teaching.Teaching, "run", lambda self: started.append(copy.deepcopy(self.weights())) or run(self)
+    )
+    others = ["--shortlist_size", "8192", "--max_train_samples", "20"]  # others than it was taught on
+    train_exit.main(command(LLAMA, tmp_path, *others, "--exit_adapter_path", str(exit_of_llama)))
+    before, after = (load_file(folder / WEIGHTS_NAME) for folder in (exit_of_llama, tmp_path))
+    ((layer, weights),) = started[0].items()
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["layer"] == layer
+    assert all(torch.equal(weights[name], weight.to(weights[name].dtype)) for name, weight in before.items())
+    assert torch.equal(after["shortlist"], before["shortlist"])
+    assert not torch.equal(after["projection.weight"], before["projection.weight"])
+
+
 def test_in_bfloat16_the_exit_learns_as_much(tmp_path):
     exits = {}
     for name in ("fp32", "bf16"):
@@ -355,6 +373,11 @@ def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):
         (["--bf16", "True", "--generation_precision", "w8"], "--generation_precision is of onnx's weights"),
         (["--held_out", "24"], "--held_out 24: there are only 24 rows"),
         (["--exit_loss", "mse"], "invalid choice: 'mse'"),
+        (["--exit_adapter_path", "here"], "--shortlist_size: --exit_adapter_path brings its own"),
+        (
+            ["--exit_adapter_path", "here", "--shortlist_size", "8192"],
+            "exit_adapter: here has no exit_adapter_c",
+        ),
         (["--shortlist_size", "1"], "--shortlist_size must be 0 or at least 2"),
     ],
 )
