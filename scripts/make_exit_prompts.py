@@ -80,9 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         (flags,) = parse_groups((ExitPromptArguments,), __doc__, argv)
         drawn = random.Random(flags.seed)
-        taught = [*summaries(flags, drawn), *others(flags, drawn)]
+        held = held_out(flags)
+        drawn_prompts = [*summaries(flags, drawn), *others(flags, drawn)]
+        taught = [prompt for prompt in dict.fromkeys(drawn_prompts) if prompt not in held]
         drawn.shuffle(taught)
-        prompts = taught + held_out(flags)
+        prompts = taught + held
         with locked_output_file(Path(flags.output_file)) as path:
             write_json_lines(path, ({"source": prompt} for prompt in prompts))
         print(f"Wrote {len(prompts)} prompts, the last {flags.held_out} to be held out, to {path}")

@@ -22,7 +22,9 @@ def folder(tmp_path):
     german = [{"translation": {"de": f"Das ist der Satz {row}, er hat mehr als vierzig Zeichen.", "en": "-"}}
               for row in range(8)]  # fmt: skip
     write("iwslt2017.train", german)
-    write("squad.train", [{"question": f"Who is {row}?", "context": "word " * 200} for row in range(8)])
+    contexts = ["word " * 200, *(f"word{row} " * 200 for row in range(7))]
+    squad = [{"question": f"Who is {row}?", "context": context} for row, context in enumerate(contexts)]
+    write("squad.train", squad)
     return tmp_path
 
 
@@ -40,4 +42,15 @@ def test_parts_are_runs_of_turns_and_held_out_rows_stand_last(folder):
     assert all(4 <= part.count("\n") + 1 <= 14 for part in parts)
     translations = [prompt for prompt in prompts if prompt.startswith("Translate from German to English.")]
     assert len(translations) == 4 and "Who is" in str(prompts) and "Name three ways to cook pasta." in prompts
-    assert len(prompts) == 7 + 4 + 2 + 2 + 150 + 3
+    assert len(prompts) == 7 + 4 + 2 + 2 + 150 + 3 and len(set(prompts)) == len(prompts)
+
+
+def test_no_prompt_is_taught_twice_or_held_out_and_taught(folder):
+    same = [{"dialogue": "Mia: row 4", "summary": "-"}] * 3 + [{"dialogue": "Mia: once", "summary": "-"}] * 2
+    (folder / "samsum.train.json").write_text("\n".join(map(json.dumps, same)))
+    flags = ["--data_dir", str(folder), "--output_file", str(folder / "prompts.jsonl"), "--others", "4"]
+    make_exit_prompts.main([*flags, "--held_out", "2", "--held_out_from", "4"])
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["source"] for line in lines]
+    assert prompts[-2].endswith("Mia: row 4") and len(set(prompts)) == len(prompts)
+    assert sum(prompt.endswith("Mia: once") for prompt in prompts) == 1
