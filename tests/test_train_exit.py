@@ -11,35 +11,28 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, make_inputs
+from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model
 from pairs import thin
 from real_rows import ROOT
 from safetensors.torch import load_file
 
 from models import (
-    DecodeStats,
     FixedThreshold,
     Free,
     FullDepth,
     SoftmaxGap,
     UserError,
-    early_exit_decode,
     load_model,
 )
 from models.exit_adapter import attach_exit_adapter
 from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
-from models.replay import replay
 from scripts import sweep, train_exit
 from util.exit_training import teaching
 from util.exit_training.flags import ExitTrainingArguments
-from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict
+from util.exit_training.forecast import ExitCosts
 from util.exit_training.objectives import (
-    Teacher,
-    acceptance_loss,
-    distillation_loss,
     exit_logits,
     teacher_of,
 )
@@ -121,69 +114,6 @@ def test_states_are_read_in_the_same_order_that_they_are_written(tmp_path):
         assert torch.equal(stored.tokens, row.tokens) and len(row.tokens) == files.outputs[number]
         for layer in (1, SHALLOW):
             torch.testing.assert_close(stored.hidden[layer], row.hidden[layer], atol=1e-2, rtol=1e-2)
-
-
-def test_objectives_by_hand():
-    p, q = torch.tensor([[0.5, 0.2, 0.3]]), torch.tensor([[0.25, 0.5, 0.25]])
-    teacher, logits = Teacher(p[:, :2], p[:, 2:]), q.log()
-    kl = 0.5 * np.log(0.5 / 0.25) + 0.2 * np.log(0.2 / 0.5) + 0.3 * np.log(0.3 / 0.25)
-    assert distillation_loss(logits, teacher).item() == pytest.approx(kl, abs=1e-6)
-    assert acceptance_loss(logits, teacher).item() == pytest.approx(-np.log(0.25 + 0.2), abs=1e-6)
-
-
-def bools(text):
-    return np.array([letter == "1" for letter in text])
-
-
-@pytest.mark.parametrize(
-    ("sure", "agrees", "cap", "steps", "windows"),
-    [
-        ("0000", "1111", None, 4, [1, 1, 1, 1]),  # each token runs all layers
-        ("1110", "1111", None, 4, [4]),  # three drafts and the unsure token
-        ("1110", "1011", None, 6, [4, 2]),  # the second draft is wrong: two tokens won, then one draft more
-        ("1111", "1111", 2, 4, [3, 1]),  # a third may not wait; the last is verified at the end
-        ("1111", "1111", None, 4, [4]),  # verified at the end
-    ],
-)
-def test_lossless_decisions_by_hand(sure, agrees, cap, steps, windows):
-    assert replay(bools(sure), bools(agrees), cap, lossless=True) == (steps, windows)
-
-
-def test_decisions_of_free_by_hand():
-    assert replay(bools("110100"), bools("000000"), None, lossless=False) == (6, [3, 2, 1])
-    assert replay(bools("00"), bools("11"), None, lossless=False) == (2, [1, 1])
-    assert replay(bools("111"), bools("111"), None, lossless=False) == (3, [])  # what waits at the end stays
-
-
-def test_a_forecast_adds_up():
-    costs = ExitCosts(1.0, 10.0, 4.0, (7.0, 8.0, 9.0, 11.0, 15.0), (6.0, 7.0, 8.0, 10.0, 14.0))
-    traces = [ExitTrace(np.array([0.9, 0.9, 0.1]), bools("111")), ExitTrace(np.array([0.1]), bools("1"))]
-    one = predict(costs, traces, 0.5, 3, True)
-    full = (1 + 3 * 10) + (1 + 10)
-    ours = (1 + 3 * 4 + 9) + (1 + 4 + 7)
-    assert one.speedup == pytest.approx(full / ours) and one.exit_share == 0.5 and one.agreement == 1
-    free = predict(costs, traces, 0.5, None, False)
-    assert free.speedup == pytest.approx(full / ((1 + 3 * 4 + 8) + (1 + 4 + 6)))
-    assert (
-        costs.deep_pass(4, True) == 10 and costs.deep_pass(11, True) == 17
-    )  # between and beyond the measured
-    assert max(forecast(costs, traces), key=lambda one: one.speedup).speedup >= one.speedup
-
-
-def test_the_forecast_counts_what_decoding_does():
-    """A token of another mind is drafted nowhere: windows and steps are those of `Free`."""
-    loaded = adapted("llama-tied")
-    inputs = make_inputs("llama-tied")
-    policy = Free(SHALLOW, SoftmaxGap(), FixedThreshold(0.3))
-    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    stats = DecodeStats()
-    loaded.model.generate(
-        **inputs, **options, custom_generate=early_exit_decode, exit_policy=policy, decode_stats=stats
-    )
-    sure = np.array([test[0][0] > 0.3 for test in stats.confidences])
-    steps, windows = replay(sure, np.ones(16, bool), None, lossless=False)
-    assert (steps, len(windows)) == (stats.steps, stats.deep_passes)
-    assert stats.layer_tokens == steps * (SHALLOW + 1) + sum(windows) * (6 - SHALLOW)
 
 
 def test_texts_end_with_their_end_and_lie_beside_others_as_long():

@@ -14,25 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from models.backends.onnx.rotation import Rotation
 from models.backends.shared import Pair
 
 NAME = "exitlm_export"
 ROTATE = "apply_rotary_pos_emb"  # what all families with rotary positions call their function
-
-
-class Rotation(NamedTuple):
-    """By what queries and keys are rotated: tables (T, W' / 2) for the W' rotated of a head's W, and where in
-    them each query row stands."""
-
-    cosines: Tensor
-    sines: Tensor
-    places: Tensor  # (B, R)
 
 
 @dataclass
@@ -132,15 +124,14 @@ def multi_head(query: Tensor, others: list[Tensor | None], attributes: dict[str,
 def group_query(packed: Tensor, width: int, attended: Attended, attributes: dict[str, Any]) -> Tensor:
     """Self-attention of (B, R, 3 * `width`) queries, keys and values."""
     assert attended.past is not None
-    unused, rotation = None, (None, None, None)
-    if attended.rotates:
-        assert attended.rotation is not None
-        rotation, attributes = attended.rotation, attributes | {"do_rotary": 1}
+    unused, rotation = None, attended.rotation if attended.rotates else None
+    if rotation is not None:
+        attributes = attributes | {"do_rotary": 1}
     output, *attended.written = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         [
             *(packed, unused, unused, *attended.past, attended.last, attended.capacity),
-            *rotation,
+            *(rotation or (unused, unused, unused)),
             *(attended.bias, unused, unused, unused, unused, unused, attended.row_count),
         ],
         attributes,

@@ -15,21 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from models.backends.onnx.attention import (
-    Attended,
-    NewOnly,
-    Rotation,
-    attending,
-    rotated_by_operator,
-    select,
-)
+from models.backends.onnx.attention import Attended, NewOnly, attending, rotated_by_operator
+from models.backends.onnx.rotation import as_rotation, operator_rotates, rotation_examples
 from models.backends.shared import GivenMemory, Pair
 from models.exit_adapter import ExitAdapter
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
-BATCH, NEW, SOURCE, CAPACITY, HELD = 2, 3, 7, 11, 13  # sizes of the traced examples
-OPERATOR_WIDTHS = 16  # GroupQueryAttention rotates heads, and parts of them, of a multiple of this
+BATCH, NEW, SOURCE, CAPACITY = 2, 3, 7, 11  # sizes of the traced examples
 Axes = dict[int, str]
 
 
@@ -59,34 +52,6 @@ def source_mask_example() -> tuple[Tensor, Axes]:
     return torch.ones(BATCH, SOURCE, dtype=torch.int32), {0: "batch", 1: "source"}
 
 
-def rotation_examples(view: StackView, rows: int = NEW, axis: str = "new") -> dict[str, tuple[Tensor, Axes]]:
-    """Of families that rotate queries and keys: tables, and where in them each row stands."""
-    width = view.rotary_width
-    if width is None:
-        return {}
-    tables = {name: (torch.zeros(HELD, width // 2), {0: "held"}) for name in ("cosines", "sines")}
-    places = torch.zeros(BATCH, rows, dtype=torch.int64)
-    return {**tables, "places": (places, {0: "batch", 1: axis})}
-
-
-def operator_rotates(view: StackView) -> bool:
-    width = view.rotary_width
-    return width is not None and not any(size % OPERATOR_WIDTHS for size in (width, view.key_value_shape[1]))
-
-
-def rotation_of(cosines: Tensor | None, sines: Tensor | None, places: Tensor | None) -> Rotation | None:
-    return None if cosines is None or sines is None or places is None else Rotation(cosines, sines, places)
-
-
-def rows_of(rotation: Rotation | None, kept: Tensor | None = None) -> Pair | None:
-    """Cosines and sines of the new tokens as layers take them, (B, Q, W) both."""
-    if rotation is None:
-        return None
-    places = select(rotation.places, kept)
-    cosines, sines = (F.embedding(places, table) for table in rotation[:2])
-    return torch.cat([cosines, cosines], -1), torch.cat([sines, sines], -1)
-
-
 def pair(first: Tensor | None, second: Tensor | None) -> Pair | None:
     return None if first is None or second is None else (first, second)
 
@@ -111,7 +76,7 @@ class DecoderLayer(Piece):
             "row_count": (torch.zeros(BATCH, dtype=torch.int32), {0: "batch"}),
             "past_keys": keys_example(heads, CAPACITY, width, "capacity"),
             "past_values": keys_example(heads, CAPACITY, width, "capacity"),
-            **rotation_examples(view, NEW + exact, "rows"),
+            **rotation_examples(view, BATCH, NEW + exact, "rows"),
         }
         if exact:
             self.inputs["queries"] = (torch.tensor([0, 1, 2, 2]), {0: "rows"})
@@ -142,13 +107,12 @@ class DecoderLayer(Piece):
         memory_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         memory, past = pair(memory_keys, memory_values), (past_keys, past_values)
-        rotation = rotation_of(cosines, sines, places)
+        rotation, by_operator = as_rotation(cosines, sines, places), operator_rotates(self.view)
         attended = Attended(source_mask, memory, past, bias, last, capacity, row_count, queries, kept)
         attended.rotation = rotation
-        leaves = rotation is not None and operator_rotates(self.view)
-        inputs = self.view.traced_inputs(hidden, rotation[:2] if leaves else rows_of(rotation, kept))
+        inputs = self.view.traced_inputs(hidden, None if rotation is None else rotation.rows(kept))
         cache = NewOnly() if memory is None else GivenMemory(NewOnly(), {self.index: memory})
-        with attending(attended), rotated_by_operator(self.layer) if leaves else nullcontext():
+        with attending(attended), rotated_by_operator(self.layer) if by_operator else nullcontext():
             hidden = self.view.apply_layers(hidden, inputs, cast(Cache, cache), self.index, self.index + 1)
         keys, values = attended.written
         return hidden, keys, values
@@ -195,7 +159,7 @@ class KeysValues(Piece):
     def __init__(self, view: StackView, index: int) -> None:
         super().__init__(view, view.layers[index])
         self.index = index
-        self.inputs = {"hidden": hidden_example(view.width), **rotation_examples(view)}
+        self.inputs = {"hidden": hidden_example(view.width), **rotation_examples(view, BATCH, NEW, "new")}
 
     def forward(
         self,
@@ -204,8 +168,9 @@ class KeysValues(Piece):
         sines: Tensor | None = None,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        rotation = rotation_of(cosines, sines, places)
-        return self.view.traced_keys_values(self.index, hidden, rows_of(rotation))
+        rotation = as_rotation(cosines, sines, places)
+        rows = None if rotation is None else rotation.rows(None)
+        return self.view.traced_keys_values(self.index, hidden, rows)
 
 
 class ExitHead(Piece):

@@ -13,8 +13,9 @@ from numpy.lib.stride_tricks import as_strided
 from onnxruntime import OrtValue
 from torch import Tensor
 
+from models.backends.onnx.rotation import TABLES
+
 Array = np.ndarray
-ROTATION = ("cosines", "sines")
 SMALLEST = np.finfo(np.float32).min  # that hides a key
 
 
@@ -69,7 +70,7 @@ class Tables(NamedTuple):
         """`rotations`: cosines and sines (B or 1, at least N, W) by owner, whose halves are alike."""
         arrays, rows = {}, 1
         for owner, rotation in rotations.items():
-            for name, table in zip(ROTATION, rotation, strict=True):
+            for name, table in zip(TABLES, rotation, strict=True):
                 rows, half = len(table), table.shape[-1] // 2
                 assert torch.equal(table[..., :half], table[..., half:])
                 arrays[f"{name}.{owner}"] = table[:, :capacity, :half].reshape(-1, half).numpy()
