@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.backends
-MIXED = "w8+int8"  # the decoder's weights in w8, the encoder's in int8
+MIXED = "w8+int8"  # int8 for sources and prompts, w8 for what is decoded
 PRECISIONS = ("fp32", "w8", "w4", "int8", MIXED)  # of exported weights
 EXACT_PRECISIONS = ("fp32", "w8", "int8", MIXED)  # in which a token has the same bits in every window
 PER_EXIT_HEADS = ("norm", "projection")

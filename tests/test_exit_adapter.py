@@ -37,7 +37,7 @@ from models import (
     trace_layers,
     view_for,
 )
-from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS, MIXED
+from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel
 
@@ -57,8 +57,7 @@ IN_TURN = [  # each family with one kind or two, each kind with several families
 WITH_SHORTLIST = ("t5-tied", "bart-tied", "llama-tied", "gemma2", "gpt2-tied")
 ON_BACKENDS = [*((family, "torch") for family in WITH_SHORTLIST), ("bart-tied", "onnx"), ("gemma2", "onnx")]
 ON_BACKENDS = thin(itertools.product(WITH_SHORTLIST, ("torch", "onnx")), ON_BACKENDS)
-EVERYWHERE = [precision for precision in EXACT_PRECISIONS if precision != MIXED]
-IN_PRECISIONS = covering(("t5-tied", "bart-tied", "llama-tied", "opt-350m"), EVERYWHERE)
+IN_PRECISIONS = covering(("t5-tied", "bart-tied", "llama-tied", "opt-350m"), EXACT_PRECISIONS)
 TAUGHT = slow_but(IN_TURN[::3], thin(KINDS_OF_FAMILIES, IN_TURN))
 SEVERAL_ON_ONNX = [
     ("t5-tied", "attention"),

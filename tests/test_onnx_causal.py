@@ -33,8 +33,7 @@ SHAPES = slow_but(DAILY, thin(CAUSAL_SHAPES, [*FAMILIES, "gpt2-tied"]))
 EACH_FAMILY = slow_but(DAILY, FAMILIES)
 # With windows, with norms that shift, with heads side by side: every graph decodes full depth anyway.
 EACH_KIND = slow_but(DAILY, thin(FAMILIES, ["llama-tied", "gemma2", "gpt2-untied", "pythia"]))
-PRECISIONS = [precision for precision in EXACT_PRECISIONS if precision != MIXED]
-IN_WINDOWS = slow_but([("llama-tied", "fp32")], covering(FAMILIES, PRECISIONS))
+IN_WINDOWS = slow_but([("llama-tied", "fp32")], covering(FAMILIES, EXACT_PRECISIONS))
 
 
 @functools.cache
@@ -102,7 +101,7 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
     threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
     layer=st.integers(1, 5),
     max_pending=st.sampled_from([None, 1, 3, 6]),
-    precision=st.sampled_from(PRECISIONS),
+    precision=st.sampled_from(EXACT_PRECISIONS),
 )
 def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, precision):
     model, inputs = on_onnx("llama-tied", precision), prompts(batch, seed=seed)
@@ -131,9 +130,30 @@ def test_windows_begin_where_rows_number_their_tokens():
     assert tables.arrays["cosines.0"][4].tolist() == [16, 17, 18, 19]  # of the second row's second token
 
 
-def test_a_model_without_an_encoder_has_no_precision_for_it():
-    with pytest.raises(UserError, match=r"w8\+int8: this model has no encoder; choose w8 or int8"):
-        on_onnx("llama-tied", MIXED)
+def test_the_mixed_precision_reads_prompts_in_int8_and_decodes_in_w8():
+    inputs, fast = prompts(3), on_onnx("llama-tied", MIXED)
+    mixed, others = fast.view, {name: on_onnx("llama-tied", name).view for name in ("int8", "w8")}
+    prompt, windows = inputs["input_ids"], (4, 1, 2)
+
+    def begin(view):
+        return view.begin(None, **view.read(prompt, inputs["attention_mask"]).arguments)
+
+    with torch.inference_mode():
+        state, read = begin(mixed), begin(others["int8"])
+        for begun, view in ((state, mixed), (read, others["int8"])):
+            view.run_layers(begun, view.embed(begun, prompt[:, :-1]), 0, LAYERS)
+        # What was read lies where the other view takes it from; from here on both decode the same.
+        decoded, pairs = begin(others["w8"]), read.held_by_all()
+        decoded.reserve(len(prompt), 64)
+        for layer, (keys, values) in enumerate(pairs):
+            decoded.write(layer, keys, values)
+        for new in windows:
+            hidden = torch.randn(3, new, mixed.model.config.hidden_size)
+            ours, theirs = (
+                view.run_layers(begun, hidden, 0, LAYERS)
+                for view, begun in ((mixed, state), (others["w8"], decoded))
+            )
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("family", EACH_KIND)

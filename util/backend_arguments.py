@@ -25,7 +25,7 @@ class BackendArguments:
         "fp32",
         "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits and a scale for each "
         "128 and 32 of them, int8 has 8 and one for a column: less precise, faster on sources and windows; "
-        f"{MIXED} takes it for the encoder, w8 for the decoder. Lossless decoding refuses w4.",
+        f"{MIXED} reads sources and prompts as int8 and decodes as w8. Lossless decoding refuses w4.",
         PRECISIONS,
     )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.choices import BACKENDS, MIXED, PRECISIONS
+from models.choices import BACKENDS, PRECISIONS
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.causal import CausalView
@@ -44,8 +44,8 @@ def prepare(
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 and int8 round weights and
-            activations to 8 bits, with a scale for each 128 or for a column and a row; w8+int8 rounds the
-            decoder as w8 does and the encoder as int8; w4 has weights of 4 bits. All but w4 decode the same
+            activations to 8 bits, with a scale for each 128 or for a column and a row; w8+int8 reads sources
+            and prompts as int8 does and decodes as w8; w4 has weights of 4 bits. All but w4 decode the same
             bits alone, in windows and in batches, as `lossless` needs.
         threads: that onnx uses; default: as many as torch.
         cache_dir: where onnx keeps what it has exported; default: ~/.cache/exitlm/onnx.
@@ -69,8 +69,6 @@ def prepare(
     reason = why_not_onnx(loaded)
     if reason is not None:
         raise UserError(f"backend onnx: {reason}; use backend torch.")
-    if precision == MIXED and not loaded.model.config.is_encoder_decoder:
-        raise UserError(f"precision {MIXED}: this model has no encoder; choose w8 or int8.")
     view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir)
     return replace(loaded, backend=backend, precision=precision, _view=view)
 

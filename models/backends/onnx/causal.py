@@ -23,6 +23,7 @@ class OnnxCausalState(OnnxState):
         self.view = view
         self.begun = begun
         self.prompt_embeds = begun.prompt_embeds
+        self.prompt_length = begun.numbered
         steps = begun.positions[0, 1:] - begun.positions[0, :-1]
         from_zero = int(begun.positions[0, 0]) == 0 and bool((steps == 1).all())
         self.usual_positions = self.usual_positions and len(begun.positions) == 1 and from_zero

@@ -23,7 +23,7 @@ from models.backends.onnx.quantization import graphs_of, precision_of, quantize
 from models.backends.onnx.segments import bundle, chain
 from models.backends.onnx.store import Store, fingerprint, hash_weights, makers
 from models.backends.onnx.tracing import Kinds
-from models.choices import EXACT_PRECISIONS
+from models.choices import EXACT_PRECISIONS, MIXED
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
@@ -31,12 +31,14 @@ Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no type
 PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "layer": DecoderLayer,
     "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
+    "prompt-layer": lambda view, index: DecoderLayer(view, index, exact=True),
     "keys-values": KeysValues,
     "memory": Memory,
     "encoder": EncoderLayer,
     "head": lambda view, index: Head(view),
     "exit-head": lambda view, index: ExitHead(view),
 }
+LAYER_KINDS = ("layer", "exact-layer", "prompt-layer")
 KINDS = f"kinds-{makers()}"
 ERRORS_ONLY = 3  # of ONNX Runtime's severities
 
@@ -51,6 +53,8 @@ class Engine:
         self.threads = threads
         self.exact = precision in EXACT_PRECISIONS
         self.layer_kind = "exact-layer" if self.exact else "layer"
+        reads_prompts = precision == MIXED and not isinstance(view, EncoderDecoderView)
+        self.prompt_kind = "prompt-layer" if reads_prompts else self.layer_kind
         self.kinds = Kinds(Store(cache_dir / KINDS))
         adapter = view.exit_adapter
         self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
@@ -60,7 +64,7 @@ class Engine:
     def export_all(self) -> bool:
         """Export every piece that decoding may need, unless it is stored already; whether any was not."""
         before, view = self.store.made, self.view
-        kinds, encoder = [self.layer_kind, "keys-values"], 0
+        kinds, encoder = [self.layer_kind, self.prompt_kind, "keys-values"], 0
         if isinstance(view, EncoderDecoderView):
             kinds.append("memory")
             encoder = len(view.encoder_layers) if view.exports_encoder else 0
@@ -74,9 +78,9 @@ class Engine:
             self._piece("exit-head", 0)
         return self.store.made > before
 
-    def layers(self, start: int, stop: int) -> Session:
+    def layers(self, start: int, stop: int, of_prompt: bool = False) -> Session:
         """Decoder layers `start`..`stop - 1`, and beside them the exit adapter that reads what they make."""
-        return self._session(self.layer_kind, start, stop)
+        return self._session(self.prompt_kind if of_prompt else self.layer_kind, start, stop)
 
     def keys_values(self, start: int, stop: int) -> Session:
         """What those layers make of states as keys/values, without running."""
@@ -114,8 +118,8 @@ class Engine:
 
     def _assemble(self, kind: str, indices: range) -> ir.Model:
         pieces = ((index, self._piece(kind, index)) for index in indices)
-        if kind in ("layer", "exact-layer", "encoder"):
-            branch = self.view.num_layers if kind == self.layer_kind and self.branches(indices.stop) else None
+        if kind in (*LAYER_KINDS, "encoder"):
+            branch = self.view.num_layers if kind in LAYER_KINDS and self.branches(indices.stop) else None
             aside = None if branch is None else (branch, self._piece(kind, branch))
             return chain(pieces, self.view.bias_owner, aside)
         return bundle(pieces, self.view.bias_owner)

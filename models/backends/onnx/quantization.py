@@ -4,7 +4,8 @@
   row (ONNX Runtime's MatMulNBits at accuracy level 4);
 - int8: the weights of a column share a scale, and so do the activations of a row, see
   `models.backends.onnx.integers`: less precise than w8, and for several rows up to twice as fast;
-- w8+int8: w8, but what reads whole sources int8: the encoder, and what decoder layers make of its output.
+- w8+int8: w8, but int8 where many tokens are read at once: the encoder, what decoder layers make of its
+  output, and prompts of models without an encoder, whose layers are thus held twice.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from models.choices import MIXED
 
 BITS = {"w8": 8, "w4": 4}
 BLOCKS = {"w8": (128, 64, 32), "w4": (32,)}  # the larger, the faster; 4 bits lose too much in larger ones
-SOURCE_KINDS = ("encoder", "memory")
+READING_KINDS = ("encoder", "memory", "prompt-layer")
 MOST_PADDING = 1 / 8  # of a matrix, to whole blocks
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower
 
@@ -36,7 +37,7 @@ def precision_of(kind: str, precision: str) -> str:
     """That of pieces of a kind, where the whole has `precision`."""
     if precision != MIXED:
         return precision
-    return "int8" if kind in SOURCE_KINDS else "w8"
+    return "int8" if kind in READING_KINDS else "w8"
 
 
 def quantize(model: ir.Model, precision: str) -> ir.Model:

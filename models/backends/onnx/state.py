@@ -58,7 +58,8 @@ class Buffers:
         ]
         self.bound = [(shared(keys), shared(values)) for keys, values in arrays]
         self.numbered = Numbered()  # of prompts without padding
-        self.segments: dict[tuple[int, int], BoundSegment] = {}  # by first layer and the one after the last
+        # By first layer, the one after the last, and whether it is for prompts.
+        self.segments: dict[tuple[int, int, bool], BoundSegment] = {}
 
 
 class OnnxState(DecoderState):
@@ -66,6 +67,7 @@ class OnnxState(DecoderState):
 
     buffers: Buffers
     source: Source | None = None  # of models that have an encoder
+    prompt_length = 0  # of models without an encoder, where it is known
     exit_states: Tensor | None = None  # (B, Q, D) that an exit adapter made of the newest Q tokens
 
     def __init__(

@@ -58,14 +58,13 @@ class OnnxView(BackendView):
     def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> list[Tensor]:
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, hidden)
+        of_prompt = past + new < state.prompt_length  # whose last token is decoded like those to come
         segments = state.buffers.segments
-        segment = segments.get((start, stop))
+        segment = segments.get((start, stop, of_prompt))
         if segment is None:
             aside = [self.num_layers] if self.engine.branches(stop) else []
-            layers = [*range(start, stop), *aside]
-            segment = segments[start, stop] = BoundSegment(
-                self.engine.layers(start, stop), state.buffers, layers
-            )
+            layers, session = [*range(start, stop), *aside], self.engine.layers(start, stop, of_prompt)
+            segment = segments[start, stop, of_prompt] = BoundSegment(session, state.buffers, layers)
         for layer in segment.layers:
             state.lengths[layer] = past + new
         return segment.run(hidden, window, state.source)
