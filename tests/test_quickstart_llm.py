@@ -151,7 +151,7 @@ def test_eight_bits_by_default_and_the_layer_by_the_cost_model(saved, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"talk": "Ann: a package [x]"}\n{"talk": "Bo: a library"}\n')
     output, rows = run_quickstart(saved, "--data", str(data), "--column", "talk")
-    assert "ours on onnx w8" in output and "Ann: a package [x]" in output and "Bo:" not in output
+    assert "ours on onnx w8+int8" in output and "Ann: a package [x]" in output and "Bo:" not in output
     layer = int(re.search(r"Exit after layer (\d+)", output)[1])
     assert 1 <= layer < LAYERS and f"Static {layer}" in rows
     assert rows[f"FREE lossless {THRESHOLD}"]["= full"] == "1.00"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.choices import BACKENDS, PRECISIONS
+from models.choices import BACKENDS, MIXED, PRECISIONS
 from util.backend_arguments import AUTOMATIC, BackendArguments
 from util.flags import flag, list_flag, require, require_file, require_positive, require_unit_interval
 
@@ -48,11 +48,11 @@ class QuickstartBackendArguments(BackendArguments):
     backend: str = flag("onnx", "What runs the layers, of our methods.", (AUTOMATIC, *BACKENDS))
     precision: str = flag(
         "",
-        "Of onnx's weights (default: w8; of other backends: fp32). Lossless decoding needs fp32 or w8.",
+        f"Of onnx's weights (default: {MIXED}; of other backends: fp32). Lossless decoding refuses w4.",
         PRECISIONS,
     )
     threads: int | None = flag(1, "CPU threads of every contestant.")
 
     def __post_init__(self) -> None:
-        self.precision = self.precision or ("w8" if self.backend in (AUTOMATIC, "onnx") else "fp32")
+        self.precision = self.precision or (MIXED if self.backend in (AUTOMATIC, "onnx") else "fp32")
         super().__post_init__()
