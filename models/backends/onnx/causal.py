@@ -31,12 +31,12 @@ class OnnxCausalState(OnnxState):
         begun.lengths = self.lengths
 
     def tables(self) -> Tables | None:
-        numbered = self.numbered
-        if numbered.tables is None and self.view.rotary_width is not None:
+        numbering = self.numbering
+        if numbering.tables is None and self.view.rotary_width is not None:
             self.view.number_tokens(self.begun, self.capacity)
             rotations = {self.view.kinds.index(kind): table for kind, table in self.begun.tables.items()}
-            numbered.tables = Tables.of(rotations, self.capacity)
-        return numbered.tables
+            numbering.tables = Tables.of(rotations, self.capacity)
+        return numbering.tables
 
 
 class OnnxCausalView(OnnxView):

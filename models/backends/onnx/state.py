@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 @dataclass
-class Numbered:
+class Numbering:
     """What depends on a capacity and on how tokens are numbered."""
 
     windows: dict[int, Window] = field(default_factory=dict)  # made so far, by the number of new tokens
@@ -57,7 +57,7 @@ class Buffers:
             (torch.from_numpy(keys), torch.from_numpy(values)) for keys, values in arrays
         ]
         self.bound = [(shared(keys), shared(values)) for keys, values in arrays]
-        self.numbered = Numbered()  # of prompts without padding
+        self.numbering = Numbering()  # of prompts without padding
         # By first layer, the one after the last, and whether it is for prompts.
         self.segments: dict[tuple[int, int, bool], BoundSegment] = {}
 
@@ -80,12 +80,12 @@ class OnnxState(DecoderState):
         self.padding = padding
         self.usual_positions = padding is None  # from 0 on
         self.capacity = 0
-        self.own = Numbered()
+        self.own_numbering = Numbering()
 
     @property
-    def numbered(self) -> Numbered:
+    def numbering(self) -> Numbering:
         """That of usual positions outlives the generation."""
-        return self.buffers.numbered if self.usual_positions else self.own
+        return self.buffers.numbering if self.usual_positions else self.own_numbering
 
     def tables(self) -> Tables | None:
         """Of families that rotate queries and keys."""
@@ -101,7 +101,7 @@ class OnnxState(DecoderState):
         for grown, pair, held in zip(self.buffers.pairs, old, self.lengths, strict=False):
             for ours, before in zip(grown, pair, strict=True):
                 ours[:, :, :held] = before[:, :, :held]
-        self.own = Numbered()
+        self.own_numbering = Numbering()
 
     def continue_from(self, cache: Cache) -> None:
         """Take over the keys/values that a cache holds of each layer."""

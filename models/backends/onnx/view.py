@@ -95,7 +95,7 @@ class OnnxView(BackendView):
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
         batch, new = hidden.shape[:2]
-        windows = state.numbered.windows
+        windows = state.numbering.windows
         window = windows.get(new)
         if window is None:
             shape = (batch, new, self.eager.width)
