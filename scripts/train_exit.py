@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,9 +107,9 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     start = Start(first, with_prompt=flags.prompt_weight > 0)
     files = compute_states(frozen.view, texts, layers, in_folder(flags, "states"), start)
     views = make_views(flags, loaded, layers, texts)
-    costs = {
-        layer: time_exit(view, loaded, encoder, examples, flags, backend) for layer, view in views.items()
-    }
+    costs = time_alone(
+        lambda: {layer: time_exit(view, loaded, encoder, examples, backend) for layer, view in views.items()}
+    )
     rows = range(len(texts))
     settings = {
         "--exit_adapter_path": flags.exit_adapter_path,
@@ -238,12 +239,22 @@ def make_views(
     return views
 
 
+def time_alone(measure: Callable[[], dict[int, ExitCosts]]) -> dict[int, ExitCosts]:
+    """What the first process measures while the others wait, for all."""
+    if not dist.is_initialized():
+        return measure()
+    dist.barrier()
+    measured = [measure() if PartialState().is_main_process else None]
+    dist.broadcast_object_list(measured)
+    assert measured[0] is not None
+    return measured[0]
+
+
 def time_exit(
     view: LayeredView,
     loaded: LoadedModel,
     encoder: Encoder,
     examples: Dataset,
-    flags: ExitTrainingArguments,
     backend: BackendArguments,
 ) -> ExitCosts:
     """What the parts of decoding with this exit cost on this machine."""
