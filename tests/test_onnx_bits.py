@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from decoding_cases import MANY_ENDS
@@ -26,7 +27,7 @@ from models import (
 )
 from models.backends.onnx import engine as engine_module
 from models.backends.onnx.fusion import initializer
-from models.backends.onnx.quantization import BLOCKS, block_size
+from models.backends.onnx.quantization import BLOCKS, block_size, quantize
 from models.choices import EXACT_PRECISIONS, MIXED
 
 
@@ -98,6 +99,28 @@ def test_quantized_products_are_near_the_exact_ones(family, precision):
         assert 0 < error < 16 * 0.5**bits  # rounding is half a step of 2 / 2**bits, over 6 layers
 
 
+@pytest.mark.parametrize("precision", [name for name in EXACT_PRECISIONS if name != MIXED])
+@pytest.mark.parametrize(("depth", "width"), [(576, 960), (1536, 576), (1000, 128)])
+def test_rows_of_wide_products_do_not_depend_on_others(depth, width, precision):
+    """As wide as those of real models, which have larger blocks and other kernels than tiny ones."""
+    random = np.random.default_rng(0)
+    states = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "rows", depth]))
+    graph = ir.Graph([states], [], nodes=[], opset_imports={"": 21}, name="product")
+    weight = initializer(graph, "weight", random.standard_normal((depth, width), np.float32))
+    product = ir.node("MatMul", [states, weight])
+    product.outputs[0].name, product.outputs[0].type = "y", states.type
+    graph.append(product)
+    graph.outputs.append(product.outputs[0])
+    model = quantize(ir.Model(graph, ir_version=10), precision)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    rows = random.standard_normal((1, 12, depth), np.float32)
+    (together,) = session.run(None, {"x": rows})
+    for count in (1, 2, 3, 5, 7):
+        for start in range(0, 13 - count, count):
+            (window,) = session.run(None, {"x": rows[:, start : start + count]})
+            assert (window == together[:, start : start + count]).all(), (count, start)
+
+
 def test_the_mixed_precision_reads_sources_in_int8():
     engine = prepare(loaded(perturbed("bart-tied")), precision=MIXED).view.engine
     quantized = {"MatMulNBits", "MatMulIntegerToFloat"}
@@ -110,7 +133,7 @@ def test_the_mixed_precision_reads_sources_in_int8():
 
 
 @pytest.mark.parametrize(
-    ("depths", "size"), [([576, 1536], 128), ([1536, 192], 64), ([128, 96], 32), ([48], 32)]
+    ("depths", "size"), [([576, 1536], 64), ([1536, 1000], 64), ([128, 96], 32), ([48], 32)]
 )
 def test_blocks_are_the_largest_that_pad_matrices_little(depths, size):
     states = ir.Value(name="x")

@@ -24,7 +24,7 @@ class BackendArguments:
     precision: str = flag(
         "fp32",
         "Of onnx's weights: fp32 decodes torch's tokens; w8 and w4 have 8 and 4 bits and a scale for each "
-        "128 and 32 of them, int8 has 8 and one for a column: less precise, faster on sources and windows; "
+        "64 and 32 of them, int8 has 8 and one for a column: less precise, faster on sources and windows; "
         f"{MIXED} reads sources and prompts as int8 and decodes as w8. Lossless decoding refuses w4.",
         PRECISIONS,
     )

@@ -44,7 +44,7 @@ def prepare(
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 and int8 round weights and
-            activations to 8 bits, with a scale for each 128 or for a column and a row; w8+int8 reads sources
+            activations to 8 bits, with a scale for each 64 or for a column and a row; w8+int8 reads sources
             and prompts as int8 does and decodes as w8; w4 has weights of 4 bits. All but w4 decode the same
             bits alone, in windows and in batches, as `lossless` needs.
         threads: that onnx uses; default: as many as torch.

@@ -20,8 +20,8 @@ from util.script_arguments import CTRANSLATE2
 BYTES = {
     "fp32": 4,
     "float32": 4,
-    "w8": 1 + 4 / 128,
-    MIXED: 1 + 4 / 128,
+    "w8": 1 + 4 / 64,
+    MIXED: 1 + 4 / 64,
     "w4": 1 / 2 + 4 / 32,
     "int8": 1,
 }  # of a weight and its scale

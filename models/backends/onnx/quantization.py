@@ -1,6 +1,6 @@
 """Weights in fewer bits: `quantize(model, precision)` of one piece.
 
-- w8, w4: weights share a scale in blocks of 128 and 32, and activations are rounded block by block, row by
+- w8, w4: weights share a scale in blocks of 64 and 32, and activations are rounded block by block, row by
   row (ONNX Runtime's MatMulNBits at accuracy level 4);
 - int8: the weights of a column share a scale, and so do the activations of a row, see
   `models.backends.onnx.integers`: less precise than w8, and for several rows up to twice as fast;
@@ -22,7 +22,9 @@ from models.backends.onnx.integers import has_signed_products, quantize_rows
 from models.choices import MIXED
 
 BITS = {"w8": 8, "w4": 4}
-BLOCKS = {"w8": (128, 64, 32), "w4": (32,)}  # the larger, the faster; 4 bits lose too much in larger ones
+# The larger, the faster. In 8 bits and blocks over 64, ONNX Runtime adds up a lone row in another order than
+# one among others; 4 bits lose too much in blocks over 32.
+BLOCKS = {"w8": (64, 32), "w4": (32,)}
 READING_KINDS = ("encoder", "memory", "prompt-layer")
 MOST_PADDING = 1 / 8  # of a matrix, to whole blocks
 INTEGER_ACTIVATIONS = 4  # accuracy level; others compute in float32, 15 times slower
