@@ -69,6 +69,7 @@ from util.methods import (
     HF_GENERATE,
     STATIC,
 )
+from util.pieces import readable
 from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders
@@ -344,7 +345,7 @@ def color_samples(settings: list[LiveSetting]) -> list[Text]:
         lines.append(Text(f"\nreference  {settings[0].records[row].reference}"))
         for setting in settings:
             record = setting.records[row]
-            pieces = [piece.replace("▁", " ") for piece in record.pieces]
+            pieces = list(map(readable, record.pieces))
             text = color_by_depth(pieces, record.exit_layers, setting.num_layers)
             lines.append(Text(f"{setting.method:<11}").append_text(text))
     return lines

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 
 from util.evaluation.records import Record, Trace
 from util.methods import BASELINE, HF_GENERATE
+from util.pieces import readable
 from util.report.results import ResultSet, SettingResults
 
 DEPTH_SHADES = 21  # colours between the first and the last layer
@@ -168,23 +169,20 @@ def heat_row(setting: SettingResults, record: Record) -> HeatRow:
 def heat_token(
     setting: SettingResults, trace: Trace | None, index: int, piece: str | None, layer: int
 ) -> Token:
-    parts = [f"“{readable(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
+    parts = [f"“{visible(piece).strip(' ')}” left after layer {layer} of {setting.num_layers}"]
     if trace is not None:
         layers = sorted({layer, setting.shallow_layer or layer})
         sure = ", ".join(f"{trace.confidences[index, at - 1]:.2f} at layer {at}" for at in layers)
-        parts += [f"confidence {sure}", f"deep model: “{readable(trace.deep[index]).strip(' ')}”"]
+        parts += [f"confidence {sure}", f"deep model: “{visible(trace.deep[index]).strip(' ')}”"]
     differs = trace is not None and trace.deep[index] != piece
-    shown = readable(piece)
+    shown = visible(piece)
     space = shown.startswith(" ") and index > 0
     return Token(shown.lstrip(" "), space, shade_class(layer, setting.depth), differs, "; ".join(parts))
 
 
-def readable(piece: str | None) -> str:
-    """A piece of SentencePiece or byte-level BPE, its space as a space; a lone space stays visible, as does a
-    token without a text."""
-    if piece is None:
-        return "\N{REPLACEMENT CHARACTER}"
-    text = piece.replace("▁", " ").replace("Ġ", " ")
+def visible(piece: str | None) -> str:
+    """A lone space stays visible, as does a token without a text."""
+    text = readable(piece)
     return text if text.strip() else "␣"
 
 
