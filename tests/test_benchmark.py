@@ -188,7 +188,7 @@ def test_floor_counts_what_every_token_reads(config):
     weights = layers + 32 * VOCABULARY
     output = Output([[5, 6, 7], [5]], seconds=1.0)  # three steps
     assert floor.seconds(output, "fp32") == pytest.approx(3 * 4 * weights / 1e6)
-    assert floor.seconds(output, "w8") == pytest.approx(3 * (1 + 1 / 8) * weights / 1e6)
+    assert floor.seconds(output, "w8") == pytest.approx(3 * (1 + 4 / 64) * weights / 1e6)
 
 
 def test_contestants_take_turns(config):
