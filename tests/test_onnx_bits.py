@@ -23,9 +23,11 @@ from models import (
     Free,
     FullDepth,
     SoftmaxGap,
+    UserError,
     prepare,
 )
 from models.backends.onnx import engine as engine_module
+from models.backends.onnx.check import check_export
 from models.backends.onnx.fusion import initializer
 from models.backends.onnx.quantization import BLOCKS, block_size, quantize
 from models.choices import EXACT_PRECISIONS, MIXED
@@ -119,6 +121,21 @@ def test_rows_of_wide_products_do_not_depend_on_others(depth, width, precision):
         for start in range(0, 13 - count, count):
             (window,) = session.run(None, {"x": rows[:, start : start + count]})
             assert (window == together[:, start : start + count]).all(), (count, start)
+
+
+def test_an_export_whose_windows_change_tokens_is_refused(monkeypatch):
+    """As it would be on a processor whose kernels add up a lone row in another order."""
+    view = prepare(loaded(perturbed("t5-tied")), precision="w8").view
+    check_export(view)
+    run = view.run_layers
+
+    def run_otherwise_alone(state, hidden, start, stop):
+        made = run(state, hidden, start, stop)
+        return made * (1 + 1e-6) if hidden.shape[:2] == (1, 1) else made
+
+    monkeypatch.setattr(view, "run_layers", run_otherwise_alone)
+    with pytest.raises(UserError, match="other bits alone than in a window, in w8; use another precision"):
+        check_export(view)
 
 
 def test_the_mixed_precision_reads_sources_in_int8():

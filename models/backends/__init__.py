@@ -120,6 +120,8 @@ def open_onnx(
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     engine = Engine(view, folder, precision, threads)
     exported = OnnxCausalView(engine) if isinstance(view, CausalView) else OnnxEncoderDecoderView(engine)
-    if engine.export_all():
+    if engine.export_all() or not engine.checked.exists():
+        engine.checked.unlink(missing_ok=True)  # what is not checked to the end is checked again
         check_export(exported)
+        engine.checked.touch()
     return exported

@@ -6,6 +6,7 @@ go unnoticed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +29,7 @@ SOURCE, TOKENS = 8, 6
 
 @torch.inference_mode()
 def check_export(view: OnnxView) -> None:
-    """Compare the logits of a few tokens with those of the modules.
+    """Compare the logits of a few tokens with those of the modules, and with their own in other windows.
 
     Raises:
         UserError: they are others.
@@ -43,28 +44,61 @@ def check_export(view: OnnxView) -> None:
             f"backend onnx: what was exported of this {family} model differs from its modules "
             f"(by {error:.0%} in {view.engine.precision}); use backend torch, or another precision."
         )
+    if view.engine.exact:
+        check_windows(view)
 
 
-def logits_of(view: Any) -> tuple[Tensor, ...]:
+def check_windows(view: OnnxView) -> None:
+    """Raise UserError unless tokens have the same bits alone and in a window: which kernels compute a product
+    depends on the processor, and lossless decoding is exact on this alone. Tokens are embedded one by one, as
+    they are decoded."""
+    state, tokens = begin(view, 1)
+    embedded, alone = [], []
+    for token in tokens.split(1, dim=1):
+        embedded.append(view.embed(state, token))
+        alone.append(logits_of_window(view, state, embedded[-1]))
+    together = logits_of_window(view, begin(view, 1)[0], torch.cat(embedded, dim=1))
+    if not all(map(torch.equal, joined(alone), together)):
+        raise UserError(
+            f"backend onnx: on this processor a token has other bits alone than in a window, in "
+            f"{view.engine.precision}; use another precision."
+        )
+
+
+def logits_of(view: Any) -> list[Tensor]:
     """Logits of two sequences of fixed tokens, one with a padded source or prompt, at full depth and of the
     exit that has an adapter: (2, TOKENS, V) each."""
+    state, tokens = begin(view, 2)
+    windows = tokens.split([1, TOKENS - 1], dim=1)
+    return joined([logits_of_window(view, state, view.embed(state, window)) for window in windows])
+
+
+def begin(view: Any, rows: int) -> tuple[Any, Tensor]:
+    """A state that has read a source or prompt of each row, and the tokens (B, TOKENS) to come."""
     generator = torch.Generator().manual_seed(0)
     words = view.model.get_input_embeddings().weight.shape[0]
     source = torch.randint(words, (2, SOURCE), generator=generator)
     mask = torch.ones(2, SOURCE, dtype=torch.long)
     mask[1, : SOURCE // 2] = 0
-    read = view.read(source, mask)
+    read = view.read(source[:rows], mask[:rows])
     state = view.begin(None, **read.arguments)
+    if read.prompt is not None:
+        for part in read.prompt.split([SOURCE - 1, 1], dim=1):  # as decoding reads all but the last token
+            logits_of_window(view, state, view.embed(state, part))
     targets = view.model.get_output_embeddings().weight.shape[0]
-    tokens = torch.randint(targets, (2, TOKENS), generator=generator)
-    adapter = view.exit_adapter
+    return state, torch.randint(targets, (2, TOKENS), generator=generator)[:rows]
+
+
+def logits_of_window(view: Any, state: Any, hidden: Tensor) -> list[Tensor]:
+    """Of the exit that has an adapter, if one has, and of full depth: (B, Q, V) each."""
+    adapter, logits = view.exit_adapter, []
     cuts = [0, view.num_layers] if adapter is None else [0, adapter.layer, view.num_layers]
-    parts = []
-    prompt = [] if read.prompt is None else [read.prompt]
-    for window in [*prompt, *tokens.split([1, TOKENS - 1], dim=1)]:
-        hidden, logits = view.embed(state, window), []
-        for start, stop in pairwise(cuts):
-            hidden = view.run_layers(state, hidden, start, stop)
-            logits.append(view.predict(view.read_exit(state, hidden, stop), stop))
-        parts.append(logits)
-    return tuple(torch.cat(windows, dim=1) for windows in zip(*parts[len(prompt) :], strict=True))
+    for start, stop in pairwise(cuts):
+        hidden = view.run_layers(state, hidden, start, stop)
+        logits.append(view.predict(view.read_exit(state, hidden, stop), stop))
+    return logits
+
+
+def joined(windows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Those of each cut, of windows one after the other."""
+    return [torch.cat(parts, dim=1) for parts in zip(*windows, strict=True)]

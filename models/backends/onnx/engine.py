@@ -21,7 +21,7 @@ from models.backends.onnx.pieces import (
 )
 from models.backends.onnx.quantization import graphs_of, precision_of, quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, hash_weights, makers
+from models.backends.onnx.store import Store, fingerprint, hash_weights, makers, processor
 from models.backends.onnx.tracing import Kinds
 from models.choices import EXACT_PRECISIONS, MIXED
 from models.families.encoder_decoder import EncoderDecoderView
@@ -58,13 +58,14 @@ class Engine:
         self.kinds = Kinds(Store(cache_dir / KINDS))
         adapter = view.exit_adapter
         self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
+        self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
     def export_all(self) -> bool:
         """Export every piece that decoding may need, unless it is stored already; whether any was not."""
         before, view = self.store.made, self.view
-        kinds, encoder = [self.layer_kind, self.prompt_kind, "keys-values"], 0
+        kinds, encoder = [*{self.layer_kind, self.prompt_kind}, "keys-values"], 0
         if isinstance(view, EncoderDecoderView):
             kinds.append("memory")
             encoder = len(view.encoder_layers) if view.exports_encoder else 0

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -44,6 +45,13 @@ def makers() -> str:
     for path in sorted([*here.glob("*.py"), *models.glob("families/*.py"), models / "exit_adapter.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
+
+
+@cache
+def processor() -> str:
+    """A hash of what the processor can do, by which ONNX Runtime chooses its kernels."""
+    able = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    return hashlib.sha256(" ".join(able).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: PreTrainedModel, precision: str) -> str:
