@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.choices import EXIT_ADAPTERS, PRECISIONS
-from util.flags import flag, list_flag, require, require_positive, require_unit_interval, required_flag
+from util.flags import (
+    flag,
+    list_flag,
+    non_default_settings,
+    require,
+    require_positive,
+    require_unit_interval,
+    required_flag,
+)
 
 EXIT_LOSSES = ("kl", "acceptance", "both")
 
@@ -70,12 +78,9 @@ class ExitTrainingArguments:
             "--generation_precision is of onnx's weights, and --bf16 generates with torch: leave one out.",
         )
         if self.exit_adapter_path is not None:
-            plain = {"exit_adapter": "layer", "exit_layers": [], "shortlist_size": 8192}
-            for name, default in plain.items():
-                require(
-                    getattr(self, name) == default,
-                    f"--{name}: --exit_adapter_path brings its own; leave one out.",
-                )
+            given = non_default_settings(self)
+            for name in ("exit_adapter", "exit_layers", "shortlist_size"):
+                require(name not in given, f"--{name}: --exit_adapter_path brings its own; leave one out.")
         size = self.shortlist_size
         require(
             size is None or size == 0 or size >= 2, f"--shortlist_size must be 0 or at least 2, got {size}."
