@@ -279,7 +279,9 @@ def write_settings(
 def write_traces(
     path: Path, settings: list[LiveSetting], examples: Dataset, evaluation: EvaluationSettings, count: int
 ) -> None:
-    """What every layer predicts along full depth's outputs, and along the first `count` of the others."""
+    """What every layer predicts along full depth's outputs, and along the first `count` of the others. What
+    is seen along an output does not depend on how it came about: equal ones are traced once."""
+    seen: dict[tuple[Any, ...], Trace] = {}
 
     def traces() -> Iterator[Trace]:
         for setting in track(settings, "Tracing", "setting"):
@@ -287,7 +289,10 @@ def write_traces(
                 continue
             chosen = setting.records if setting.method == BASELINE else setting.records[:count]
             for record in chosen:
-                yield trace_output(setting, record, examples[record.row]["source"], evaluation)
+                output = (setting.checkpoint, record.row, *record.pieces)
+                if output not in seen:
+                    seen[output] = trace_output(setting, record, examples[record.row]["source"], evaluation)
+                yield replace(seen[output], setting=setting.name, exit_layers=record.exit_layers)
 
     write_records(path, traces())
 

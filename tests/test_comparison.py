@@ -140,6 +140,15 @@ def test_sweep_writes_figures_records_and_traces(swept):
     full = [trace for trace in traces if trace["setting"] == "Full depth"]
     assert len(full) == 6 and all(trace["deep"] == trace["pieces"] for trace in full)
     assert all(len(trace["agrees"][0]) == 8 for trace in traces)
+    for trace in traces:
+        own = records[trace["setting"], trace["row"]]
+        assert [trace["pieces"], trace["exit_layers"]] == [own["pieces"], own["exit_layers"]]
+    free = {trace["row"]: trace for trace in traces if trace["setting"] == "FREE 0.4"}
+    same = [trace for trace in full if trace["pieces"] == free[trace["row"]]["pieces"]]
+    assert same, "FREE left some outputs as they were"
+    for trace in same:  # which is traced but once
+        assert trace["confidences"] == free[trace["row"]]["confidences"]
+        assert trace["exit_layers"] != free[trace["row"]]["exit_layers"]
 
 
 @pytest.mark.slow
