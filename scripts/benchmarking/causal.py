@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
@@ -20,6 +21,7 @@ from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.json_files import read_mapping
 from models.loading import LoadedModel
+from scripts.benchmarking import llamacpp
 from util.evaluation.timing_doubts import doubt_speedup
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
 from util.progress import track
@@ -113,6 +115,27 @@ def their_contestants(loaded: LoadedModel, layer: int) -> list[Contestant]:
         "HF prompt lookup": {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS},
     }
     return [Contestant(name, HF_GENERATE, theirs(loaded, **more)) for name, more in options.items()]
+
+
+def llama_cpp_contestants(
+    name: str, loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[Contestant]:
+    """llama.cpp with as many threads as torch, where it is installed and `name` is a file that it reads."""
+    path = Path(name)
+    if not (path.is_file() and path.suffix == ".gguf" and llamacpp.is_installed()):
+        return []
+    context = max(prompt.inputs["input_ids"].shape[1] for prompt in prompts) + max_new_tokens
+    ends = loaded.model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else {*(ends or ())}
+    generate = llamacpp.open_generator(path, ends, context, torch.get_num_threads())
+
+    def decode(prompt: Prompt, longest: int) -> Answer:
+        ids = prompt.inputs["input_ids"]  # (1, P)
+        with Stopwatch(ids.device) as watch:
+            tokens = generate(ids[0].tolist(), longest)
+        return Answer(torch.cat([ids, ids.new_tensor([tokens])], dim=1), tokens, watch.seconds)
+
+    return [Contestant(llamacpp.LLAMA_CPP, llamacpp.LLAMA_CPP, decode)]
 
 
 def ours(loaded: LoadedModel, policy: ExitPolicy) -> Callable[[Prompt, int], Answer]:
