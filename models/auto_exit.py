@@ -46,20 +46,24 @@ class Watch:
     shallow: list[float] = field(default_factory=list)  # seconds of steps without a deep pass
     deep: list[tuple[int, float]] = field(default_factory=list)  # tokens of a step with one, its seconds
     drafts: bool = False  # tokens after a wrong one follow another text
+    window: int = 0  # tokens of the newest deep pass
 
     def observe(self, confidences: list[float], agrees: list[bool]) -> None:
         """Take note of the tokens of one deep pass."""
-        on_path = len(agrees)
+        self.window = on_path = len(agrees)
         if self.drafts and False in agrees:
             on_path = agrees.index(False) + 1
         self.pairs += list(zip(confidences[:on_path], agrees[:on_path], strict=True))
 
     def time(self, result: StepResult, seconds: float) -> None:
         if result.deep_pass:
-            window = (result.layer_tokens - self.layer) // (self.num_layers - self.layer)
-            self.deep.append((window, seconds))
+            self.deep.append((self.window, seconds))
         else:
             self.shallow.append(seconds)
+
+    def time_closing(self, seconds: float) -> None:
+        """That of the pass over what waits at the end: a step without the shallow layers, which are added."""
+        self.deep.append((self.window, seconds + statistics.median(self.shallow)))
 
 
 class WatchedFree(Free):
@@ -142,8 +146,11 @@ class AutoExit:
         return result
 
     def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
+        start = time.perf_counter()
         result = state.plan.finish(view, state)
         if isinstance(state.plan, WatchedFree):
+            if result is not None:
+                state.plan.watch.time_closing(time.perf_counter() - start)
             self._learn(state.plan.watch)
         return result
 

@@ -86,9 +86,11 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
         raise UserError(f"exit_adapter: {name_or_path} has no {WEIGHTS_NAME}.")
     weights = read_weights(weights_path)
     if config.base_fingerprint != fingerprint_base(model):
+        half = "load the model in float32 or bfloat16 (float16 rounds otherwise), or "
         raise UserError(
             f"exit_adapter {name_or_path} was taught on {config.base_model}, whose weights are others than "
-            f"those of {model.name_or_path}: load it with that model, or teach one for this."
+            f"those of {model.name_or_path}: {half if model.dtype == torch.float16 else ''}load it with that "
+            f"model, or teach one for this."
         )
     shortlist = None if config.shortlist_size is None else torch.arange(config.shortlist_size)
     adapter = make_exit_adapter(view_for(model), config.kind, config.layer, shortlist)

@@ -25,9 +25,10 @@ class Free:
 
     Confident tokens stop there and wait; the first unconfident one runs the deep layers for itself and all
     waiting ones in parallel, which makes every key/value exact. The variants: `copy_skipped` copies states
-    as CALM does instead of waiting; `rollback_threshold` takes back the first waiting token whose
-    cross-entropy under the deep model exceeds it, and all after it; `causal_catch_up=False` lets the tokens
-    of a parallel pass see each other in both directions, as the original's `--parallel_causal_mask False`.
+    as CALM does instead of waiting; `rollback_threshold` takes back waiting tokens from the first where
+    the exit's most probable one has a cross-entropy above it under the deep model; `causal_catch_up=False`
+    lets the tokens of a parallel pass see each other in both directions, as the original's
+    `--parallel_causal_mask False`.
 
     `lossless` makes every shallow token a draft that the next parallel pass accepts or rejects, as in
     speculative decoding (Leviathan et al., 2023): output equals full depth's, token for token when greedy,
@@ -98,7 +99,7 @@ class Free:
                 "Free: lossless needs tokens that do not depend on their window: prepare the model with "
                 f"another precision: {', '.join(EXACT_PRECISIONS)}."
             )
-        check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers)
+        check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers - 1)
         adapter = view.exit_adapter
         if adapter is not None and adapter.layer != self.shallow_layer:
             raise UserError(

@@ -179,13 +179,18 @@ class Generation:
         return early_exit_decode(model, input_ids, *settings, **others)
 
     def _mask(self, source: Tensor, options: dict[str, Any]) -> Tensor:
-        """0 at padding, as `generate` infers it."""
-        config = options.get("generation_config") or self.model.generation_config
-        pad, ends = options.get("pad_token_id", config.pad_token_id), config.eos_token_id
+        """0 at padding, as `generate` infers it: of decoder-only models, unless padding may be an end."""
+        pad, ends = self._setting("pad_token_id", options), self._setting("eos_token_id", options)
         ends = ends if isinstance(ends, list) else [ends]
-        if pad is None or pad in ends:
+        if self.model.config.is_encoder_decoder or pad is None or pad in ends:
             return torch.ones_like(source)
         return (source != pad).long()
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """Of the call, else of a config given with it, else of the model's: the first that says something."""
+        configs = (options.get("generation_config"), self.model.generation_config)
+        said = (options.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in said if value is not None), None)
 
 
 def prompt_length(read: ModelInputs) -> int | None:

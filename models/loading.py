@@ -122,18 +122,27 @@ def load_model(
     """
     refuse_misspelt_folder(name_or_path)
     if exit_adapter is None and is_exit_adapter(name_or_path, **hub):
-        name_or_path, exit_adapter = read_exit_config(name_or_path, **hub).base_model, name_or_path
+        named, exit_adapter = name_or_path, name_or_path
+        name_or_path = read_exit_config(named, **hub).base_model
+    else:
+        named = name_or_path
     with parsed_once(name_or_path):
-        model, exit_config = load_weights(name_or_path, dtype, merge_adapter, **hub)
-        home = tokenizer_name or find_tokenizer_home(name_or_path, **hub)
-        if home != name_or_path:
-            hub = {**hub, "revision": "main"}  # the revision is the model's
-        tokenizer = load_fitting_tokenizer(home, model.config, **hub)
+        revision = of_named(name_or_path, named, hub)
+        wide = exit_adapter is not None and dtype == torch.float16  # in which models cannot be told apart
+        weights_dtype = torch.float32 if wide else dtype
+        model, exit_config = load_weights(name_or_path, weights_dtype, merge_adapter, **revision)
+        home = tokenizer_name or find_tokenizer_home(name_or_path, **revision)
+        tokenizer = load_fitting_tokenizer(home, model.config, **of_named(home, named, hub))
     if exit_adapter is not None:
         refuse_lora(model)
-        layer = load_exit_adapter(model, exit_adapter, **hub).layer
+        layer = load_exit_adapter(model, exit_adapter, **of_named(exit_adapter, named, hub)).layer
         exit_config = replace(exit_config, shallow_exit_layer=layer)
-    return LoadedModel(model.eval(), tokenizer, exit_config)
+    return LoadedModel((cast_model(model, dtype) if wide else model).eval(), tokenizer, exit_config)
+
+
+def of_named(name_or_path: str, named: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """How the hub is asked for one of several repositories: a revision is of the one that was named first."""
+    return hub if name_or_path == named else {**hub, "revision": "main"}
 
 
 def load_fitting_tokenizer(name: str, config: PreTrainedConfig, **hub: Any) -> PreTrainedTokenizerBase:
@@ -180,11 +189,16 @@ def load_weights(
     has_heads = any(hasattr(model, name) for name in HEAD_NAMES)
     extra = read_extra_weights(name_or_path, **hub) if has_heads or unexpected else {}
     heads = exit_head_weights(extra)
-    if torch.equal(extra.get(DECODER_LM_HEAD, torch.empty(0)), model.get_output_embeddings().weight):
+    if is_same(extra.get(DECODER_LM_HEAD), model.get_output_embeddings().weight):
         unexpected.discard(DECODER_LM_HEAD)  # the original saves the LM head a second time
     refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
     load_exit_heads(model, heads)
     return model, exit_config
+
+
+def is_same(stored: Tensor | None, loaded: Tensor) -> bool:
+    """Whether a weight is what was loaded, in whichever dtype."""
+    return stored is not None and torch.equal(stored.to(loaded.dtype), loaded)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

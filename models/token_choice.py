@@ -147,7 +147,7 @@ class TokenChooser:
             # Step 4. Criteria that keep state or read scores may see another end than the drafts did.
             after = [*drafts.running, active][index + 1]
             if recheck:
-                rows = self._unfinished(input_ids[:, : start + index + 1], running)
+                rows = self._unfinished(input_ids[:, : start + index + 1], running, later=count - index - 1)
                 if rows != after:
                     return Verdict(index + 1, rows)
         return Verdict(count, active)
@@ -170,11 +170,13 @@ class TokenChooser:
             return logits.float()
         return self.processor(input_ids, logits.to(torch.float32, copy=True))  # they may write into it
 
-    def _unfinished(self, input_ids: Tensor, active: list[bool]) -> list[bool]:
-        """Which of the active rows no criterion stops; the step's one wait besides the exit test."""
+    def _unfinished(self, input_ids: Tensor, active: list[bool], later: int = 0) -> list[bool]:
+        """Which of the active rows no criterion stops; the step's one wait besides the exit test. The newest
+        `later` scores are of tokens that are not among (B, T) ids."""
         if self.ends is not None:
             return self.ends.unfinished(input_ids, active)
-        stopped = self.criteria(input_ids, None if self.scores is None else tuple(self.scores)).tolist()
+        scores = None if self.scores is None else tuple(self.scores[: len(self.scores) - later])
+        stopped = self.criteria(input_ids, scores).tolist()
         return [row and not stop for row, stop in zip(active, stopped, strict=True)]
 
     def _accepts(self, tokens: Tensor, proposed: Tensor | None, scores: Tensor, running: list[bool]) -> bool:

@@ -11,6 +11,7 @@ from tiny_causal import decode_causal, greedy_causal, prompts, tiny_causal
 
 from models import AutoExit, DecodeStats, SoftmaxGap, UserError
 from models.auto_exit import NEVER, Watch, fit_costs
+from models.confidence import Measured
 from models.exit_heads import ExitConfig
 from models.exit_policy import StepResult
 from models.loading import LoadedModel
@@ -37,6 +38,22 @@ def test_lossless_outputs_are_full_depths_whatever_is_chosen():
         choices.append(policy.choice)
     assert choices[:2] == [None, None] and choices[2] is not None  # each layer is tried once, then one chosen
     assert {watch.layer for own in policy.watches.values() for watch in own} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_answers_shorter_than_a_window_are_learnt_from(lossless):
+    """Where every token is sure, the only deep pass is the one at the end."""
+    policy = AutoExit(
+        [2], lambda *given: Measured(torch.ones(1), None), lossless, requests=2, min_agreement=0.0
+    )
+    model = tiny_causal()
+    for seed in range(4):
+        inputs = prompts(1, seed=seed)
+        output = decode_causal(model, inputs, policy, max_new_tokens=3)
+        if lossless:
+            assert torch.equal(output, greedy_causal(model, inputs, max_new_tokens=3))
+    windows = [window for watch in policy.watches[2] for window, _ in watch.deep]
+    assert policy.choice is not None and set(windows) <= {1, 2, 3}
 
 
 def test_what_agrees_is_drafted_and_what_does_not_is_not():
@@ -111,7 +128,7 @@ def test_what_it_cannot_do_is_refused():
         decode_causal(tiny_causal(), prompts(2), auto())
     with pytest.raises(UserError, match="name at least one"):
         AutoExit([], SoftmaxGap())
-    with pytest.raises(UserError, match=r"must lie in 1\.\.6, got 9"):
+    with pytest.raises(UserError, match=r"must lie in 1\.\.5, got 9"):
         decode_causal(tiny_causal(), prompts(), AutoExit([9], SoftmaxGap()))
 
 

@@ -228,6 +228,13 @@ class StopAtSureToken(StoppingCriteria):
         return scores[-1].softmax(-1).amax(-1) > 0.4
 
 
+class StopAtManyScores(StoppingCriteria):
+    """Reads how many scores there are: as many as new tokens."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([(len(scores) * int(row[-1])) % 5 == 1 for row in input_ids])
+
+
 class StopAfterCalls(StoppingCriteria):
     """Keeps state: stops rows whose tokens so far had an even id seven times."""
 
@@ -250,7 +257,7 @@ class CountCalls:
         return scores + torch.arange(scores.shape[-1]) % (2 + self.calls)
 
 
-@pytest.mark.parametrize("criterion", [StopAtSureToken, StopAfterCalls])
+@pytest.mark.parametrize("criterion", [StopAtSureToken, StopAtManyScores, StopAfterCalls])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_criteria_that_read_scores_or_keep_state_stop_where_generates_do(criterion, batch):
     stopped_early = False

@@ -94,6 +94,13 @@ def test_original_checkpoint_loads_whole(original):
     assert loaded.tokenizer.decode(loaded.tokenizer("ein Werkzeug").input_ids[:-1]) == "ein Werkzeug"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_original_checkpoint_loads_in_half_precision(original, dtype):
+    folder, model = original
+    head = load_model(str(folder), dtype=dtype).model.lm_head.weight
+    assert torch.equal(head, model.lm_head.weight.to(dtype))
+
+
 def test_original_checkpoint_survives_our_save(original, tmp_path):
     folder, _ = original
     loaded = load_model(str(folder))

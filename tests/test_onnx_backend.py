@@ -9,8 +9,9 @@ import pytest
 import torch
 from decoding_cases import MANY_ENDS, EveryThirdDeep, Recorder
 from onnx_models import EACH_FAMILY, EACH_KIND, decode, loaded, perturbed, policies
-from tiny_models import padded_inputs, tiny_model
-from transformers import DynamicCache, EncoderDecoderCache
+from tiny_causal import greedy_causal, prompts, tiny_causal
+from tiny_models import greedy, padded_inputs, tiny_model
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from models import (
     DecodeStats,
@@ -19,6 +20,7 @@ from models import (
     SoftmaxGap,
     prepare,
 )
+from models.backends.onnx.view import SMALLEST_BLOCK
 from models.backends.onnx.windows import Biases
 
 
@@ -121,9 +123,30 @@ def test_calls_with_other_options_are_prepared_anew():
 
 
 def test_padding_is_inferred_as_generate_does():
-    fast, inputs = prepare(loaded(tiny_model())), padded_inputs(3)
-    expected = decode(fast, inputs, FullDepth())
-    assert torch.equal(decode(fast, {"input_ids": inputs["input_ids"]}, FullDepth()), expected)
+    """For decoder-only models alone, by whatever says what padding and ends are."""
+    for model, ids, plain in (
+        (tiny_model(), padded_inputs(3), greedy),
+        (tiny_causal(), prompts(3), greedy_causal),
+    ):
+        fast, ids = prepare(loaded(model)), {"input_ids": ids["input_ids"]}
+        for given in (
+            {},
+            {"eos_token_id": 0},
+            {"pad_token_id": 5},
+            {"generation_config": GenerationConfig(do_sample=False)},
+            {"generation_config": GenerationConfig(do_sample=False, eos_token_id=[0, 1])},
+        ):
+            expected = plain(model, ids, max_new_tokens=8, **given)
+            assert torch.equal(fast.generate(**ids, do_sample=False, max_new_tokens=8, **given), expected)
+
+
+def test_windows_of_prompts_go_with_their_generation():
+    """Of any length, in the one precision that reads a prompt at once; short ones are as many as they are."""
+    fast = prepare(loaded(tiny_causal(max_position_embeddings=256)), precision="w4")
+    for length in range(70, 90, 4):
+        fast.generate(torch.full((1, length), 7), do_sample=False, max_new_tokens=3)
+    kept = [window for _, held in fast.view.shelf.free for window in held.numbering.windows]
+    assert kept and max(kept) <= SMALLEST_BLOCK
 
 
 def test_biases_are_those_of_the_distance():

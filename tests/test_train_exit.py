@@ -24,6 +24,7 @@ from models import (
     FullDepth,
     SoftmaxGap,
     UserError,
+    checkpoint_files,
     load_model,
 )
 from models.exit_adapter import attach_exit_adapter
@@ -274,8 +275,11 @@ def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
         next(other.parameters()).add_(0.5)
     with pytest.raises(UserError, match="whose weights are others"):
         load_exit_adapter(other, str(exit_of_llama))
-    half = load_model(LLAMA, dtype=torch.bfloat16, exit_adapter=str(exit_of_llama))  # the same, rounded
-    assert half.model.exit_adapter.norm.weight.dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        half = load_model(LLAMA, dtype=dtype, exit_adapter=str(exit_of_llama))  # the same, rounded
+        assert {weight.dtype for weight in half.model.parameters()} == {dtype}
+    with pytest.raises(UserError, match="load the model in float32 or bfloat16"):
+        load_exit_adapter(load_model(LLAMA, dtype=torch.float16).model, str(exit_of_llama))
     shutil.copytree(exit_of_llama, tmp_path / "damaged")
     content = json.loads((tmp_path / "damaged" / CONFIG_NAME).read_text())
     (tmp_path / "damaged" / CONFIG_NAME).write_text(json.dumps(content | {"kind": "norm"}))
@@ -284,6 +288,22 @@ def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
     (tmp_path / "damaged" / WEIGHTS_NAME).unlink()
     with pytest.raises(UserError, match=f"has no {WEIGHTS_NAME}"):
         load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
+
+
+def test_a_revision_is_of_what_was_named_first(exit_of_llama, monkeypatch):
+    find, asked = checkpoint_files.cached_file, set()
+
+    def note(name, file, revision=None, **options):
+        asked.add((name, revision))
+        return find(name, file, **options)
+
+    monkeypatch.setattr(checkpoint_files, "cached_file", note)
+    exit_adapter = str(exit_of_llama)
+    load_model(LLAMA, revision="v2", exit_adapter=exit_adapter)
+    assert asked == {(LLAMA, "v2"), (exit_adapter, "main")}
+    asked.clear()
+    load_model(exit_adapter, revision="v2")
+    assert asked == {(exit_adapter, "v2"), (LLAMA, "main")}
 
 
 def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):

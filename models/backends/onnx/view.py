@@ -95,7 +95,8 @@ class OnnxView(BackendView):
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
         batch, new = hidden.shape[:2]
-        windows = state.numbering.windows
+        # Long ones are as many as prompts have lengths: those go with the generation.
+        windows = (state.numbering if new <= SMALLEST_BLOCK else state.own_numbering).windows
         window = windows.get(new)
         if window is None:
             shape = (batch, new, self.eager.width)
