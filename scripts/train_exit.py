@@ -93,13 +93,14 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     loaded = open_checkpoint(flags.model_name_or_path, data)
     loaded.model.requires_grad_(False)
     layers = candidate_layers(flags, loaded)
-    examples = own_share(read_split(data, flags.split, loaded, data.max_train_samples))
+    all_examples = read_split(data, flags.split, loaded, data.max_train_samples)
+    examples = own_share(all_examples)
     require(
         len(examples) > flags.held_out,
         f"--held_out {flags.held_out}: there are only {len(examples)} rows; hold out fewer.",
     )
     encoder = encoder_for(loaded, data.max_source_length, data.val_max_target_length)
-    identity = identify(flags, data, loaded, examples, backend)
+    identity = identify(flags, data, loaded, all_examples, backend)
     frozen = in_bfloat16(loaded) if flags.bf16 else loaded
     texts = read_texts(flags, data, frozen, encoder, examples, backend, identity)
     has_encoder = loaded.model.config.is_encoder_decoder
@@ -142,9 +143,11 @@ def in_bfloat16(loaded: LoadedModel) -> LoadedModel:
 
 
 def own_share(examples: Dataset) -> Dataset:
-    """The rows of this process."""
+    """The rows of this process: every n-th, so that the last of each are among the last of all."""
     state = PartialState()
-    return examples.shard(state.num_processes, state.process_index) if state.num_processes > 1 else examples
+    if state.num_processes == 1:
+        return examples
+    return examples.shard(state.num_processes, state.process_index, contiguous=False)
 
 
 def in_folder(flags: ExitTrainingArguments, name: str) -> Path:
@@ -165,12 +168,14 @@ def identify(
     """What texts, and all that follows, depend on."""
     return {
         "model": identify_model(loaded),
-        "rows": hash_rows(examples) if PartialState().num_processes == 1 else "",  # else each has its own
+        "rows": hash_rows(examples),
         "lengths": [data.max_source_length, data.val_max_target_length],
         "prompt": repr(loaded.prompt),
         "--self_generated": flags.self_generated,
         "precision": generation_precision(flags, backend),
         "--shortlist_size": flags.shortlist_size,
+        "--held_out": flags.held_out,
+        "--generation_batch_size": flags.generation_batch_size,  # which texts are written together, in order
     }
 
 

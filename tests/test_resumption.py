@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from real_rows import ROOT
 from tiny_models import tiny_model
 from tiny_runs import (
@@ -25,6 +26,7 @@ from tiny_runs import (
 
 import run
 from models.errors import UserError
+from models.loading import load_model
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
 from util.files import locked_output_dir
@@ -209,6 +211,25 @@ def test_training_does_not_continue_on_changed_rows(base, rows, tmp_path, capsys
     assert set(losses_of(flags["output_dir"])) == {1, 2, 3, 4}
     replace_unnoticed(data, CHANGES["reference"](data.read_text()))
     assert "other training rows" in refused(flags | {"max_steps": 6}, capsys)
+
+
+def test_training_does_not_continue_from_other_weights_or_settings(base, tmp_path, capsys):
+    flags = base | TRAINING | {"max_steps": 2}
+    run.main(as_argv(flags))
+    longer = flags | {"max_steps": 4}
+    assert "was begun with other --learning_rate: use those" in refused(
+        longer | {"learning_rate": 0.5}, capsys
+    )
+    loaded = load_model(flags["model_name_or_path"])
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(0.1)
+    shutil.copytree(flags["model_name_or_path"], tmp_path / "other")
+    loaded.model.save_pretrained(tmp_path / "other")
+    others = {"model_name_or_path": str(tmp_path / "other")}
+    assert "was begun with other starting weights" in refused(longer | others, capsys)
+    assert set(losses_of(flags["output_dir"])) == {1, 2}
+    run.main(as_argv(longer | {"per_device_train_batch_size": 1}))  # as where memory was short
+    assert set(losses_of(flags["output_dir"])) == {1, 2, 3, 4}
 
 
 def test_a_second_run_on_one_output_folder_is_refused(base, capsys, monkeypatch):

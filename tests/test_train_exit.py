@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model
+from datasets import Dataset
 from pairs import thin
 from real_rows import ROOT
 from safetensors.torch import load_file
@@ -225,6 +227,25 @@ def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_exit.main(command(LLAMA, tmp_path, "--val_max_target_length", "10"))
     assert "was begun with other lengths" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # other texts would be written together, and some twice
+        train_exit.main(command(LLAMA, tmp_path, "--generation_batch_size", "5"))
+    assert "was begun with other --generation_batch_size" in capsys.readouterr().err
+
+
+def test_what_was_taught_since_the_last_evaluation_is_saved(tmp_path):
+    train_exit.main(command(LLAMA, tmp_path, "--max_steps", "3"))
+    assert [row["step"] for row in json.loads((tmp_path / "curve.json").read_text())] == [3]
+    assert load_file(tmp_path / WEIGHTS_NAME)["projection.weight"].count_nonzero()  # zero at first
+
+
+def test_each_process_holds_out_some_of_the_last_rows(monkeypatch):
+    examples, shares = Dataset.from_dict({"source": [*"abcdefg"]}), []
+    for index in range(2):
+        state = SimpleNamespace(num_processes=2, process_index=index)
+        monkeypatch.setattr(train_exit, "PartialState", lambda state=state: state)
+        shares.append(train_exit.own_share(examples)["source"])
+    assert {share[-1] for share in map(list, shares)} == {"f", "g"}
+    assert sorted([*shares[0], *shares[1]]) == [*"abcdefg"]
 
 
 @pytest.mark.parametrize("task", ["summarization", "translation"])

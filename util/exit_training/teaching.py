@@ -90,7 +90,8 @@ class Teaching:
             while self.standing.phase < len(self.phases) and self.standing.step < self.flags.max_steps:
                 loss = self.learn(next(batches))
                 progress.update()
-                if self.standing.step % self.flags.eval_steps == 0:
+                last = self.standing.step == self.flags.max_steps
+                if last or self.standing.step % self.flags.eval_steps == 0:
                     self.judge(loss)
         self.restore(self.best_weights)
         for weight in self.parameters:

@@ -42,7 +42,7 @@ from util.data.preparation import LABEL_MULTIPLE
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch
-from util.evaluation.identity import hash_rows, hash_tokenizer
+from util.evaluation.identity import fingerprint, hash_rows, hash_tokenizer
 from util.evaluation.records import EvaluationSettings, best_windows
 from util.evaluation.shards import launched_shards
 from util.evaluation.summary import score
@@ -57,6 +57,14 @@ from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_c
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "training_identity.json"
+OPTIMIZING = (  # flags of Hugging Face's that say how weights follow the loss
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "seed",
+    "weight_decay",
+    "label_smoothing_factor",
+)
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
 
 
@@ -64,6 +72,7 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     """Train, continuing from the newest complete checkpoint in --output_dir, and save the result there."""
     if exit_adapter_of(loaded.model) is not None:
         raise UserError("--do_train would change the weights that the exit adapter was taught for.")
+    weights = {"starting weights": fingerprint(loaded)}  # before heads and LoRA are attached
     loss, exit_config = build_loss(arguments, loaded)
     if arguments.training.fp16 and loaded.model.config.model_type in FP16_OVERFLOWS:
         raise UserError(f"{loaded.model.config.model_type} overflows when trained in fp16: use --bf16.")
@@ -74,10 +83,10 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
     newest = resume or last_complete_checkpoint(arguments.training.output_dir)
-    identity = identify_training(arguments.data, trainer, loaded.prompt)
+    identity = identify_training(arguments.data, trainer, loaded.prompt) | weights | named_settings(arguments)
     if newest is not None:
         refuse_other_exits(newest, exit_config)
-        refuse_other_rows(newest, identity)
+        refuse_other_training(newest, identity)
         if resume is None and is_finished(trainer):
             load_finished(arguments, loaded)
             return
@@ -154,14 +163,20 @@ def identify_training(
     return identity | {"training rows": content_hash([files, reading, lengths, *prompts])}
 
 
-def refuse_other_rows(checkpoint: str, identity: dict[str, str]) -> None:
-    """Raise UserError if a training run to continue was begun with other rows or another tokenizer."""
+def named_settings(arguments: Arguments) -> dict[str, str]:
+    """By flag: what the loss is, and how weights follow it. How long and on how many processes may change."""
+    settings = asdict(arguments.loss) | {name: getattr(arguments.training, name) for name in OPTIMIZING}
+    return {f"--{name}": str(value) for name, value in settings.items()}
+
+
+def refuse_other_training(checkpoint: str, identity: dict[str, str]) -> None:
+    """Raise UserError if a training run to continue was begun with other rows, weights or settings."""
     path = Path(checkpoint).parent / IDENTITY_FILE
     if not path.is_file():  # nobody knows
         logger.warning("%s is missing: whether the training rows are the same was not checked.", path)
         return
     before = json.loads(path.read_text(encoding="utf8"))
-    changed = " and ".join(name for name in identity if identity[name] != before.get(name))
+    changed = " and ".join(name for name in identity if identity[name] != before.get(name, identity[name]))
     if changed:
         raise UserError(
             f"{checkpoint} was begun with other {changed}: use those again, or another --output_dir."
