@@ -87,6 +87,7 @@ def accumulate(model, loss, folder, **settings):
     return total, gradients(model), trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", slow_but(QUICK, FAMILIES))
 def test_every_loss_has_the_gradient_of_the_big_batch(shape, tmp_path):
     for name, smoothing in CASES if shape in ("t5-tied", "bart-tied") else ONE_OF_EACH:

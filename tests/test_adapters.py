@@ -62,6 +62,7 @@ def adapt(base, config, extra_tokens=0):
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVED)
 def test_loaded_adapters_give_the_outputs_of_peft(base, tmp_path, name):
     adapted = adapt(base, SERVED[name], extra_tokens=8 if name == "resized embeddings" else 0)

@@ -76,6 +76,7 @@ def test_too_long_prompts_and_encoders_are_refused(folder):
     assert "has an encoder" in run("--model", "checkpoints/debian-t5-free", "--long", "20")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "w4"])  # whose prompts run in parts, and at once
 def test_buffers_are_made_once_for_a_prompt_and_its_answer(precision, monkeypatch):
     model, capacities, lend = tiny_causal(max_position_embeddings=256), [], Shelf.lend

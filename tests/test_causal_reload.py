@@ -64,6 +64,7 @@ def decoded(tmp_path_factory):
     return dict(zip(TRAININGS, zip(before.values(), here, again, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TRAININGS)
 def test_a_new_process_decodes_what_the_training_one_does(decoded, family):
     _, here, again = decoded[family]

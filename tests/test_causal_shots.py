@@ -79,6 +79,7 @@ def decode(loaded, policy, sources):
     return describe_batch(loaded, examples, decode_batch(loaded, policy, examples, settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, len(SOURCES)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_outputs_end_before_the_next_example(loaded, name, batch):

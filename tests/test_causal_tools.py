@@ -47,6 +47,7 @@ def as_argv(**flags):
     return words
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_report(folder, tmp_path):
     sweep.main(
         as_argv(

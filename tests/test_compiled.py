@@ -99,6 +99,7 @@ def assert_every_policy_agrees(model, view, inputs):
         assert stats.exit_layers == torchs.exit_layers, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "batch"), slow_but([("t5-tied", 1)], CASES))
 def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
     model, compiler = tiny_model(family, num_layers=3), Compiler()
@@ -177,6 +178,7 @@ def test_states_are_torchs_in_long_windows_grown_buffers_and_after_a_rollback(fa
     both.run(torch.randn(2, 13, 32), 1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), thin(HALVES, [("t5-tied", torch.float16), ("bart-tied", torch.bfloat16)])
 )
@@ -300,6 +302,7 @@ def test_what_cannot_be_compiled_is_refused_by_name():
         decode(model, policy, inputs, CompiledView(view_for(model), "eager"))
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_named_at_the_first_call():
     missing = {"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}
     model = tiny_model(num_layers=1)

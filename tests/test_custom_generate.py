@@ -178,6 +178,7 @@ def decode_here(model, inputs, policy):
     return model.generate(**inputs, **options).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [T5, LLAMA])
 def test_embedded_checkpoints_decode_as_here(outputs, name):
     model, inputs = embedded(name)
@@ -191,6 +192,7 @@ def test_embedded_checkpoints_decode_as_here(outputs, name):
     assert outputs[name, "lossless"]["exit_share"] > outputs[name, "full"]["exit_share"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", RANDOM)
 def test_every_family_decodes_as_here(outputs, family):
     model, inputs = random_model(family), random_inputs(family)

@@ -74,6 +74,7 @@ def generated(output, inputs, checkpoint):
 # Outputs as they grow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [FREE, LLAMA])
 @pytest.mark.parametrize("method", POLICIES)
 def test_outputs_and_figures_are_those_of_generate(checkpoint, method):

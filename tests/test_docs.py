@@ -18,6 +18,7 @@ INDEX = ROOT / "docs/README.md"
 PAGES = [*sorted({*ROOT.glob("docs/*.md")} - {OWN_DATA, INDEX}), ROOT / "README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, monkeypatch):
     monkeypatch.chdir(ROOT)

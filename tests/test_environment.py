@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -63,6 +64,7 @@ def needed_by(names):
     return found
 
 
+@pytest.mark.slow
 def test_every_library_that_is_imported_is_required_at_one_version():
     homes, required = packages_distributions(), read_versions("requirements.txt")
     optional = {BRINGS.get(name, name) for file in OPTIONAL for name in read_versions(file)}

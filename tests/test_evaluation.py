@@ -63,6 +63,7 @@ def test_sequence_scores_are_mean_log_probabilities(tmp_path):
         assert record["sequence_score"] == pytest.approx(-loss.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
     evaluate(tmp_path / "full")
     baseline = {"baseline_predictions": tmp_path / "full/predictions.jsonl"}

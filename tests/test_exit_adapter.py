@@ -85,6 +85,7 @@ def gap(threshold, **options):
     return Free(SHALLOW, SoftmaxGap(), FixedThreshold(threshold), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), TAUGHT)
 def test_an_exit_says_what_the_same_layers_say_as_a_model(family, kind):
     loaded = model_of(family, kind)
@@ -117,6 +118,7 @@ def test_tokens_are_torchs_on_onnx(family, kind):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), ON_BACKENDS)
 def test_a_shortlist_holds_what_the_exit_may_say(family, backend):
     loaded = model_of(family, backend=backend, listed=True)

@@ -84,6 +84,7 @@ def parse(source, target, *flags):
     return parsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *CAUSAL_FAMILIES, *UNTIED])
 def test_tokens_equal_static_exiting(family, save, tmp_path):
     model, inputs = random_model(family), random_inputs(family)

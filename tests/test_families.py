@@ -181,6 +181,7 @@ def test_lora_resumes_heads_and_adapter(t5, tmp_path):
         torch.testing.assert_close(continued.model.state_dict()[name], weight, msg=name)
 
 
+@pytest.mark.slow
 def test_lora_adapter_trains_on(t5, tmp_path):
     flags = exit_loss_flags("shallowdeep_ce") | {"use_lora": True}
     train(t5, tmp_path / "first", 3, **flags)

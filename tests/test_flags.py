@@ -199,6 +199,7 @@ def outputs_in(folder):
     return [(row["id"], row["prediction"], row["exit_layers"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_flags_said_not_to_change_outputs_do_not(decoded, tmp_path, capsys):
     same = {
         "deploy_scenario": "True",

@@ -55,6 +55,7 @@ def generation_config(loaded):
     loaded.model.generation_config = before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 def test_padding_after_any_end_token_is_no_token(loaded, examples, generation_config, early):
     policy = Free(2, SoftmaxGap(), FixedThreshold(0.4)) if early else None

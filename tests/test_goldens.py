@@ -123,6 +123,7 @@ def test_rollbacks_are_as_many(decoder):
     assert rollbacks == run["rollbacks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("shallow_layer", ["6", "12"])
 @pytest.mark.parametrize("name", [name for name in INTERMEDIATE_LOSSES if "shallow" in name])

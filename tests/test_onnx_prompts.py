@@ -19,6 +19,7 @@ def decode(loaded, inputs, policy):
     return greedy_causal(loaded.model, inputs, **engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_prompts_longer_than_a_window(length):
     modules = LoadedModel(tiny_causal(num_layers=3), None, ExitConfig())

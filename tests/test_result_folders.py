@@ -66,6 +66,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_page_of_what_the_programs_wrote(written, tmp_path):
     page = build(tmp_path, *(written / name for name in ("sweep", "full", "early", "judge")))
     sections = {"trade-off", "table", "batches", "depth", "calibration", "tokens", "oracle", "judge"}
@@ -130,6 +131,7 @@ assert "matplotlib.pyplot" not in sys.modules  # it chooses a backend
 """
 
 
+@pytest.mark.slow
 def test_reports_and_scores_need_neither_torch_nor_transformers(written, tmp_path):
     command = [sys.executable, "-c", LIGHT, str(written), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)

@@ -213,6 +213,7 @@ def test_training_does_not_continue_on_changed_rows(base, rows, tmp_path, capsys
     assert "other training rows" in refused(flags | {"max_steps": 6}, capsys)
 
 
+@pytest.mark.slow
 def test_training_does_not_continue_from_other_weights_or_settings(base, tmp_path, capsys):
     flags = base | TRAINING | {"max_steps": 2}
     run.main(as_argv(flags))

@@ -149,6 +149,7 @@ def test_eval_decodes_the_embedded_checkpoint(tmp_path):
     assert (tmp_path / "eval_results.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["none", "weighted_ce", "shallowdeep_kd_dyna"])
 def test_training_benchmark_measures(loss, monkeypatch):
     from scripts import benchmark_training

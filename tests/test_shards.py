@@ -121,6 +121,7 @@ def test_two_processes_calibrate_as_one(calibrated, tmp_path):
     assert_same_calibration(tmp_path, calibrated)
 
 
+@pytest.mark.slow
 def test_jobs_of_an_array_sweep_as_one(swept, tmp_path, capsys):
     """Five rows in blocks of two are three shares, and one is left without. One job was killed."""
     for index in (0, 1):
@@ -139,6 +140,7 @@ def test_jobs_of_an_array_sweep_as_one(swept, tmp_path, capsys):
     assert_same_sweep(tmp_path, swept)
 
 
+@pytest.mark.slow
 def test_a_killed_job_keeps_what_it_decoded(tmp_path):
     """Three rows one by one, of which the first was whole when the job was killed."""
     flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "6", "--methods", "FREE", *DATA]
@@ -154,6 +156,7 @@ def test_a_killed_job_keeps_what_it_decoded(tmp_path):
     assert [json.loads(line)["pieces"] for line in after] == [json.loads(line)["pieces"] for line in before]
 
 
+@pytest.mark.slow
 def test_jobs_of_an_array_calibrate_as_one(calibrated, tmp_path, capsys):
     shard(calibrate, tmp_path, CALIBRATION, "--num_shards", 2, "--shard_index", 1)
     merge = ("--num_shards", 2, "--merge_shards", True)

@@ -29,6 +29,7 @@ def tokenizer_of(kind, folder):
     return bert_tokenizer(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte", "bert"])
 @pytest.mark.parametrize("family", ["bart-tied", "t5-tied", "marian"])
 def test_other_tokenizers_train_and_evaluate(kind, family, tmp_path):
@@ -163,6 +164,7 @@ def tiny_checkpoints(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LIMITED)
 @pytest.mark.parametrize(
     ("flags", "complaint"),

@@ -167,6 +167,7 @@ def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
     assert after["acceptance"] > before["acceptance"] + 0.1
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_exit.main(command(LLAMA, whole))
@@ -188,6 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         assert all(torch.equal(weight, second["weights"][layer][name]) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_a_taught_exit_is_taught_further(exit_of_llama, tmp_path, monkeypatch):
     started = []
     run = teaching.Teaching.run
@@ -204,6 +206,7 @@ def test_a_taught_exit_is_taught_further(exit_of_llama, tmp_path, monkeypatch):
     assert not torch.equal(after["projection.weight"], before["projection.weight"])
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_exit_learns_as_much(tmp_path):
     exits = {}
     for name in ("fp32", "bf16"):
@@ -216,6 +219,7 @@ def test_in_bfloat16_the_exit_learns_as_much(tmp_path):
     assert torch.cosine_similarity(*(weight.flatten() for weight in learnt), dim=0) > 0.9
 
 
+@pytest.mark.slow
 def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
     train_exit.main(command(LLAMA, tmp_path))
     texts = (tmp_path / "texts.jsonl").read_bytes()
@@ -232,6 +236,7 @@ def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
     assert "was begun with other --generation_batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_taught_since_the_last_evaluation_is_saved(tmp_path):
     train_exit.main(command(LLAMA, tmp_path, "--max_steps", "3"))
     assert [row["step"] for row in json.loads((tmp_path / "curve.json").read_text())] == [3]
@@ -248,6 +253,7 @@ def test_each_process_holds_out_some_of_the_last_rows(monkeypatch):
     assert sorted([*shares[0], *shares[1]]) == [*"abcdefg"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["summarization", "translation"])
 def test_a_file_of_prompts_needs_no_targets(task, tmp_path):
     prompts = [{"text": f"Paket {number}"} for number in range(8)]
@@ -358,6 +364,7 @@ def test_bad_flags_are_named(more, complaint, tmp_path, capsys):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_the_exit_beside_full_depth(exit_of_llama, tmp_path):
     flags = ["--free", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--dataset_name", "debian_de_en"]
     flags += [

@@ -33,6 +33,7 @@ def finished(base, tmp_path_factory):
     return folder, train(base, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -162,6 +163,7 @@ def test_finished_training_changes_nothing_until_it_is_made_longer(base, finishe
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 7
 
 
+@pytest.mark.slow
 def test_best_adapter_is_saved_with_its_own_exit_heads(base, tmp_path):
     flags = EVALUATED | {"predict_with_generate": False, "max_steps": 3, "metric_for_best_model": "loss"}
     flags |= {"greater_is_better": True, "use_lora": True, "per_exit_head": "norm"}  # the first is "best"
