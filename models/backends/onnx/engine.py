@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 import onnxruntime
 
+from models.backends.onnx.cuts import Cuts
 from models.backends.onnx.pieces import (
     DecoderLayer,
     EncoderLayer,
@@ -59,6 +60,7 @@ class Engine:
         adapter = view.exit_adapter
         self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
         self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
+        self.cuts = Cuts.of(view, precision)
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
@@ -80,7 +82,8 @@ class Engine:
         return self.store.made > before
 
     def layers(self, start: int, stop: int, of_prompt: bool = False) -> Session:
-        """Decoder layers `start`..`stop - 1`, and beside them the exit adapter that reads what they make."""
+        """Decoder layers `start`..`stop - 1`, one of the stretches of `cuts`, and the exit adapter that reads
+        what they make if it is in their graph."""
         return self._session(self.prompt_kind if of_prompt else self.layer_kind, start, stop)
 
     def keys_values(self, start: int, stop: int) -> Session:
@@ -109,18 +112,31 @@ class Engine:
         adapter = self.view.exit_adapter
         return adapter is not None and adapter.block is not None and adapter.layer == stop
 
+    def fuses(self, stop: int) -> bool:
+        """Whether that exit adapter is in the graph of the layers before it. Where others share these, it has
+        one of its own, which runs when its states are asked for."""
+        return self.branches(stop) and not self.cuts.heavy
+
     def _session(self, kind: str, start: int, stop: int) -> Session:
         key = (kind, start, stop)
-        if key not in self.sessions:
+        session = self.sessions.get(key)
+        if session is None:
             with self.lock:
-                if key not in self.sessions:
-                    self.sessions[key] = self._open(self._assemble(kind, range(start, stop)))
-        return self.sessions[key]
+                session = self.sessions.get(key)
+                if session is None:
+                    self._drop_cut_layers()
+                    session = self.sessions[key] = self._open(self._assemble(kind, range(start, stop)))
+        return session
+
+    def _drop_cut_layers(self) -> None:
+        for kind, start, stop in [*self.sessions]:
+            if kind in LAYER_KINDS and not self.cuts.keeps(start, stop):
+                del self.sessions[kind, start, stop]
 
     def _assemble(self, kind: str, indices: range) -> ir.Model:
         pieces = ((index, self._piece(kind, index)) for index in indices)
         if kind in (*LAYER_KINDS, "encoder"):
-            branch = self.view.num_layers if kind in LAYER_KINDS and self.branches(indices.stop) else None
+            branch = self.view.num_layers if kind in LAYER_KINDS and self.fuses(indices.stop) else None
             aside = None if branch is None else (branch, self._piece(kind, branch))
             return chain(pieces, self.view.bias_owner, aside)
         return bundle(pieces, self.view.bias_owner)

@@ -56,18 +56,38 @@ class OnnxView(BackendView):
         return hidden if state.exit_states is None else state.exit_states
 
     def _run_window(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> list[Tensor]:
+        """What layers `start`..`stop - 1` make of (B, Q, D) states, and the exit adapter of that if it reads
+        there."""
         past, new = state.lengths[start], hidden.shape[1]
         window = self._window(state, past, hidden)
         of_prompt = past + new < state.prompt_length  # whose last token is decoded like those to come
-        segments = state.buffers.segments
-        segment = segments.get((start, stop, of_prompt))
+        stretches = self.engine.cuts.stretches(start, stop)
+        if self.engine.branches(stop) and not self.engine.fuses(stop):
+            stretches.append((self.num_layers, self.num_layers + 1))
+        made = [hidden]
+        for first, last in stretches:
+            segment = self._segment(state.buffers, first, last, of_prompt)
+            for layer in segment.layers:
+                state.lengths[layer] = past + new
+            outputs = segment.run(made[0], window, state.source)
+            made = [made[0], *outputs] if first == self.num_layers else outputs
+        return made
+
+    def _segment(self, buffers: Buffers, start: int, stop: int, of_prompt: bool) -> BoundSegment:
+        segment = buffers.segments.get((start, stop, of_prompt))
         if segment is None:
-            aside = [self.num_layers] if self.engine.branches(stop) else []
+            self._drop_cut_segments(buffers)
+            aside = [self.num_layers] if self.engine.fuses(stop) else []
             layers, session = [*range(start, stop), *aside], self.engine.layers(start, stop, of_prompt)
-            segment = segments[start, stop, of_prompt] = BoundSegment(session, state.buffers, layers)
-        for layer in segment.layers:
-            state.lengths[layer] = past + new
-        return segment.run(hidden, window, state.source)
+            segment = buffers.segments[start, stop, of_prompt] = BoundSegment(session, buffers, layers)
+        return segment
+
+    def _drop_cut_segments(self, buffers: Buffers) -> None:
+        """Of these buffers and of those that wait for a generation: they hold sessions."""
+        for held in (buffers, *(waiting for _, waiting in self.shelf.free)):
+            for start, stop, of_prompt in [*held.segments]:
+                if not self.engine.cuts.keeps(start, stop):
+                    held.segments.pop((start, stop, of_prompt), None)  # another thread may have
 
     def write_kv(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> None:
         state.reserve(len(hidden), state.lengths[start] + hidden.shape[1] + 1)
