@@ -55,6 +55,10 @@ BAD_FLAGS = {
     "truth that is neither": ({"paper_settings": "maybe"}, "--paper_settings"),
     "misspelt folder": ({"model_name_or_path": str(ROOT / "checkpoints/debian-t5-fre")}, "debian-t5-free"),
     "no baseline": ({"baseline_predictions": str(ROOT / "README.md")}, "README.md, line 1"),
+    "one baseline for two splits": (
+        {"do_predict": True, "baseline_predictions": str(ROOT / "README.md")},
+        "--baseline_predictions is of one split",
+    ),
     "no adaptive threshold": (
         FREE | {"use_adapt_threshold": True, "adapt_threshold_file": str(ROOT / "README.md")},
         "--adapt_threshold_file",

@@ -245,6 +245,10 @@ class Arguments:
             self.data.num_beams == 1 or not exits.methods,
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
         )
+        require(
+            self.data.baseline_predictions is None or not (training.do_eval and training.do_predict),
+            "--baseline_predictions is of one split: run --do_eval and --do_predict one after the other.",
+        )
         self.backend.for_evaluation(exits, self.data.num_beams)
 
     @property
