@@ -119,6 +119,14 @@ def refuse_flags_without(group: Any, methods: Iterable[str], ways: dict[str, str
             raise UserError(f"--{spec.name} has no effect here: add {wanted}.")
 
 
+def drop_repeats(group: Any) -> None:
+    """Keep the first of equal values of each list flag: the others would run, and be named, twice."""
+    for spec in flags_in(group):
+        value = getattr(group, spec.name)
+        if isinstance(value, list):
+            setattr(group, spec.name, list(dict.fromkeys(value)))
+
+
 def non_default_settings(*groups: Any) -> dict[str, Any]:
     """The flags that differ from their defaults and that outputs depend on."""
     return {

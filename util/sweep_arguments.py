@@ -9,6 +9,7 @@ from util.arguments import EXIT_ADAPTER_HELP
 from util.flags import (
     Parser,
     as_flags,
+    drop_repeats,
     flag,
     flags_in,
     list_flag,
@@ -80,6 +81,7 @@ class SweepArguments(PresetArgument):
     output_dir: str = flag("save/sweep", "Where results go.", changes_outputs=False)
 
     def __post_init__(self) -> None:
+        drop_repeats(self)
         require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
         for name in ("methods", "calm_methods"):
             require_known(name, getattr(self, name), SWEPT)
