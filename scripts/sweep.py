@@ -73,7 +73,7 @@ from util.pieces import readable
 from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders
-from util.report.page import write_report
+from util.report.page import REPORT_FILES, write_report
 from util.report.table import format_interval
 from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
@@ -91,6 +91,7 @@ COLUMNS = {  # after the setting and its score
     "average_layers": "layers/token",
     "exit_share": "exits",
 }
+RESULT_FILES = ("sweep.json", "sweep.csv", "traces.jsonl", *REPORT_FILES)  # beside settings and records
 COLOURED = (FREE, CALM)  # the methods whose outputs are printed, and of how many samples
 COLOURED_SAMPLES = 3
 
@@ -134,7 +135,7 @@ def sweep(
         evaluation,
         identify_sweep(given, checkpoints, examples),
         shards,
-        begun=lambda: write_settings(folder, flags, given, data, settings, len(examples)),
+        begun=lambda: begin(folder, shards, flags, given, data, settings, len(examples)),
     )
     if not decoded:
         tell_shard(shards, folder)
@@ -252,6 +253,15 @@ def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]
         require_exits(name, getattr(flags, name), depth)
 
 
+def begin(folder: Path, shards: Shards, *facts: Any) -> None:
+    """Write settings.json once what an earlier sweep left is gone: its figures are not of these settings."""
+    alone_or_merging = shards.alone or shards.index is None  # else records.jsonl is written at the end
+    records = () if alone_or_merging else ("records.jsonl", "records.settings.json")
+    for name in (*RESULT_FILES, *records):
+        (folder / name).unlink(missing_ok=True)
+    write_settings(folder, *facts)
+
+
 def write_settings(
     folder: Path,
     flags: SweepArguments,
@@ -261,7 +271,7 @@ def write_settings(
     samples: int,
 ) -> None:
     """What was run, for reports."""
-    named = data.dataset_name or data.test_file or data.validation_file
+    named = data.dataset_name or getattr(data, f"{flags.split}_file")
     content = {
         "arguments": asdict(flags) | given,
         "environment": environment(settings[0].loaded),
