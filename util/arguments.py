@@ -228,7 +228,22 @@ class Arguments:
             exits.calibrated_threshold_file is None or not training.do_train,
             "--calibrated_threshold_file is for the weights it was calibrated with: leave --do_train out.",
         )
+        self._check_generation()
         self._check_evaluation()
+
+    def _check_generation(self) -> None:
+        """The Trainer's flags of generation."""
+        training = self.training
+        length = training.generation_max_length
+        require(
+            length is None or length > 1, "--generation_max_length must leave room for a token: at least 2."
+        )
+        decodes = training.do_train and training.predict_with_generate
+        require(
+            training.generation_num_beams is None or decodes,
+            "--generation_num_beams is for evaluations amid training, --predict_with_generate True: of "
+            "--do_eval and --do_predict, --num_beams is.",
+        )
 
     def _check_evaluation(self) -> None:
         training, exits = self.training, self.exit
