@@ -108,6 +108,15 @@ def test_flags_of_a_method_are_refused_without_it(name):
             "--conf_shortlist .* FREE shortlist to --methods",
         ),
         ({"free": None, "calm": "x", "free_thresholds": [0.5]}, "--free_thresholds .* add --free CHECKPOINT"),
+        ({"methods": ["FREE", "FREE shortlist"]}, "FREE shortlist has no setting .* --conf_shortlist FILE"),
+        ({"free": None, "calm": "x", "methods": ["FREE"]}, "--methods: FREE has no .* add --free CHECKPOINT"),
+        ({"calm_methods": ["CALM"]}, "--calm_methods has no effect here: add --calm CHECKPOINT"),
+        ({"calm_static_layers": [2]}, "--calm_static_layers has no effect here: add --calm CHECKPOINT"),
+        ({"calm": "x", "calm_methods": ["FREE"]}, "--calm_methods: FREE: --free alone decodes so"),
+        (
+            {"calm": "x", "methods": ["FREE", "CALM"], "calm_methods": ["Static"]},
+            "--methods: CALM has no setting here: .* add CALM to --calm_methods",
+        ),
     ],
 )
 def test_flags_of_a_method_are_refused_in_a_sweep_without_it(flags, missing):
