@@ -178,6 +178,20 @@ class DataArguments:
             self.val_max_target_length = self.max_target_length
 
 
+LIMITS = ("max_train_samples", "max_eval_samples", "max_predict_samples")
+LEAVE_IT_OUT = "leave it out"
+OF_RUN_ALONE = {  # of DataArguments what no script reads, and what to do instead
+    **dict.fromkeys(("streaming", "preprocessing_num_workers"), "it is for run.py --do_train; leave it out"),
+    "baseline_predictions": "it is for run.py; leave it out",
+}
+OF_RUN = {  # what most do not read, either
+    **OF_RUN_ALONE,
+    **dict.fromkeys(LIMITS, LEAVE_IT_OUT),
+    "num_beams": "this decodes greedily; leave it out",
+    "resume_eval": "this begins anew each time; leave it out",
+}
+
+
 @dataclass
 class Arguments:
     """Everything one run was asked for."""
