@@ -33,7 +33,7 @@ from datasets import Dataset
 from models.errors import one_line_errors
 from models.loading import LoadedModel
 from run import evaluation_dtype, evaluation_settings, open_model
-from util.arguments import Arguments, parse_with_run, require_split
+from util.arguments import LEAVE_IT_OUT, OF_RUN_ALONE, Arguments, parse_with_run, require_split
 from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
@@ -50,7 +50,7 @@ from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir
-from util.flags import differs, expand_argument_file, require
+from util.flags import differs, expand_argument_file, flags_in, refuse_unread_flags, require
 from util.methods import BASELINE
 from util.policies import build_policy, with_threshold
 from util.setup import read_split
@@ -86,9 +86,21 @@ def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, ShardArgu
         exits.use_early_exit or exits.use_shallow_deep,
         "Nothing to calibrate: add --use_early_exit True or --use_shallow_deep True.",
     )
+    refuse_unread(flags, arguments)
     for spec in exits.uncertified():
         require(not differs(exits, spec), f"--{spec.name} contradicts a calibration over --thresholds.")
     return flags, jobs, arguments
+
+
+def refuse_unread(flags: CalibrationArguments, arguments: Arguments) -> None:
+    """Raise UserError for flags of run.py that a calibration on --split does not read."""
+    limits = {"validation": "max_eval_samples", "test": "max_predict_samples"}
+    own = limits.pop(flags.split)
+    (other,) = limits.values()
+    instead = {other: f"with --split {flags.split}, use --{own}", "max_train_samples": f"use --{own}"}
+    refuse_unread_flags(arguments.data, OF_RUN_ALONE | instead)
+    losses = {spec.name for spec in flags_in(arguments.loss)} - {"paper_settings"}
+    refuse_unread_flags(arguments.loss, dict.fromkeys(sorted(losses), f"it is of training; {LEAVE_IT_OUT}"))
 
 
 def calibrate(flags: CalibrationArguments, arguments: Arguments, shards: Shards) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments
+from util.arguments import LIMITS, OF_RUN, DataArguments
 from util.flag_help import answer_help
 from util.script_arguments import ShortlistArguments
 
@@ -34,13 +34,14 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.data.encoding import encoder_for
 from util.files import locked_output_file, write_json
-from util.flags import parse_groups
+from util.flags import parse_groups, refuse_unread_flags
 from util.policies import require_exits
 from util.progress import track
 from util.setup import open_checkpoint, read_split
 from util.tables import comparison_table, print_report
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+HOW_MANY = "all rows of --split are counted, and --num_samples compared"
 COLUMNS = {
     "threshold": "threshold",
     "full_exits": "exits",
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
         flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
+        refuse_unread_flags(data, OF_RUN | dict.fromkeys(LIMITS, HOW_MANY))
         with locked_output_file(Path(flags.output_file)) as path:
             loaded = open_checkpoint(flags.model_name_or_path, data)
             shortlist = learn_shortlist(loaded, read_split(data, flags.split, loaded), flags.size)

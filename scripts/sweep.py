@@ -39,7 +39,7 @@ from models.exit_policy import Calm, FullDepth, StaticExit
 from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import DataArguments, require_split
+from util.arguments import LIMITS, OF_RUN, DataArguments, require_split
 from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
@@ -58,7 +58,7 @@ from util.evaluation.records import EvaluationSettings, Trace, write_records
 from util.evaluation.shards import Shards, join_shards, refuse_state_across_samples, tell_shard
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import locked_output_dir, write_json
-from util.flags import expand_argument_file, non_default_settings, parse_groups, require
+from util.flags import expand_argument_file, non_default_settings, parse_groups, refuse_unread_flags, require
 from util.methods import (
     BASELINE,
     CALM,
@@ -73,13 +73,15 @@ from util.pieces import readable
 from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders
-from util.report.page import write_report
+from util.report.page import REPORT_FILES, write_report
 from util.report.table import format_interval
 from util.setup import comparison_settings, open_checkpoint, read_split
 from util.tables import color_by_depth, comparison_table, depth_legend, print_report, write_csv
 from util.tasks import TASKS
 
 GROUPS = (SweepArguments, DataArguments, BackendArguments, ShardArguments)
+UNREAD = OF_RUN | dict.fromkeys(LIMITS, "use --num_samples")
+del UNREAD["resume_eval"]
 COLUMNS = {  # after the setting and its score
     "quality_share": "% of full",
     "unchanged": "unchanged",
@@ -91,6 +93,7 @@ COLUMNS = {  # after the setting and its score
     "average_layers": "layers/token",
     "exit_share": "exits",
 }
+RESULT_FILES = ("sweep.json", "sweep.csv", "traces.jsonl", *REPORT_FILES)  # beside settings and records
 COLOURED = (FREE, CALM)  # the methods whose outputs are printed, and of how many samples
 COLOURED_SAMPLES = 3
 
@@ -100,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
         flags, data, backend, jobs = parse_groups(GROUPS, __doc__, argv)
+        refuse_unread_flags(data, UNREAD)
         with locked_output_dir(Path(flags.output_dir), jobs.shard_index):
             sweep(flags, data, backend, join_shards(jobs))
 
@@ -134,7 +138,7 @@ def sweep(
         evaluation,
         identify_sweep(given, checkpoints, examples),
         shards,
-        begun=lambda: write_settings(folder, flags, given, data, settings, len(examples)),
+        begun=lambda: begin(folder, shards, flags, given, data, settings, len(examples)),
     )
     if not decoded:
         tell_shard(shards, folder)
@@ -252,6 +256,15 @@ def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]
         require_exits(name, getattr(flags, name), depth)
 
 
+def begin(folder: Path, shards: Shards, *facts: Any) -> None:
+    """Write settings.json once what an earlier sweep left is gone: its figures are not of these settings."""
+    alone_or_merging = shards.alone or shards.index is None  # else records.jsonl is written at the end
+    records = () if alone_or_merging else ("records.jsonl", "records.settings.json")
+    for name in (*RESULT_FILES, *records):
+        (folder / name).unlink(missing_ok=True)
+    write_settings(folder, *facts)
+
+
 def write_settings(
     folder: Path,
     flags: SweepArguments,
@@ -261,7 +274,7 @@ def write_settings(
     samples: int,
 ) -> None:
     """What was run, for reports."""
-    named = data.dataset_name or data.test_file or data.validation_file
+    named = data.dataset_name or getattr(data, f"{flags.split}_file")
     content = {
         "arguments": asdict(flags) | given,
         "environment": environment(settings[0].loaded),

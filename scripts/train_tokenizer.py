@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments
+from util.arguments import LEAVE_IT_OUT, LIMITS, OF_RUN, DataArguments
 from util.flag_help import answer_help
 from util.script_arguments import TokenizerArguments
 
@@ -29,13 +29,18 @@ from models.errors import UserError, one_line_errors
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.files import locked_output_dir
-from util.flags import parse_groups
+from util.flags import parse_groups, refuse_unread_flags
+
+UNREAD = OF_RUN | dict.fromkeys(LIMITS, "all training rows count")
+OF_PROMPTS = ("prompt_template", "use_chat_template", "num_shots", "shot_seed")
+UNREAD |= dict.fromkeys((*OF_PROMPTS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
         flags, data = parse_groups((TokenizerArguments, DataArguments), __doc__, argv)
+        refuse_unread_flags(data, UNREAD)
         with locked_output_dir(Path(flags.output_dir)) as folder:
             train(flags, data, folder)
 

@@ -73,3 +73,23 @@ def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
     full = json.loads((tmp_path / "full/eval_results.json").read_text())
     assert early["vs_baseline"]["f1"]["difference"] == pytest.approx(early["f1"] - full["f1"])
     assert set(early["confidence_intervals"]) == {"exact_match", "f1"}
+
+
+def test_a_baseline_of_other_rows_is_refused_before_decoding(tmp_path, capsys):
+    """Rows of a table are numbered, so that those of every split have the same ids."""
+    for split in ("validation", "test"):
+        (tmp_path / f"{split}.csv").write_text(f"de,en\nHaus,{split} house\nHund,{split} dog\n")
+    flags = {
+        "task": "translation",
+        "data_dir": tmp_path,
+        "source_column": "de",
+        "target_column": "en",
+        "max_source_length": 16,
+    }
+    evaluate(tmp_path / "full", **flags)
+    baseline = {"baseline_predictions": tmp_path / "full/predictions.jsonl"}
+    assert "vs_baseline" in evaluate(tmp_path / "same", **flags, **baseline)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "test", **flags | {"do_eval": False, "do_predict": True}, **baseline)
+    assert "other references of 2 samples, such as 0" in capsys.readouterr().err
+    assert not (tmp_path / "test/predictions_test.jsonl").exists()

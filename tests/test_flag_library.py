@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
+from real_rows import ROOT
 
 from models.errors import UserError
 from util.flags import flag, list_flag, parse_groups, required_flag
@@ -54,3 +56,37 @@ def test_wrong_words_get_one_line(words, line):
     with pytest.raises(UserError) as refusal:
         parse_groups((Toy,), "", words)
     assert str(refusal.value) == line
+
+
+MODEL = ["--model_name_or_path", str(ROOT / "checkpoints/debian-t5-free")]
+UNREAD = [  # the command, a flag that it shares with run.py and does not read, and what to do instead
+    ("sweep", "--max_predict_samples 1", "use --num_samples"),
+    ("sweep", "--num_beams 4", "leave it out"),
+    ("sweep", f"--baseline_predictions {__file__}", "leave it out"),
+    ("choose_exit", "--max_eval_samples 1", "use --num_samples"),
+    ("choose_exit", "--resume_eval True", "leave it out"),
+    ("learn_shortlist", "--max_train_samples 1", "--num_samples compared"),
+    ("train_exit", "--max_eval_samples 1", "use --max_train_samples"),
+    ("train_exit", "--resume_eval True", "goes on by itself"),
+    ("train_tokenizer", "--drop_long_samples True", "leave it out"),
+    ("calibrate", "--max_eval_samples 3 --split test", "with --split test, use --max_predict_samples"),
+    ("calibrate", "--max_predict_samples 3", "with --split validation, use --max_eval_samples"),
+    ("calibrate", f"--baseline_predictions {__file__}", "leave it out"),
+    ("calibrate", "--intermediate_loss_fn ce", "leave it out"),
+]
+ENOUGH = {
+    "sweep": ["--free", "x"],
+    "train_tokenizer": [],
+    "calibrate": [*MODEL, "--use_shallow_deep", "True"],
+}
+
+
+@pytest.mark.parametrize(("name", "words", "instead"), UNREAD)
+def test_flags_that_a_script_does_not_read_are_refused(name, words, instead, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    enough = [*ENOUGH.get(name, MODEL), "--dataset_name", "debian_de_en"]
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"scripts.{name}").main([*enough, *words.split()])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words.split()[0]} has no effect here: ") and instead in error
+    assert not list(tmp_path.iterdir())

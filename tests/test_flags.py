@@ -22,6 +22,7 @@ from util.calibration.certificate import decoding_settings
 from util.exit_arguments import ExitArguments
 from util.exit_training.flags import ExitPromptArguments, ExitTrainingArguments
 from util.flags import non_default_settings
+from util.script_arguments import ChooserArguments
 from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments
 
@@ -107,11 +108,31 @@ def test_flags_of_a_method_are_refused_without_it(name):
             "--conf_shortlist .* FREE shortlist to --methods",
         ),
         ({"free": None, "calm": "x", "free_thresholds": [0.5]}, "--free_thresholds .* add --free CHECKPOINT"),
+        ({"methods": ["FREE", "FREE shortlist"]}, "FREE shortlist has no setting .* --conf_shortlist FILE"),
+        ({"free": None, "calm": "x", "methods": ["FREE"]}, "--methods: FREE has no .* add --free CHECKPOINT"),
+        ({"calm_methods": ["CALM"]}, "--calm_methods has no effect here: add --calm CHECKPOINT"),
+        ({"calm_static_layers": [2]}, "--calm_static_layers has no effect here: add --calm CHECKPOINT"),
+        ({"calm": "x", "calm_methods": ["FREE"]}, "--calm_methods: FREE: --free alone decodes so"),
+        (
+            {"calm": "x", "methods": ["FREE", "CALM"], "calm_methods": ["Static"]},
+            "--methods: CALM has no setting here: .* add CALM to --calm_methods",
+        ),
     ],
 )
 def test_flags_of_a_method_are_refused_in_a_sweep_without_it(flags, missing):
     with pytest.raises(UserError, match=missing):
         SweepArguments(**{"free": "x"} | flags)
+
+
+def test_repeated_values_count_once():
+    """Twice the same would be two settings of one name."""
+    repeated = {"free_thresholds": [0.4, 0.1, 0.4], "batch_sizes": [1, 2, 1], "static_layers": [2, 2]}
+    repeated |= {"methods": ["FREE", "Static", "FREE"]}
+    sweep = SweepArguments(free="x", **repeated)
+    assert (sweep.free_thresholds, sweep.batch_sizes, sweep.static_layers) == ([0.4, 0.1], [1, 2], [2])
+    assert sweep.methods == ["FREE", "Static"]
+    choice = ChooserArguments("x", shallow_layers=[3, 1, 3], thresholds=[0.4, 0.4])
+    assert (choice.shallow_layers, choice.thresholds) == ([3, 1], [0.4])
 
 
 def test_settings_that_a_run_depends_on():

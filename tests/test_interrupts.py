@@ -1,13 +1,16 @@
-"""Ctrl-C in every command: one line that says how to continue, exit code 130, no traceback."""
+"""Ctrl-C in every command: one line that says how to go on, exit code 130, no traceback; what kills leave."""
 
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
+from real_rows import ROOT
 
 from gpt_eval import __main__ as gpt_eval
 from models.errors import one_line_errors
+from scripts import sweep
 
 MODEL = ["--model_name_or_path", "x", "--dataset_name", "debian_de_en"]
 EXPORT = ["--run", "x", "--output_dir", "x", "--title", "x", "--train_script", "x"]
@@ -57,3 +60,21 @@ def test_interrupted_judges_keep_their_answers(monkeypatch, capsys):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), one_line_errors():
         raise ZeroDivisionError
+
+
+def test_a_sweep_that_begins_leaves_nothing_of_an_earlier_one(tmp_path, monkeypatch):
+    """Else a report after a kill would show old figures under new settings."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("de,en\nHaus,house\n")
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    for name in ("settings.json", "sweep.json", "sweep.csv", "traces.jsonl", "report.html", "trade_off.svg"):
+        (folder / name).write_text("of the earlier sweep")
+    monkeypatch.setattr(sweep, "decode_comparison", lambda *_, begun: begun())  # and is killed
+    files = ["--validation_file", str(rows), "--test_file", str(ROOT / "README.md"), "--split", "validation"]
+    columns = ["--source_column", "de", "--target_column", "en", "--backend", "torch"]
+    flags = ["--free", str(ROOT / "checkpoints/debian-t5-free"), "--methods", "FREE", *files, *columns]
+    sweep.main(["--output_dir", str(folder), *flags])
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["dataset"], settings["split"]) == (str(rows), "validation")

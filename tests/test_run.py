@@ -15,6 +15,7 @@ from tiny_runs import (
     FREE,
     TRAINING,
     as_argv,
+    refused,
     results_of,
 )
 from transformers import PLBartConfig, PLBartForConditionalGeneration
@@ -33,6 +34,17 @@ BAD_FLAGS = {
     "confidence of another method": (FREE | {"exit_conf_threshold": 0.5}, "--use_early_exit True"),
     "output is a file": ({"output_dir": str(Path(__file__))}, "--output_dir"),
     "no room for a token": ({"val_max_target_length": 1}, "--val_max_target_length"),
+    "no room in the Trainer's length": ({"generation_max_length": 1}, "--generation_max_length"),
+    "negative length": ({"generation_max_length": -3}, "--generation_max_length"),
+    "beams of training": ({"generation_num_beams": 4}, "--generation_num_beams"),
+    "decay without a rate": (
+        {"use_early_exit": True, "exit_decay_form": "paper"},
+        "--exit_decay_form paper has no effect here: add --exit_position_temp",
+    ),
+    "nothing is distilled": (
+        {"intermediate_loss_fn": "shallowdeep_ce", "distill_layer_alpha": 0.3},
+        "--distill_layer_alpha",
+    ),
     "batch of none": ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size"),
     "wrong resume": ({"do_train": True, "resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint"),
     "idle flag": ({"use_adapt_threshold": True}, "--use_shallow_deep True"),
@@ -55,6 +67,10 @@ BAD_FLAGS = {
     "truth that is neither": ({"paper_settings": "maybe"}, "--paper_settings"),
     "misspelt folder": ({"model_name_or_path": str(ROOT / "checkpoints/debian-t5-fre")}, "debian-t5-free"),
     "no baseline": ({"baseline_predictions": str(ROOT / "README.md")}, "README.md, line 1"),
+    "one baseline for two splits": (
+        {"do_predict": True, "baseline_predictions": str(ROOT / "README.md")},
+        "--baseline_predictions is of one split",
+    ),
     "no adaptive threshold": (
         FREE | {"use_adapt_threshold": True, "adapt_threshold_file": str(ROOT / "README.md")},
         "--adapt_threshold_file",
@@ -159,7 +175,7 @@ def test_evaluation_of_every_method(base, name):
     assert results_of(flags, "predict")["samples"] == 12
 
 
-def test_adaptive_threshold_is_carried_over(base):
+def test_adaptive_threshold_is_carried_over(base, capsys):
     flags = base | FREE | {"do_eval": True, "use_adapt_threshold": True, "adapt_zeta": 0.9}
     run.main(as_argv(flags))
     saved = Path(flags["output_dir"], "adaptive_threshold.json")
@@ -168,6 +184,9 @@ def test_adaptive_threshold_is_carried_over(base):
     after = json.loads(saved.read_text())["observed"]
     assert after["num_sequences"] == 2 * before["num_sequences"]
     assert after["confidences"][: len(before["confidences"])] == before["confidences"]
+    for name in ("adapt_zeta", "shallow2deep_conf_threshold"):
+        line = refused(flags | {name: 0.5, "adapt_threshold_file": str(saved)}, capsys)
+        assert f"--{name} 0.5 contradicts --adapt_threshold_file" in line and "begun with 0.9" in line
 
 
 def test_exit_layer_of_the_checkpoint_is_the_default(base):

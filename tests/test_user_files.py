@@ -65,7 +65,7 @@ READERS = {  # name of the file: what reads it, and what it should hold
     "adaptive_threshold.json": (read_adapted, adapted),
     "calibrated.json": (lambda path: CalibratedThreshold.load(path), json.dumps(CERTIFICATE)),
     "shortlist.json": (lambda path: read_shortlist(path).tolist(), '{"token_ids": [3, 4]}'),
-    "baseline.jsonl": (read_baseline, '{"id": "1", "prediction": "x"}\n'),
+    "baseline.jsonl": (read_baseline, '{"id": "1", "prediction": "x", "reference": "y"}\n'),
     "arguments.json": (lambda path: expand_argument_file([str(path)]), '{"seed": 1}'),
     "arguments.yaml": (lambda path: expand_argument_file([str(path)]), "seed: 1\n"),
     "settings.json": (lambda path: read_folders([path.parent]), json.dumps(SWEEP)),
@@ -172,7 +172,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name):
         ("calibrated.json", {"threshold": 0.5}, "it lacks delta"),
         ("shortlist.json", {"token_ids": [1, 2.5]}, "is not what scripts/learn_shortlist.py writes"),
         ("shortlist.json", {"token_ids": [1, 2**64]}, "is not what scripts/learn_shortlist.py writes"),
-        ("baseline.jsonl", {"id": "1", "prediction": 5}, "line 1: prediction must be a text, not 5"),
+        ("baseline.jsonl", {"id": "1", "prediction": 5, "reference": ""}, "prediction must be a text, not 5"),
         ("scores.json", {"judges": {"m": 3}}, "judge 'm': expected a JSON object"),
         ("scores.json", {"judges": {"m": {"likert": []}}}, "likert must be an object, not []"),
         ("settings.json", SWEEP | {"settings": [{"name": 1}]}, "settings.json: lacks method"),
@@ -190,7 +190,7 @@ def test_wrong_fields_are_named(tmp_path, capsys, name, content, message):
 
 def test_baselines_windows_need_their_scores(tmp_path, capsys):
     path = tmp_path / "baseline.jsonl"
-    path.write_text('{"id": 1, "prediction": "x", "window": 0}\n' * 2)
+    path.write_text('{"id": 1, "prediction": "x", "reference": "y", "window": 0}\n' * 2)
     message = "baseline.jsonl, line 1: a window lacks its sequence_score"
     assert message in complaint(capsys, read_baseline, path)
 

@@ -178,6 +178,20 @@ class DataArguments:
             self.val_max_target_length = self.max_target_length
 
 
+LIMITS = ("max_train_samples", "max_eval_samples", "max_predict_samples")
+LEAVE_IT_OUT = "leave it out"
+OF_RUN_ALONE = {  # of DataArguments what no script reads, and what to do instead
+    **dict.fromkeys(("streaming", "preprocessing_num_workers"), "it is for run.py --do_train; leave it out"),
+    "baseline_predictions": "it is for run.py; leave it out",
+}
+OF_RUN = {  # what most do not read, either
+    **OF_RUN_ALONE,
+    **dict.fromkeys(LIMITS, LEAVE_IT_OUT),
+    "num_beams": "this decodes greedily; leave it out",
+    "resume_eval": "this begins anew each time; leave it out",
+}
+
+
 @dataclass
 class Arguments:
     """Everything one run was asked for."""
@@ -228,7 +242,22 @@ class Arguments:
             exits.calibrated_threshold_file is None or not training.do_train,
             "--calibrated_threshold_file is for the weights it was calibrated with: leave --do_train out.",
         )
+        self._check_generation()
         self._check_evaluation()
+
+    def _check_generation(self) -> None:
+        """The Trainer's flags of generation."""
+        training = self.training
+        length = training.generation_max_length
+        require(
+            length is None or length > 1, "--generation_max_length must leave room for a token: at least 2."
+        )
+        decodes = training.do_train and training.predict_with_generate
+        require(
+            training.generation_num_beams is None or decodes,
+            "--generation_num_beams is for evaluations amid training, --predict_with_generate True: of "
+            "--do_eval and --do_predict, --num_beams is.",
+        )
 
     def _check_evaluation(self) -> None:
         training, exits = self.training, self.exit
@@ -244,6 +273,10 @@ class Arguments:
         require(
             self.data.num_beams == 1 or not exits.methods,
             f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
+        )
+        require(
+            self.data.baseline_predictions is None or not (training.do_eval and training.do_predict),
+            "--baseline_predictions is of one split: run --do_eval and --do_predict one after the other.",
         )
         self.backend.for_evaluation(exits, self.data.num_beams)
 

@@ -156,6 +156,10 @@ class ExitArguments:
             self.exit_layers is None or self.exit_min_layer is None,
             "--exit_layers and --exit_min_layer contradict: choose one.",
         )
+        require(
+            self.exit_decay_form == "released" or self.exit_position_temp is not None,
+            f"--exit_decay_form {self.exit_decay_form} has no effect here: add --exit_position_temp.",
+        )
         kind = self.exit_conf_type if self.use_early_exit else self.shallow2deep_conf_type
         require(
             self.conf_shortlist is None or kind == "softmax",
@@ -193,6 +197,8 @@ class ExitArguments:
         settled = contradictions | {
             "--use_adapt_threshold": self.use_adapt_threshold,
             "--max_pending_tokens": self.max_pending_tokens is not None,
+            "--shallow2deep_conf_threshold": self.shallow2deep_conf_threshold
+            != ExitArguments.shallow2deep_conf_threshold,
             "--calibrated_threshold_file": self.calibrated_threshold_file is not None,
         }
         found = [name for name, given in settled.items() if given]

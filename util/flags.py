@@ -119,6 +119,22 @@ def refuse_flags_without(group: Any, methods: Iterable[str], ways: dict[str, str
             raise UserError(f"--{spec.name} has no effect here: add {wanted}.")
 
 
+def refuse_unread_flags(group: Any, instead: dict[str, str]) -> None:
+    """Raise UserError for a flag that programs with this group take and this one does not read; `instead`
+    says of each such flag what to do."""
+    specs = {spec.name: spec for spec in flags_in(group)}
+    for name, way in instead.items():
+        require(not differs(group, specs[name]), f"--{name} has no effect here: {way}.")
+
+
+def drop_repeats(group: Any) -> None:
+    """Keep the first of equal values of each list flag: the others would run, and be named, twice."""
+    for spec in flags_in(group):
+        value = getattr(group, spec.name)
+        if isinstance(value, list):
+            setattr(group, spec.name, list(dict.fromkeys(value)))
+
+
 def non_default_settings(*groups: Any) -> dict[str, Any]:
     """The flags that differ from their defaults and that outputs depend on."""
     return {

@@ -70,10 +70,11 @@ class LossArguments:
             "--per_exit_head needs an --intermediate_loss_fn that trains it.",
         )
         distils = (self.intermediate_loss_fn or "").startswith("shallowdeep_kd")
-        require(
-            distils or not self.do_layer_transformation,
-            "--do_layer_transformation needs --intermediate_loss_fn shallowdeep_kd_{last,unif,dyna}.",
-        )
+        for name in ("do_layer_transformation", "distill_layer_alpha"):
+            require(
+                distils or getattr(self, name) == getattr(LossArguments, name),
+                f"--{name} needs --intermediate_loss_fn shallowdeep_kd_{{last,unif,dyna}}.",
+            )
 
     def _check_recipe(self) -> None:
         """LayerSkip's flags belong together."""

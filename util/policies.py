@@ -136,11 +136,29 @@ def free_threshold(flags: ExitArguments) -> Threshold:
     if not flags.use_adapt_threshold:
         return FixedThreshold(flags.shallow2deep_conf_threshold)
     if flags.adapt_threshold_file is not None:
-        try:
-            return AdaptiveThreshold.load(flags.adapt_threshold_file)
-        except ValueError as error:  # a file that is damaged, or settings that no threshold takes
-            raise UserError(f"--adapt_threshold_file: {error}") from error
+        return saved_threshold(flags, flags.adapt_threshold_file)
     return AdaptiveThreshold(flags.shallow2deep_conf_threshold, flags.adapt_zeta)
+
+
+def saved_threshold(flags: ExitArguments, path: str) -> AdaptiveThreshold:
+    """The threshold that an earlier evaluation left.
+
+    Raises:
+        UserError: the file is none of them, or was begun with other settings than are given.
+    """
+    try:
+        threshold = AdaptiveThreshold.load(path)
+    except ValueError as error:  # a file that is damaged, or settings that no threshold takes
+        raise UserError(f"--adapt_threshold_file: {error}") from error
+    begun_with = {"adapt_zeta": threshold.zeta, "shallow2deep_conf_threshold": threshold.initial}
+    for name, value in begun_with.items():
+        given = getattr(flags, name)
+        require(
+            given in (value, getattr(ExitArguments, name)),
+            f"--{name} {given} contradicts --adapt_threshold_file {path}, which was begun with {value}: "
+            f"leave --{name} out.",
+        )
+    return threshold
 
 
 def calm_threshold(flags: ExitArguments, max_length: int) -> Threshold:

@@ -8,6 +8,7 @@ from pathlib import Path
 from models.choices import BACKENDS, INTERMEDIATE_LOSSES, PRECISIONS
 from util.flags import (
     differs,
+    drop_repeats,
     flag,
     flags_in,
     list_flag,
@@ -61,6 +62,7 @@ class ChooserArguments:
     output_dir: str = flag("save/choose_exit", "Gets choice.json.", changes_outputs=False)
 
     def __post_init__(self) -> None:
+        drop_repeats(self)
         require(bool(self.thresholds), "--thresholds: name at least one.")
         require_positive("num_samples", self.num_samples)
         require(self.measured >= 0, f"--measured must not be negative, got {self.measured}.")
@@ -282,8 +284,7 @@ class BenchmarkArguments:
     def __post_init__(self) -> None:
         kind = None if self.figure_file is None else self.figure_file.suffix
         require(kind in (None, ".svg", ".png"), f"--figure_file {self.figure_file}: name an .svg or a .png.")
-        for name in ("models", "rivals", "backends", "methods"):
-            setattr(self, name, list(dict.fromkeys(getattr(self, name))))
+        drop_repeats(self)
         for name in self.models:
             known = name == "embedded" or name in BENCHMARK_SHAPES or Path(name).is_file()
             choices = ", ".join(["embedded", *sorted(BENCHMARK_SHAPES)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.errors import UserError
 from util.arguments import EXIT_ADAPTER_HELP
 from util.flags import (
     Parser,
     as_flags,
+    drop_repeats,
     flag,
     flags_in,
     list_flag,
@@ -27,11 +29,14 @@ from util.methods import (
     FREE_ADAPTIVE,
     FREE_LOSSLESS,
     FREE_SHORTLIST,
+    HF_GENERATE,
     STATIC,
     SWEPT,
 )
 
 FREES = (FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST)
+ON_CALM = (HF_GENERATE, STATIC, CALM)
+OF_CALM = ("calm_methods", "calm_static_layers")  # flags of that checkpoint alone
 PRESETS = {path.stem: path for path in Path(__file__).parents[1].glob("scripts/presets/*.yaml")}
 
 
@@ -80,6 +85,7 @@ class SweepArguments(PresetArgument):
     output_dir: str = flag("save/sweep", "Where results go.", changes_outputs=False)
 
     def __post_init__(self) -> None:
+        drop_repeats(self)
         require(bool(self.free or self.calm), "Name a checkpoint with --free or --calm.")
         for name in ("methods", "calm_methods"):
             require_known(name, getattr(self, name), SWEPT)
@@ -97,6 +103,7 @@ class SweepArguments(PresetArgument):
         )
         if self.free is None:
             refuse_flags_without(self, (STATIC, CALM), dict.fromkeys(FREES, "--free CHECKPOINT"))
+        self.refuse_methods_without_settings()
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
@@ -109,11 +116,29 @@ class SweepArguments(PresetArgument):
         )
         require_file("conf_shortlist", self.conf_shortlist)
 
+    def refuse_methods_without_settings(self) -> None:
+        """Raise UserError for a method that was named and that no checkpoint would decode with."""
+        for name in OF_CALM:
+            fine = bool(self.calm) or not getattr(self, name)
+            require(fine, f"--{name} has no effect here: add --calm CHECKPOINT.")
+        wrong = [method for method in self.calm_methods if method not in ON_CALM]
+        require(not wrong, f"--calm_methods: {', '.join(wrong)}: --free alone decodes so; leave it out.")
+        if self.methods == [*SWEPT]:  # the default: whatever is possible
+            return
+        on_calm = {*(self.calm_methods or self.methods)} & {*ON_CALM} if self.calm else set()
+        on_free = {*self.methods} - ({CALM} if self.calm else set()) if self.free else set()
+        decoded = (on_calm | on_free) - (set() if self.conf_shortlist else {FREE_SHORTLIST})
+        for method in (method for method in self.methods if method not in decoded):
+            way = f"{method} to --calm_methods"
+            if method in FREES:
+                way = "--conf_shortlist FILE" if self.free else "--free CHECKPOINT"
+            raise UserError(f"--methods: {method} has no setting here: leave it out, or add {way}.")
+
 
 def expand_preset(argv: list[str]) -> list[str]:
     """Replace --preset by the flags of scripts/presets/NAME.yaml, before all others, which override them.
 
-    Where --methods are given, what only other methods read is left out.
+    Where --methods are given, what only other methods read is left out; and so are --calm's where that is "".
     """
     if {"-h", "--help"} & {*argv}:  # of all flags, not of this one
         return argv
@@ -127,4 +152,6 @@ def expand_preset(argv: list[str]) -> list[str]:
         readers = {spec.name: spec.metadata["methods"] for spec in flags_in(SweepArguments)}
         idle = {name for name, who in readers.items() if who and not methods & {*who}}
         settings = {name: value for name, value in settings.items() if name not in {*idle, "calm_methods"}}
+    if chosen.get("calm") == "":
+        settings = {name: value for name, value in settings.items() if name not in OF_CALM}
     return [*as_flags(settings), *rest]

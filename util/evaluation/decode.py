@@ -24,10 +24,11 @@ from util.data.examples import count_long_sources
 from util.data.rows import SEEN_COLUMN
 from util.environment import environment
 from util.evaluation.identity import hash_named_files, identify
+from util.evaluation.metrics import Reference
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, best_windows
 from util.evaluation.shards import launched_shards, share_out
-from util.evaluation.summary import judge, read_baseline, summarize, write_sample_scores
+from util.evaluation.summary import check_baseline, judge, read_baseline, summarize, write_sample_scores
 from util.progress import track
 from util.timing import Stopwatch
 
@@ -70,7 +71,10 @@ def evaluate(
     Raises:
         UserError: asked to continue an evaluation that had other settings, or an unusable baseline.
     """
-    baseline = read_baseline(settings.baseline_predictions)  # now, not after hours
+    baseline = read_baseline(settings.baseline_predictions)
+    if baseline is not None:  # now, not after hours
+        pairs = ((example["id"], reference_of(example)) for example in examples)
+        check_baseline(settings.baseline_predictions, baseline, pairs)
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
@@ -194,7 +198,7 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
         Record(
             example["id"],
             texts[row],
-            reference=example.get("references") or example["target"],
+            reference=reference_of(example),
             tokens=len(decoded.sequences[row]),
             pieces=loaded.tokenizer.convert_ids_to_tokens(decoded.sequences[row]),
             exit_layers=stats.exit_layers[row] if stats.exit_layers else None,
@@ -208,6 +212,11 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
     ]
     records[0].calibration = [list(pair) for pair in stats.calibration]
     return records
+
+
+def reference_of(example: dict[str, Any]) -> Reference:
+    """What a sample's output is judged by."""
+    return example.get("references") or example["target"]
 
 
 def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None:

@@ -70,10 +70,16 @@ class Output:
 
 
 @dataclass
-class Record(Output):
-    """One decoded sample of T tokens. Time and work of a batch are shared out evenly over its samples."""
+class Referenced(Output):
+    """An output beside what it is judged by."""
 
     reference: str | list[str]
+
+
+@dataclass
+class Record(Referenced):
+    """One decoded sample of T tokens. Time and work of a batch are shared out evenly over its samples."""
+
     tokens: int  # T, end of sequence included
     pieces: list[str | None]  # (T); None where the vocabulary ends before the model's
     exit_layers: list[int] | None  # (T); None where the layers are not seen
@@ -176,9 +182,13 @@ def collect_outputs(rows: Iterable[tuple[str, dict[str, Any]]], origin: str) -> 
     Raises:
         UserError: a row is not an output, a sample has several that are no windows, or there are none.
     """
-    outputs: dict[tuple[str, int | None], Output] = {}
-    for place, row in rows:
-        output = Output.from_row(row, place)
+    return collect_samples(((place, Output.from_row(row, place)) for place, row in rows), origin)
+
+
+def collect_samples(placed: Iterable[tuple[str, AnyOutput]], origin: str) -> list[AnyOutput]:
+    """The same from outputs that were read already."""
+    outputs: dict[tuple[str, int | None], AnyOutput] = {}
+    for place, output in placed:
         if outputs.setdefault((output.id, output.window), output) is not output:
             raise UserError(f"{place}: the id {output.id!r} is there twice.")
     if not outputs:

@@ -6,14 +6,17 @@ Functions of records alone: they know nothing of models.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
 from util.evaluation.metrics import Reference, compute_scores, make_metric
-from util.evaluation.records import EvaluationSettings, Record, best_windows, collect_outputs
+from util.evaluation.records import EvaluationSettings, Record, Referenced, best_windows, collect_samples
 from util.evaluation.significance import confidence_intervals, paired_bootstrap
 from util.files import read_user_lines, write_json_lines
+
+Baseline = dict[str, Referenced]  # by id
 
 
 def summarize(records: list[Record], settings: EvaluationSettings, num_layers: int) -> dict[str, Any]:
@@ -68,9 +71,7 @@ def score(records: list[Record], task: str, language: str | None) -> dict[str, A
     return scores
 
 
-def judge(
-    records: list[Record], settings: EvaluationSettings, baseline: dict[str, str] | None
-) -> dict[str, Any]:
+def judge(records: list[Record], settings: EvaluationSettings, baseline: Baseline | None) -> dict[str, Any]:
     """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
     predictions, references = texts_of(records)
     results: dict[str, Any] = {
@@ -82,11 +83,7 @@ def judge(
     if signatures:
         results["signatures"] = signatures
     if baseline is not None:
-        missing = [record.id for record in records if record.id not in baseline]
-        if missing:
-            where = f"--baseline_predictions {settings.baseline_predictions}"
-            raise UserError(f"{where} lacks {len(missing)} samples, such as {missing[0]}.")
-        theirs = [baseline[record.id] for record in records]
+        theirs = [baseline[record.id].prediction for record in records]
         results["vs_baseline"] = paired_bootstrap(
             settings.task, predictions, theirs, references, language=settings.language
         )
@@ -98,8 +95,8 @@ def texts_of(records: list[Record]) -> tuple[list[str], list[Reference]]:
     return [row.prediction for row in records], [row.reference for row in records]
 
 
-def read_baseline(path: Path | None) -> dict[str, str] | None:
-    """Another system's prediction of each sample, by id.
+def read_baseline(path: Path | None) -> Baseline | None:
+    """Another system's output for each sample, by id.
 
     Raises:
         UserError: the file is not a predictions.jsonl.
@@ -107,8 +104,26 @@ def read_baseline(path: Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     flag = "--baseline_predictions"
-    outputs = collect_outputs(read_user_lines(path, flag), f"{flag} {path}")
-    return {output.id: output.prediction for output in outputs}
+    rows = ((place, Referenced.from_row(row, place)) for place, row in read_user_lines(path, flag))
+    return {output.id: output for output in collect_samples(rows, f"{flag} {path}")}
+
+
+def check_baseline(path: Path | None, baseline: Baseline, samples: Iterable[tuple[str, Reference]]) -> None:
+    """Raise UserError unless the baseline, of the file `path`, has all samples: pairs of id and reference.
+
+    Ids alone say little: rows of a table are numbered, in every split alike.
+    """
+    where = f"--baseline_predictions {path}"
+    pairs = list(samples)
+    missing = [name for name, _ in pairs if name not in baseline]
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} samples, such as {missing[0]}.")
+    other = [name for name, reference in pairs if baseline[name].reference != reference]
+    if other:
+        raise UserError(
+            f"{where} has other references of {len(other)} samples, such as {other[0]}: name the predictions "
+            "for the same rows."
+        )
 
 
 def write_sample_scores(path: Path, records: list[Record], task: str, language: str | None) -> None:

@@ -40,6 +40,7 @@ from util.tables import format_figure, write_csv
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 OPTIONAL_FILES = ("report.csv", "report.md", "trade_off.png", "trade_off.svg")
+REPORT_FILES = ("report.html", *OPTIONAL_FILES)
 
 
 def write_report(results: Results, output_dir: Path) -> list[Path]:
