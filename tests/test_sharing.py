@@ -115,6 +115,24 @@ def test_a_model_is_pushed_from_its_own_folder_once_evaluated(base, hub, checkpo
     run_block(card, "someone/own", pushed)
 
 
+def test_results_of_earlier_weights_are_not_on_the_card(base, caplog):
+    """They stay where they are, and come back with their weights."""
+    folder = Path(base["output_dir"])
+    flags = base | TRAINING | LOSS
+    run.main(as_argv(flags | PREDICT | {"max_steps": 2}))
+    results = (folder / "predict_results.json").read_text()
+    assert "## Results" in (folder / "README.md").read_text()
+    run.main(as_argv(flags | {"max_steps": 4}))
+    card = (folder / "README.md").read_text()
+    assert "- 4 steps" in card and "## Results" not in card
+    assert "predict_results.json is of other weights" in caplog.text
+    assert (folder / "predict_results.json").read_text() == results
+    own = base | {"model_name_or_path": str(folder), "do_eval": True} | FREE | {"val_max_target_length": 8}
+    run.main(as_argv(own))
+    card = (folder / "README.md").read_text()
+    assert "| | validation |\n" in card and "- validation: `--use_shallow_deep" in card
+
+
 def test_other_folders_are_not_pushed_and_get_no_card(base, hub, capsys):
     line = refused(base | PREDICT | PUSH, capsys)
     assert "--push_to_hub:" in line and "does not hold the model that runs" in line

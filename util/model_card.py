@@ -19,6 +19,7 @@ from models.choices import ALL_LAYER_LOSSES
 from models.json_files import read_mapping
 from models.loading import LoadedModel
 from util.exit_arguments import ExitArguments
+from util.files import content_hash, file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ NAME = "README.md"
 MARK = "<!-- Written from the files of this folder. Without this line, the card stays as it is. -->"
 UNFILLED = "[More Information Needed]"  # in the card that comes with a LoRA adapter
 RESULTS = {"validation": "eval_results.json", "test": "predict_results.json"}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+STAMP = "model_files"  # of results: the weights that lay beside them
 FIGURES = {  # of results, besides the scores: how they are called, and decimals
     "samples": ("samples", 0),
     "average_layers": ("decoder layers per token", 2),
@@ -113,9 +116,8 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def results_table(folder: Path) -> str:
-    """The figures of run.py's evaluations in a folder; empty where there are none."""
-    results = read_results(folder)
+def results_table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures of run.py's evaluations, by split; empty where there are none."""
     if not results:
         return ""
     scores = dict.fromkeys(name for found in results.values() for name in score_names(found))
@@ -130,9 +132,20 @@ def results_table(folder: Path) -> str:
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """By split: what run.py wrote."""
+    """By split: what run.py wrote of the weights that lie in a folder; results of others are left out."""
     paths = {split: folder / name for split, name in RESULTS.items()}
-    return {split: read_mapping(path) for split, path in paths.items() if path.is_file()}
+    found = {split: read_mapping(path) for split, path in paths.items() if path.is_file()}
+    weights = hash_weights(folder) if found else ""
+    for split in [split for split, results in found.items() if results.get(STAMP) != weights]:
+        logger.warning("%s is of other weights: it is left out of %s.", paths[split], NAME)
+        del found[split]
+    return found
+
+
+def hash_weights(folder: Path) -> str:
+    """Tells the weights in a folder, exits included, from others."""
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return content_hash([path.name, file_hash(path)] for path in files)
 
 
 def score_names(results: dict[str, Any]) -> list[str]:
@@ -158,16 +171,16 @@ def usage(
     model: str,
     loaded: LoadedModel,
     text: str,
-    folder: Path | None = None,
+    results: dict[str, dict[str, Any]] | None = None,
     chat: bool = False,
     policy: str | None = None,
 ) -> str:
     """A block of Python that loads `model` and decodes `text`, by a policy: an expression, by default the one
-    that the results in `folder` were decoded with, or that the checkpoint was trained for. `chat`: the text
+    that `results` were decoded with, or that the checkpoint was trained for. `chat`: the text
     has all special tokens."""
     if policy is None:
-        results = list(read_results(folder).values()) if folder is not None else []
-        policy = policy_call(loaded, exit_flags_of(results[-1]) if results else {})
+        last = list((results or {}).values())[-1:]
+        policy = policy_call(loaded, exit_flags_of(last[0]) if last else {})
     names = sorted({"load_model", *(name for name in EXPORTED if f"{name}(" in policy)})
     return "## Use\n\n" + USAGE.format(
         names=", ".join(names),
