@@ -9,17 +9,16 @@ A card that somebody wrote by hand stays as it is.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from models.choices import ALL_LAYER_LOSSES
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash
+from util.policy_code import NAMES, evaluated_policy, exit_flags_of, trained_policy
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ FIGURES = {  # of results, besides the scores: how they are called, and decimals
     "ideal_speedup": ("ideal speed-up", 2),
     "ms_per_token": ("ms per token", 1),
 }
-EXIT_FLAGS = {spec.name for spec in fields(ExitArguments) if spec.init and not spec.metadata["file"]}
 USAGE = """\
 In a checkout of exitlm:
 
@@ -45,7 +43,7 @@ from models import {names}
 
 loaded = load_model({model!r})
 inputs = loaded.tokenizer({text!r}, return_tensors="pt"{more})
-output = loaded.generate(**inputs, {policy}max_new_tokens=40)
+output = loaded{loop}.generate(**inputs, {options}max_new_tokens=40)
 print(loaded.tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 
@@ -154,11 +152,6 @@ def score_names(results: dict[str, Any]) -> list[str]:
     return [name for name in names[: names.index("samples")] if isinstance(results[name], float)]
 
 
-def exit_flags_of(results: dict[str, Any]) -> dict[str, Any]:
-    """The flags of exits that a result was decoded with, those with their defaults left out."""
-    return {name: value for name, value in results["arguments"].items() if name in EXIT_FLAGS}
-
-
 def describe_decoding(results: dict[str, Any]) -> str:
     given = {
         name: value if isinstance(value, list) else [value] for name, value in exit_flags_of(results).items()
@@ -167,51 +160,37 @@ def describe_decoding(results: dict[str, Any]) -> str:
     return f"{f'`{words}`' if words else 'full depth'}, batches of {results['batch_size']}"
 
 
+def last_evaluated(folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the results in a folder, those that were written last."""
+    splits = sorted(results, key=lambda split: (folder / RESULTS[split]).stat().st_mtime_ns)
+    return results[splits[-1]] if splits else None
+
+
 def usage(
     model: str,
     loaded: LoadedModel,
     text: str,
-    results: dict[str, dict[str, Any]] | None = None,
+    results: dict[str, Any] | None = None,
     chat: bool = False,
     policy: str | None = None,
 ) -> str:
     """A block of Python that loads `model` and decodes `text`, by a policy: an expression, by default the one
-    that `results` were decoded with, or that the checkpoint was trained for. `chat`: the text
-    has all special tokens."""
-    if policy is None:
-        last = list((results or {}).values())[-1:]
-        policy = policy_call(loaded, exit_flags_of(last[0]) if last else {})
-    names = sorted({"load_model", *(name for name in EXPORTED if f"{name}(" in policy)})
-    return "## Use\n\n" + USAGE.format(
+    that `results` were decoded with, or that the checkpoint was trained for. `chat`: the text has all special
+    tokens."""
+    caveat, beams = "", 1
+    if policy is None and results is not None:
+        policy, caveat = evaluated_policy(results)
+        beams = results["arguments"].get("num_beams", 1)
+    elif policy is None:
+        policy = trained_policy(loaded.exit_config)
+    names = sorted({"load_model", *(name for name in NAMES if f"{name}(" in policy)})
+    options = f"exit_policy={policy}, " if policy else ""
+    block = USAGE.format(
         names=", ".join(names),
         model=model,
         text=text,
         more=", add_special_tokens=False" if chat else "",
-        policy=f"exit_policy={policy}, " if policy else "",
+        loop=".model" if beams > 1 else "",  # Hugging Face's own, as in the evaluation
+        options=f"num_beams={beams}, " if beams > 1 else options,
     )
-
-
-EXPORTED = ("Calm", "Free", "MetaClassifier", "SoftmaxGap", "StaticExit")  # by models, that calls may name
-
-
-def policy_call(loaded: LoadedModel, flags: dict[str, Any]) -> str:
-    """The expression that makes the policy of these flags, or the one that the checkpoint was trained for;
-    empty for full depth."""
-    exits = loaded.exit_config
-    if "static_exit_layer" in flags:
-        return f"StaticExit({flags['static_exit_layer']})"
-    trained = "meta" if exits.train_meta_cm_head else "softmax"
-    if flags.get("use_early_exit"):
-        kind, threshold = flags.get("exit_conf_type", "softmax"), flags.get("exit_conf_threshold", 0.9)
-        return f"Calm({measure(kind)}, {threshold})"
-    layer = flags.get("shallow_exit_layer") or exits.shallow_exit_layer
-    if layer is not None:
-        kind = flags.get("shallow2deep_conf_type", "softmax") if flags else trained
-        threshold = flags.get("shallow2deep_conf_threshold", 0.9)
-        more = ", lossless=True" if flags.get("lossless") else ""
-        return f"Free({layer}, {measure(kind)}, {threshold}{more})"
-    return f"Calm({measure(trained)}, 0.9)" if exits.intermediate_loss_fn in ALL_LAYER_LOSSES else ""
-
-
-def measure(kind: str) -> str:
-    return {"softmax": "SoftmaxGap()", "meta": "MetaClassifier(loaded.model.cm_head)"}[kind]
+    return "\n\n".join(filter(None, ["## Use", block, caveat]))

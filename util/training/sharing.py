@@ -24,7 +24,16 @@ from models.loading import LoadedModel
 from models.lora import ADAPTER_CONFIG_NAME
 from util.arguments import Arguments
 from util.data.examples import dataset_record
-from util.model_card import Card, describe_size, loss_curve, read_results, results_table, usage, write_card
+from util.model_card import (
+    Card,
+    describe_size,
+    last_evaluated,
+    loss_curve,
+    read_results,
+    results_table,
+    usage,
+    write_card,
+)
 
 LEFT_OUT = (  # locks, checkpoints, texts of the data, and arguments that may hold a token
     ".*",
@@ -125,7 +134,7 @@ def run_card(arguments: Arguments, loaded: LoadedModel, name: str) -> Card:
         metadata=card_metadata(arguments, loaded, folder),
         sections=[
             f"{describe_size(loaded)}.",
-            usage(name, loaded, text, results, chat),
+            usage(name, loaded, text, last_evaluated(folder, results), chat),
             results_table(results),
             training_section(folder, state, loaded) if state else "",
             loss_curve([state]) if state else "",
