@@ -33,11 +33,12 @@ from util.evaluation.records import EvaluationSettings
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir, write_json
 from util.flags import non_default_settings
+from util.model_card import STAMP, hash_weights
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.setup import read_split
 from util.tables import comparison_table, print_report
 from util.training.deepspeed import loading_whole_weights, refuse_under_deepspeed
-from util.training.sharing import settle_push, share
+from util.training.sharing import holds_the_model, settle_push, share
 from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
@@ -118,9 +119,12 @@ def evaluate_stage(
     results = evaluate(loaded, policy, examples, evaluation)
     if results is None:  # another process gathers and reports
         return
-    write_json(Path(training.output_dir, f"{stage}_results.json"), results)
+    folder = Path(training.output_dir)
+    if holds_the_model(arguments):
+        results[STAMP] = hash_weights(folder)  # by which its card knows what was measured
+    write_json(folder / f"{stage}_results.json", results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
-        policy.threshold.save(Path(training.output_dir, "adaptive_threshold.json"))
+        policy.threshold.save(folder / "adaptive_threshold.json")
     shown = [
         {"name": name, "value": value} for name, value in results.items() if isinstance(value, (int, float))
     ]

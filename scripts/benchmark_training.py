@@ -128,7 +128,8 @@ def make_batches(
 
 def peak_memory() -> float:
     """Largest resident set so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    units = 2**20 if sys.platform == "darwin" else 2**10  # of a MiB: macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 if __name__ == "__main__":

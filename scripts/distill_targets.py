@@ -32,7 +32,7 @@ from util.arguments import DataArguments
 from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.device import move_model
-from util.files import json_line, locked_output_file
+from util.files import json_line, locked_output_file, written_aside
 from util.flags import parse_groups
 from util.progress import track
 from util.setup import read_split
@@ -55,7 +55,7 @@ def distill(flags: DistillationArguments) -> None:
     move_model(loaded.model, dtype=torch.bfloat16)
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
-    with gzip.open(flags.output_file, "wt", encoding="utf8") as out:
+    with written_aside(flags.output_file) as aside, gzip.open(aside, "wt", encoding="utf8") as out:
         for start in track(range(0, len(order), flags.batch_size), "Distilling", "batch"):
             rows = examples.select(order[start : start + flags.batch_size])
             for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):

@@ -29,7 +29,9 @@ fi
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-PROCESSES=$((GPUS > 0 ? GPUS : $(env -u OMP_NUM_THREADS nproc)))  # nproc takes the variable for its answer
+# nproc knows of cores that are not for this process, but takes OMP_NUM_THREADS for its answer; macOS has none
+CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PROCESSES=$((GPUS > 0 ? GPUS : CORES))
 
 launch() { # with RENDEZVOUS=host:port, as one of NODES nodes that meet there
   local meeting=(--standalone)

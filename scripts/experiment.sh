@@ -10,13 +10,16 @@
 # without an encoder; a smoke test makes its random model of that kind, and MODEL is then a folder or a config .json.
 # DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz) and the like, read instead of the hub. Further
 # flags go to run.py and win over those set here. Paths given by the caller are relative to the caller's folder.
+#
+# ${NAME[@]+"${NAME[@]}"} is an array that may be empty: for the bash 3.2 of macOS, such a one is an unset variable.
 source scripts/environment.sh
 ROOT=$PWD
 cd "$OLDPWD"
 
 experiment() {
   local task=$1 dataset=$2 model=$3 config=$4 layers=$5 mode=${6:-} method=${7:-}
-  if [[ ! $mode/$method =~ ^(train|eval|smoke)/(free|lossless|calm|static|full)$ ]]; then
+  local known='^(train|eval|smoke)/(free|lossless|calm|static|full)$'
+  if [[ ! $mode/$method =~ $known ]]; then
     echo "error: usage: bash $0 {train|eval|smoke} {free|lossless|calm|static|full} [flags of run.py]" >&2
     exit 2
   fi
@@ -72,23 +75,24 @@ choose_method() { # sets TRAINING and DECODING
 run_train() {
   local settings=(--paper_settings True)
   [[ $dataset == debian_* ]] && settings=(--learning_rate 1e-4 --max_steps 1000 --per_device_train_batch_size 32)
-  launch "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${settings[@]}" "${TRAINING[@]}" \
-    --do_train --output_dir "$output" --save_total_limit 2 --report_to tensorboard "$@"
+  launch "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${settings[@]}" \
+    ${TRAINING[@]+"${TRAINING[@]}"} --do_train --output_dir "$output" --save_total_limit 2 --report_to tensorboard "$@"
 }
 
 run_eval() {
-  python "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" "${DECODING[@]}" \
+  python "$ROOT/run.py" --model_name_or_path "$model" "${data[@]}" ${DECODING[@]+"${DECODING[@]}"} \
     --do_eval --deploy_scenario True --per_device_eval_batch_size 1 --output_dir "$output" "$@"
 }
 
 run_smoke() {
-  local scratch rows=()
+  local scratch
   scratch=$(mktemp -d)
   trap "rm -rf '$scratch'" EXIT
   use_embedded_rows_without_data_dir
   config=$(smoke_config) || exit 2
   python "$ROOT/run.py" --config_name "$config" --tokenizer_name "$ROOT/checkpoints/debian-t5-free" \
-    "${data[@]}" "${rows[@]}" "${TRAINING[@]}" "${DECODING[@]}" --do_train --do_eval --output_dir "$scratch" \
+    "${data[@]}" ${TRAINING[@]+"${TRAINING[@]}"} ${DECODING[@]+"${DECODING[@]}"} \
+    --do_train --do_eval --output_dir "$scratch" \
     --use_cpu --report_to none --max_steps 2 --per_device_train_batch_size 2 --max_train_samples 8 --max_eval_samples 3 \
     --max_source_length 96 --max_target_length 12 --doc_stride 16 --save_strategy no \
     --deploy_scenario True --per_device_eval_batch_size 1 --disable_tqdm True "$@"
@@ -109,13 +113,13 @@ smoke_config() { # of the kind of MODEL, if it is set
   fi
 }
 
-use_embedded_rows_without_data_dir() { # sets rows and data
+use_embedded_rows_without_data_dir() { # sets data
   if [ -n "${DATA_DIR:-}" ]; then # some data sets come without a training split there
     local files=()
     shopt -s nullglob
     files=("$DATA_DIR/$dataset".train.* "$DATA_DIR/$dataset".validation.*)
     shopt -u nullglob
-    [ ${#files[@]} -eq 0 ] || rows=(--train_file "${files[0]}")
+    [ ${#files[@]} -eq 0 ] || data+=(--train_file "${files[0]}")
   elif [ "$task" = translation ]; then
     data=(--task "$task" --dataset_name debian_de_en)
   elif [ "$task" = summarization ]; then

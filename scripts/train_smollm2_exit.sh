@@ -3,7 +3,7 @@
 # DATA_DIR, if set, holds local files named <data set>.<split>.json(.gz) and the like, read instead of the hub. Hours of
 # two CPU cores; run it again to continue after an interruption. Further flags go to scripts/train_exit.py.
 set -euo pipefail
-[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(realpath "$DATA_DIR")
+[ -z "${DATA_DIR:-}" ] || DATA_DIR=$(cd "$DATA_DIR" && pwd)
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 

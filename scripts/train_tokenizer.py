@@ -9,9 +9,11 @@ Data flags are those of run.py.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,6 +37,9 @@ UNREAD = OF_RUN | dict.fromkeys(LIMITS, "all training rows count")
 OF_PROMPTS = ("prompt_template", "use_chat_template", "num_shots", "shot_seed")
 UNREAD |= dict.fromkeys((*OF_PROMPTS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
 
+LENGTH = 4192  # bytes of a line beyond which SentencePiece leaves it out unless told otherwise
+RESERVED = "\u2585"  # a line that holds SentencePiece's own mark of the unknown is left out as well
+
 
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
@@ -46,11 +51,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: TokenizerArguments, data: DataArguments, folder: Path) -> None:
-    """Write `spiece.model` and the tokenizer made from it into a folder."""
+    """Write `spiece.model` and the tokenizer made from it, and from nothing else, into a folder."""
     rows = load_examples(dataset_record(data), data, "train")
     texts = [text for row in rows for text in (row["source"], row["target"])]
-    train_pieces(texts, folder / "spiece", flags.vocab_size)
-    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0, model_max_length=512)
+    with TemporaryDirectory(
+        prefix=".", dir=folder
+    ) as empty:  # a tokenizer.json beside it would be read instead
+        pieces = Path(empty, "spiece.model")
+        pieces.write_bytes(train_pieces(texts, flags.vocab_size))
+        tokenizer = T5Tokenizer.from_pretrained(empty, extra_ids=0, model_max_length=512)
+        pieces.replace(folder / pieces.name)
     tokenizer.save_pretrained(folder)
     print(
         f"Wrote a tokenizer of {len(tokenizer)} pieces to {folder}. Next: run.py --do_train --tokenizer_name "
@@ -58,17 +68,20 @@ def train(flags: TokenizerArguments, data: DataArguments, folder: Path) -> None:
     )
 
 
-def train_pieces(texts: list[str], prefix: Path, vocab_size: int) -> None:
-    """Write `<prefix>.model`, with T5's order of special tokens.
+def train_pieces(texts: list[str], vocab_size: int) -> bytes:
+    """The content of a `.model`, with T5's order of special tokens.
 
     Raises:
         UserError: the texts have too few pieces.
     """
+    model = io.BytesIO()
+    lines = [line for text in texts for line in text.replace(RESERVED, " ").splitlines()]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_prefix=str(prefix),
+            sentence_iterator=iter(lines),
+            model_writer=model,
             vocab_size=vocab_size,
+            max_sentence_length=max([LENGTH, *(len(line.encode()) for line in lines)]),
             character_coverage=0.9998,
             pad_id=0,
             eos_id=1,
@@ -78,7 +91,7 @@ def train_pieces(texts: list[str], prefix: Path, vocab_size: int) -> None:
         )
     except RuntimeError as error:
         raise UserError(f"--vocab_size {vocab_size} does not suit these texts: {reason(error)}") from error
-    prefix.with_suffix(".vocab").unlink()
+    return model.getvalue()
 
 
 def reason(error: RuntimeError) -> str:

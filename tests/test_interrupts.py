@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 
 import pytest
+from datasets import Dataset
 from real_rows import ROOT
 
 from gpt_eval import __main__ as gpt_eval
 from models.errors import one_line_errors
-from scripts import sweep
+from scripts import distill_targets, sweep
 
 MODEL = ["--model_name_or_path", "x", "--dataset_name", "debian_de_en"]
 EXPORT = ["--run", "x", "--output_dir", "x", "--title", "x", "--train_script", "x"]
@@ -47,6 +49,31 @@ def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, name):
     output = capsys.readouterr().err
     assert stopped.value.code == 130
     assert "Interrupted. Run the same command" in output and hint in output and "Traceback" not in output
+
+
+def test_an_interrupted_distillation_is_not_taken_for_a_finished_one(monkeypatch, tmp_path):
+    """train_debian_t5_free.sh asks whether the file is there."""
+    answers = [[["eins"]], KeyboardInterrupt, [["eins"]], [["zwei"]]]
+
+    def decode(*_):
+        answer = answers.pop(0)
+        if answer is KeyboardInterrupt:
+            raise answer
+        return answer
+
+    rows = Dataset.from_dict({"source": ["one", "two "], "target": ["eins", "zwei"]})
+    monkeypatch.setattr(distill_targets, "move_model", lambda *_, **__: None)
+    monkeypatch.setattr(distill_targets, "load_model", lambda _: type("Loaded", (), {"model": None}))
+    monkeypatch.setattr(distill_targets, "load_training_rows", lambda *_: rows)
+    monkeypatch.setattr(distill_targets, "decode_beams", decode)
+    output = tmp_path / "distilled.jsonl.gz"
+    argv = [*MODEL, "--output_file", str(output), "--batch_size", "1"]
+    with pytest.raises(SystemExit):
+        distill_targets.main(argv)
+    assert list(tmp_path.iterdir()) == []
+    distill_targets.main(argv)
+    with gzip.open(output, "rt", encoding="utf8") as lines:
+        assert [json.loads(line)["target"] for line in lines] == ["eins", "zwei"]
 
 
 def test_interrupted_judges_keep_their_answers(monkeypatch, capsys):

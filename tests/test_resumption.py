@@ -27,6 +27,7 @@ from tiny_runs import (
 import run
 from models.errors import UserError
 from models.loading import load_model
+from util.evaluation.identity import total
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
 from util.files import locked_output_dir
@@ -264,3 +265,17 @@ def test_a_lock_that_a_killed_run_left_is_no_obstacle(base):
     assert lock.exists()
     run.main(as_argv(flags))
     assert results_of(flags)["samples"] == 12
+
+
+class WithoutFloat64(torch.Tensor):
+    """As on a device of Apple's."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+
+def test_weights_are_told_apart_on_devices_without_float64():
+    assert total(torch.tensor([1.5, 2.0]).as_subclass(WithoutFloat64)) == 3.5

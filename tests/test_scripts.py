@@ -99,10 +99,11 @@ def test_train_and_eval_of_local_files_from_another_folder(tmp_path, monkeypatch
     assert results["samples"] == 2 and results["average_layers"] == 3
 
 
-def in_experiment(command):
+def in_experiment(command, **variables):
     """What a command prints where scripts/experiment.sh was sourced."""
     command = ["bash", "-euc", f"source scripts/experiment.sh; {command}"]
-    return subprocess.check_output(command, cwd=ROOT, env=ENVIRONMENT | {"OLDPWD": "."}, text=True)
+    environment = ENVIRONMENT | {"OLDPWD": "."} | variables
+    return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
 
 
 def test_training_takes_every_core():
@@ -110,6 +111,26 @@ def test_training_takes_every_core():
     assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
     cores = len(os.sched_getaffinity(0))
     assert int(in_experiment("echo $PROCESSES")) == (torch.cuda.device_count() or cores)
+
+
+def test_training_takes_every_core_without_nproc(tmp_path):
+    """As on macOS."""
+    missing = dict.fromkeys(("nproc", "nvidia-smi"), "exit 127")
+    for name, text in (missing | {"getconf": '[ "$*" = _NPROCESSORS_ONLN ] && echo 7'}).items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    shown = in_experiment("echo $PROCESSES", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert shown.strip() == "7"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda path: path.name)
+def test_scripts_run_in_the_bash_of_macos(path):
+    """3.2 knows neither later syntax nor, with `set -u`, the "${NAME[@]}" of an empty array."""
+    text = path.read_text()
+    for name in re.findall(r"\b(\w+)=\(\)", text):
+        assert f'"${{{name}[@]}}"' not in text.replace(f'${{{name}[@]+"${{{name}[@]}}"}}', "")
+    assert not re.findall(r"\b(?:mapfile|readarray|realpath|readlink -f|declare -A|date -d|sed -i)\b", text)
+    assert not re.findall(r"\$\{\w+(?:,,?|\^\^?|@[A-Z])\}", text)
 
 
 @pytest.mark.parametrize("model, layer", [("checkpoints/debian-t5-free", "2"), ("google-t5/t5-large", "6")])
@@ -158,3 +179,14 @@ def test_training_benchmark_measures(loss, monkeypatch):
     monkeypatch.setattr(benchmark_training, "SMALL", tiny)
     row = benchmark_training.measure(loss, 6, TrainingBenchmarkArguments(steps=12, batch_size=2))
     assert row["steps_per_second"] > 0 and 0 < row["memory_early"] <= row["memory_peak"]
+
+
+@pytest.mark.parametrize(("platform", "largest"), [("linux", 3 * 1024), ("darwin", 3 * 1024**2)])
+def test_training_benchmark_shows_mebibytes(platform, largest, monkeypatch):
+    """getrusage counts KiB on Linux, bytes on macOS."""
+    from scripts import benchmark_training
+
+    usage = type("Usage", (), {"ru_maxrss": largest})
+    monkeypatch.setattr(benchmark_training.resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr(benchmark_training.sys, "platform", platform)
+    assert benchmark_training.peak_memory() == 3

@@ -9,17 +9,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import HfApi, RepoUrl
 from real_rows import ROOT
+from tiny_models import tiny_model
 from tiny_runs import FREE, TRAINING, as_argv, base_flags, refused, results_of, save_checkpoint, write_rows
 
+import models
 import run
 from models import attach_exit_adapter, load_model, make_exit_adapter, save_exit_adapter
 from models.exit_heads import ExitConfig
 from scripts import export_checkpoint
+from util.exit_arguments import ExitArguments
 from util.exit_training.card import write_exit_card
-from util.model_card import MARK, Card, curve_rows, policy_call, write_card
+from util.flags import non_default_settings
+from util.model_card import MARK, Card, curve_rows, usage, write_card
+from util.policies import build_policy
+from util.policy_code import NAMES, evaluated_policy, trained_policy
 
 LOSS = {"intermediate_loss_fn": "shallowdeep_kd_dyna", "shallow_exit_layer": 2}
 PUSH = {"push_to_hub": True, "hub_model_id": "mine"}
@@ -115,6 +122,24 @@ def test_a_model_is_pushed_from_its_own_folder_once_evaluated(base, hub, checkpo
     run_block(card, "someone/own", pushed)
 
 
+def test_results_of_earlier_weights_are_not_on_the_card(base, caplog):
+    """They stay where they are, and come back with their weights."""
+    folder = Path(base["output_dir"])
+    flags = base | TRAINING | LOSS
+    run.main(as_argv(flags | PREDICT | {"max_steps": 2}))
+    results = (folder / "predict_results.json").read_text()
+    assert "## Results" in (folder / "README.md").read_text()
+    run.main(as_argv(flags | {"max_steps": 4}))
+    card = (folder / "README.md").read_text()
+    assert "- 4 steps" in card and "## Results" not in card
+    assert "predict_results.json is of other weights" in caplog.text
+    assert (folder / "predict_results.json").read_text() == results
+    own = base | {"model_name_or_path": str(folder), "do_eval": True} | FREE | {"val_max_target_length": 8}
+    run.main(as_argv(own))
+    card = (folder / "README.md").read_text()
+    assert "| | validation |\n" in card and "- validation: `--use_shallow_deep" in card
+
+
 def test_other_folders_are_not_pushed_and_get_no_card(base, hub, capsys):
     line = refused(base | PREDICT | PUSH, capsys)
     assert "--push_to_hub:" in line and "does not hold the model that runs" in line
@@ -167,34 +192,88 @@ def test_a_card_of_somebody_elses_stays(tmp_path, caplog):
     assert text == f"---\ntags: [b]\n---\n{MARK}\n\n# a\n\ntext\n"
 
 
-POLICIES = [  # exit configuration, flags of the results, the expression
-    (ExitConfig(), {}, ""),
-    (ExitConfig("weighted_ce"), {}, "Calm(SoftmaxGap(), 0.9)"),
-    (ExitConfig("shallowdeep_ce", 2), {}, "Free(2, SoftmaxGap(), 0.9)"),
-    (ExitConfig(None, 2, train_meta_cm_head=True), {}, "Free(2, MetaClassifier(loaded.model.cm_head), 0.9)"),
-    (ExitConfig("weighted_ce"), {"static_exit_layer": 3}, "StaticExit(3)"),
-    (
-        ExitConfig("shallowdeep_ce", 2),
-        {
-            "use_shallow_deep": True,
-            "shallow_exit_layer": 3,
-            "shallow2deep_conf_threshold": 0.4,
-            "lossless": True,
-        },
-        "Free(3, SoftmaxGap(), 0.4, lossless=True)",
-    ),
-    (
-        ExitConfig(train_meta_cm_head=True),
-        {"use_early_exit": True, "exit_conf_type": "meta", "exit_conf_threshold": 0.5},
-        "Calm(MetaClassifier(loaded.model.cm_head), 0.5)",
-    ),
+TRAINED = [  # exit configuration, the expression
+    (ExitConfig(), ""),
+    (ExitConfig("weighted_ce"), "Calm(SoftmaxGap(), 0.9)"),
+    (ExitConfig("shallowdeep_ce", 2), "Free(2, SoftmaxGap(), 0.9)"),
+    (ExitConfig(None, 2, train_meta_cm_head=True), "Free(2, MetaClassifier(loaded.model.cm_head), 0.9)"),
 ]
 
 
-@pytest.mark.parametrize(("exits", "flags", "expression"), POLICIES)
-def test_cards_show_the_policy_that_was_measured_or_trained(exits, flags, expression):
-    loaded = type("Loaded", (), {"exit_config": exits})
-    assert policy_call(loaded, flags) == expression
+@pytest.mark.parametrize(("exits", "expression"), TRAINED)
+def test_cards_show_the_policy_that_was_trained(exits, expression):
+    assert trained_policy(exits) == expression
+
+
+SHALLOW = {"use_shallow_deep": True, "shallow_exit_layer": 3, "shallow2deep_conf_threshold": 0.4}
+CALM = {"use_early_exit": True, "exit_conf_threshold": 0.5}
+EVALUATED = [
+    {"static_exit_layer": 3},
+    CALM | {"exit_conf_type": "meta"},
+    CALM | {"exit_min_layer": 4},
+    CALM | {"exit_layers": [2, 4], "exit_position_temp": 4.0},
+    CALM | {"exit_position_temp": 2.5, "exit_decay_form": "paper"},
+    SHALLOW | {"lossless": True, "max_pending_tokens": 4},
+    SHALLOW | {"rollback_conf_threshold": 2.0, "parallel_causal_mask": False},
+    SHALLOW | {"copy_skipped_hidden_states": True, "parallel_gen_token": False},
+    SHALLOW | {"use_adapt_threshold": True, "adapt_zeta": 0.8},
+    {"use_shallow_deep": True, "shallow_exit_layer": 2, "auto_exit": True},
+    {"use_shallow_deep": True, "shallow_exit_layer": 2, "auto_exit": True, "lossless": True},
+]
+
+
+PLAIN = (int, float, str, list, frozenset, torch.nn.Module)
+
+
+def settings_of(value):
+    """An object's attributes, and theirs; locks and the like by their kind."""
+    if isinstance(value, torch.nn.Module) or type(value).__module__.split(".")[0] != "models":
+        return value if isinstance(value, PLAIN) else type(value)
+    return type(value), {name: settings_of(each) for name, each in vars(value).items()}
+
+
+@pytest.mark.parametrize("given", EVALUATED, ids=str)
+def test_cards_show_the_policy_that_was_measured(given):
+    model = tiny_model(num_layers=6)
+    model.cm_head = torch.nn.Linear(16, 2)
+    loaded = type("Loaded", (), {"model": model, "view": type("View", (), {"exit_adapter": None})})
+    flags = ExitArguments(**given)
+    results = {"arguments": non_default_settings(flags) | {"max_length": 40, "max_target_length": 8}}
+    expression, caveat = evaluated_policy(results)
+    shown = eval(expression, {name: getattr(models, name) for name in NAMES} | {"loaded": loaded})
+    assert settings_of(shown) == settings_of(build_policy(flags, loaded, 40))
+    assert bool(caveat) == bool(given.keys() & {"use_adapt_threshold", "auto_exit"})
+
+
+@pytest.mark.parametrize("flag", ["conf_shortlist", "adapt_threshold_file"])
+def test_cards_show_no_policy_that_needs_a_file(flag):
+    results = {"arguments": SHALLOW | {flag: "mine.json", "use_adapt_threshold": True, "max_length": 8}}
+    expression, caveat = evaluated_policy(results)
+    assert expression == "" and f"`--{flag}`" in caveat and "full depth" in caveat
+
+
+def test_cards_show_the_last_evaluation(base):
+    """Of the test split or not, at full depth or not."""
+    folder = Path(base["output_dir"])
+    run.main(as_argv(base | TRAINING | LOSS | PREDICT))
+    own = base | {"model_name_or_path": str(folder), "do_eval": True, "val_max_target_length": 8}
+    for flags, words in (
+        ({"static_exit_layer": 1}, "loaded.generate(**inputs, exit_policy=StaticExit(1), max_new"),
+        ({}, "loaded.generate(**inputs, max_new"),
+    ):
+        run.main(as_argv(own | flags))
+        card = (folder / "README.md").read_text()
+        assert words in card and "| | validation | test |" in card
+        run_block(card, str(folder), folder)
+
+
+def test_cards_show_beams():
+    """Hugging Face's loop searches them."""
+    folder = str(ROOT / "checkpoints/debian-t5-free")
+    results = {"arguments": {"num_beams": 3, "max_length": 8}}
+    scope = run_block(usage(folder, load_model(folder), "ein Paket", results), folder, folder)
+    expected = scope["loaded"].model.generate(**scope["inputs"], num_beams=3, max_new_tokens=40)
+    assert scope["output"].tolist() == expected.tolist()
 
 
 def test_losses_are_shown_with_the_parts_that_there_are():

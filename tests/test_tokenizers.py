@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BartConfig, T5Config
 import run
 from models.errors import UserError
 from models.loading import load_tokenizer
-from scripts import choose_exit, distill_targets
+from scripts import choose_exit, distill_targets, train_tokenizer
 from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples
 from util.data.windows import split_text
@@ -216,3 +216,30 @@ def test_scripts_refuse_them_too(tiny_checkpoints, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         distill_targets.main()
     assert "--max_length" in capsys.readouterr().err
+
+
+def train_on(texts, folder, size):
+    rows = folder.with_suffix(".jsonl")
+    rows.write_text("\n".join(json.dumps({"text": text, "title": "abc abd"}) for text in texts))
+    flags = ["--task", "summarization", "--source_column", "text", "--target_column", "title"]
+    flags += ["--vocab_size", str(size), "--output_dir", str(folder)]
+    train_tokenizer.main([*flags, "--train_file", str(rows)])
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_is_made_of_the_rows_of_its_own_training(tmp_path):
+    """Also in the folder of an earlier one."""
+    folder = tmp_path / "tokenizer"
+    assert len(train_on(["abc abd acd bcd"] * 20, folder, 9)) == 9
+    (folder / "mine.txt").write_text("kept")
+    tokenizer = train_on(["xyz xzy zyx yxz"] * 20, folder, 12)
+    assert len(tokenizer) == 12 and "<unk>" not in tokenizer.tokenize("zyx")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"mine.txt", "spiece.model", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_tokenizer_learns_from_every_line(tmp_path):
+    """SentencePiece by itself leaves out lines over 4192 bytes and those with its mark of the unknown."""
+    texts = ["xy " * 2000, "pq " * 1000 + "\n" + "pq " * 1000, *["\u2585 rs"] * 20]
+    vocabulary = train_on(texts, tmp_path / "tokenizer", 15).get_vocab()
+    assert set("xypqrs") <= set("".join(vocabulary))

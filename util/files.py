@@ -21,11 +21,23 @@ from models.errors import UserError
 from models.json_files import decode_json, read_text
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written in the block, that then takes its place; an error or an
+    interruption leaves `path` as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
-    temporary.replace(path)
+    with written_aside(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def json_line(row: Any) -> str:
@@ -34,13 +46,11 @@ def json_line(row: Any) -> str:
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """Replace a file as a whole by one line a row, so that no reader sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with written_aside(path) as temporary, temporary.open("wb") as file:
         for row in rows:
             file.write(encode(row))
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

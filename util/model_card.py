@@ -9,16 +9,16 @@ A card that somebody wrote by hand stays as it is.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from models.choices import ALL_LAYER_LOSSES
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.exit_arguments import ExitArguments
+from util.files import content_hash, file_hash
+from util.policy_code import NAMES, evaluated_policy, exit_flags_of, trained_policy
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ NAME = "README.md"
 MARK = "<!-- Written from the files of this folder. Without this line, the card stays as it is. -->"
 UNFILLED = "[More Information Needed]"  # in the card that comes with a LoRA adapter
 RESULTS = {"validation": "eval_results.json", "test": "predict_results.json"}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+STAMP = "model_files"  # of results: the weights that lay beside them
 FIGURES = {  # of results, besides the scores: how they are called, and decimals
     "samples": ("samples", 0),
     "average_layers": ("decoder layers per token", 2),
@@ -33,7 +35,6 @@ FIGURES = {  # of results, besides the scores: how they are called, and decimals
     "ideal_speedup": ("ideal speed-up", 2),
     "ms_per_token": ("ms per token", 1),
 }
-EXIT_FLAGS = {spec.name for spec in fields(ExitArguments) if spec.init and not spec.metadata["file"]}
 USAGE = """\
 In a checkout of exitlm:
 
@@ -42,7 +43,7 @@ from models import {names}
 
 loaded = load_model({model!r})
 inputs = loaded.tokenizer({text!r}, return_tensors="pt"{more})
-output = loaded.generate(**inputs, {policy}max_new_tokens=40)
+output = loaded{loop}.generate(**inputs, {options}max_new_tokens=40)
 print(loaded.tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
 
@@ -113,9 +114,8 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def results_table(folder: Path) -> str:
-    """The figures of run.py's evaluations in a folder; empty where there are none."""
-    results = read_results(folder)
+def results_table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures of run.py's evaluations, by split; empty where there are none."""
     if not results:
         return ""
     scores = dict.fromkeys(name for found in results.values() for name in score_names(found))
@@ -130,20 +130,26 @@ def results_table(folder: Path) -> str:
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """By split: what run.py wrote."""
+    """By split: what run.py wrote of the weights that lie in a folder; results of others are left out."""
     paths = {split: folder / name for split, name in RESULTS.items()}
-    return {split: read_mapping(path) for split, path in paths.items() if path.is_file()}
+    found = {split: read_mapping(path) for split, path in paths.items() if path.is_file()}
+    weights = hash_weights(folder) if found else ""
+    for split in [split for split, results in found.items() if results.get(STAMP) != weights]:
+        logger.warning("%s is of other weights: it is left out of %s.", paths[split], NAME)
+        del found[split]
+    return found
+
+
+def hash_weights(folder: Path) -> str:
+    """Tells the weights in a folder, exits included, from others."""
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return content_hash([path.name, file_hash(path)] for path in files)
 
 
 def score_names(results: dict[str, Any]) -> list[str]:
     """The task's scores, which stand before everything else."""
     names = list(results)
     return [name for name in names[: names.index("samples")] if isinstance(results[name], float)]
-
-
-def exit_flags_of(results: dict[str, Any]) -> dict[str, Any]:
-    """The flags of exits that a result was decoded with, those with their defaults left out."""
-    return {name: value for name, value in results["arguments"].items() if name in EXIT_FLAGS}
 
 
 def describe_decoding(results: dict[str, Any]) -> str:
@@ -154,51 +160,37 @@ def describe_decoding(results: dict[str, Any]) -> str:
     return f"{f'`{words}`' if words else 'full depth'}, batches of {results['batch_size']}"
 
 
+def last_evaluated(folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the results in a folder, those that were written last."""
+    splits = sorted(results, key=lambda split: (folder / RESULTS[split]).stat().st_mtime_ns)
+    return results[splits[-1]] if splits else None
+
+
 def usage(
     model: str,
     loaded: LoadedModel,
     text: str,
-    folder: Path | None = None,
+    results: dict[str, Any] | None = None,
     chat: bool = False,
     policy: str | None = None,
 ) -> str:
     """A block of Python that loads `model` and decodes `text`, by a policy: an expression, by default the one
-    that the results in `folder` were decoded with, or that the checkpoint was trained for. `chat`: the text
-    has all special tokens."""
-    if policy is None:
-        results = list(read_results(folder).values()) if folder is not None else []
-        policy = policy_call(loaded, exit_flags_of(results[-1]) if results else {})
-    names = sorted({"load_model", *(name for name in EXPORTED if f"{name}(" in policy)})
-    return "## Use\n\n" + USAGE.format(
+    that `results` were decoded with, or that the checkpoint was trained for. `chat`: the text has all special
+    tokens."""
+    caveat, beams = "", 1
+    if policy is None and results is not None:
+        policy, caveat = evaluated_policy(results)
+        beams = results["arguments"].get("num_beams", 1)
+    elif policy is None:
+        policy = trained_policy(loaded.exit_config)
+    names = sorted({"load_model", *(name for name in NAMES if f"{name}(" in policy)})
+    options = f"exit_policy={policy}, " if policy else ""
+    block = USAGE.format(
         names=", ".join(names),
         model=model,
         text=text,
         more=", add_special_tokens=False" if chat else "",
-        policy=f"exit_policy={policy}, " if policy else "",
+        loop=".model" if beams > 1 else "",  # Hugging Face's own, as in the evaluation
+        options=f"num_beams={beams}, " if beams > 1 else options,
     )
-
-
-EXPORTED = ("Calm", "Free", "MetaClassifier", "SoftmaxGap", "StaticExit")  # by models, that calls may name
-
-
-def policy_call(loaded: LoadedModel, flags: dict[str, Any]) -> str:
-    """The expression that makes the policy of these flags, or the one that the checkpoint was trained for;
-    empty for full depth."""
-    exits = loaded.exit_config
-    if "static_exit_layer" in flags:
-        return f"StaticExit({flags['static_exit_layer']})"
-    trained = "meta" if exits.train_meta_cm_head else "softmax"
-    if flags.get("use_early_exit"):
-        kind, threshold = flags.get("exit_conf_type", "softmax"), flags.get("exit_conf_threshold", 0.9)
-        return f"Calm({measure(kind)}, {threshold})"
-    layer = flags.get("shallow_exit_layer") or exits.shallow_exit_layer
-    if layer is not None:
-        kind = flags.get("shallow2deep_conf_type", "softmax") if flags else trained
-        threshold = flags.get("shallow2deep_conf_threshold", 0.9)
-        more = ", lossless=True" if flags.get("lossless") else ""
-        return f"Free({layer}, {measure(kind)}, {threshold}{more})"
-    return f"Calm({measure(trained)}, 0.9)" if exits.intermediate_loss_fn in ALL_LAYER_LOSSES else ""
-
-
-def measure(kind: str) -> str:
-    return {"softmax": "SoftmaxGap()", "meta": "MetaClassifier(loaded.model.cm_head)"}[kind]
+    return "\n\n".join(filter(None, ["## Use", block, caveat]))

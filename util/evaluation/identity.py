@@ -14,6 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from models.loading import LoadedModel
@@ -44,8 +45,13 @@ def identify_model(loaded: LoadedModel) -> dict[str, str]:
 
 def fingerprint(loaded: LoadedModel) -> str:
     """Tells weights (and their precision) from others: sums that any training step changes."""
-    sums = [weight.double().sum().item() for weight in loaded.model.parameters()]
+    sums = [total(weight) for weight in loaded.model.parameters()]
     return f"{loaded.model.dtype}:{hashlib.sha256(repr(sums).encode()).hexdigest()[:16]}"
+
+
+def total(values: Tensor) -> float:
+    """The sum in float64, which not every device has."""
+    return values.detach().cpu().double().sum().item()
 
 
 def hash_configuration(loaded: LoadedModel) -> str:
@@ -57,7 +63,7 @@ def hash_configuration(loaded: LoadedModel) -> str:
         for name in sorted(config)
         if name not in NOT_A_SETTING
     ]
-    buffers = [[name, value.double().sum().item()] for name, value in loaded.model.named_buffers()]
+    buffers = [[name, total(value)] for name, value in loaded.model.named_buffers()]
     return content_hash([asdict(loaded.exit_config), settings, buffers])
 
 

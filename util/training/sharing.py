@@ -24,7 +24,16 @@ from models.loading import LoadedModel
 from models.lora import ADAPTER_CONFIG_NAME
 from util.arguments import Arguments
 from util.data.examples import dataset_record
-from util.model_card import Card, describe_size, loss_curve, results_table, usage, write_card
+from util.model_card import (
+    Card,
+    describe_size,
+    last_evaluated,
+    loss_curve,
+    read_results,
+    results_table,
+    usage,
+    write_card,
+)
 
 LEFT_OUT = (  # locks, checkpoints, texts of the data, and arguments that may hold a token
     ".*",
@@ -119,13 +128,14 @@ def run_card(arguments: Arguments, loaded: LoadedModel, name: str) -> Card:
     if (folder / EXIT_CONFIG_NAME).is_file():  # of a training, which has changed what was loaded
         loaded = replace(loaded, exit_config=ExitConfig.load(folder))
     text, chat = example_input(arguments, loaded)
+    results = read_results(folder)
     return Card(
         title=name.rstrip("/").split("/")[-1],
         metadata=card_metadata(arguments, loaded, folder),
         sections=[
             f"{describe_size(loaded)}.",
-            usage(name, loaded, text, folder, chat),
-            results_table(folder),
+            usage(name, loaded, text, last_evaluated(folder, results), chat),
+            results_table(results),
             training_section(folder, state, loaded) if state else "",
             loss_curve([state]) if state else "",
         ],
