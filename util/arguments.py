@@ -137,7 +137,7 @@ class DataArguments:
     )
     baseline_predictions: str | None = flag(
         None,
-        "Full depth's predictions.jsonl: test whether quality differs (paired bootstrap).",
+        "Full depth's predictions.jsonl for the same rows: test whether quality differs (paired bootstrap).",
         changes_outputs=False,
     )
     sources_alone: bool = field(default=False, init=False)  # rows of prompts, which may lack targets
