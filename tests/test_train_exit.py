@@ -350,10 +350,10 @@ def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):
         (["--bf16", "True", "--generation_precision", "w8"], "--generation_precision is of onnx's weights"),
         (["--held_out", "24"], "--held_out 24: there are only 24 rows"),
         (["--exit_loss", "mse"], "invalid choice: 'mse'"),
-        (["--exit_adapter_path", "here"], "--shortlist_size: --exit_adapter_path brings its own"),
+        (["--exit_adapter_path", "docs"], "--shortlist_size: --exit_adapter_path brings its own"),
         (
-            ["--exit_adapter_path", "here", "--shortlist_size", "8192"],
-            "exit_adapter: here has no exit_adapter_c",
+            ["--exit_adapter_path", "docs", "--shortlist_size", "8192"],
+            "exit_adapter: docs has no exit_adapter_c",
         ),
         (["--shortlist_size", "1"], "--shortlist_size must be 0 or at least 2"),
     ],
