@@ -9,7 +9,7 @@ from adapted_models import SHALLOW, adapted, make_inputs
 
 from models import DecodeStats, FixedThreshold, Free, SoftmaxGap, early_exit_decode
 from models.replay import replay
-from util.exit_training.forecast import ExitCosts, ExitTrace, forecast, predict
+from util.exit_training.forecast import ExitCosts, ExitTrace, as_decoded, forecast, predict
 from util.exit_training.objectives import Teacher, acceptance_loss, distillation_loss
 
 
@@ -74,3 +74,8 @@ def test_the_forecast_counts_what_decoding_does():
     steps, windows = replay(sure, np.ones(16, bool), None, lossless=False)
     assert (steps, len(windows)) == (stats.steps, stats.deep_passes)
     assert stats.layer_tokens == steps * (SHALLOW + 1) + sum(windows) * (6 - SHALLOW)
+
+
+def test_a_pass_takes_as_long_as_the_loop_around_it():
+    assert as_decoded([3.0, 4.0, 6.0], 5.0) == (5.0, 6.0, 8.0)
+    assert as_decoded([3.0, 4.0], 2.0) == (3.0, 4.0), "noise makes nothing faster than its layers"

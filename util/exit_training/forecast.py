@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from models.confidence import SoftmaxGap
-from models.exit_policy import FullDepth
+from models.exit_policy import ExitPolicy, FullDepth
+from models.free import Free
 from models.host import argmax
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
@@ -27,6 +28,7 @@ from util.timing import Stopwatch
 
 WINDOWS = (1, 2, 3, 5, 9)
 REPEATS = 9
+ALWAYS, NEVER = -1.0, 2.0  # thresholds that every confidence exceeds, and none
 SHORT, LONG = 8, 32  # tokens of the outputs by which a step is told from a sample
 
 
@@ -105,21 +107,37 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
 
     calls = [shallow, full, *(deep(size, read_all) for read_all in (True, False) for size in WINDOWS)]
     parts = median_seconds(calls, fast.model.device, REPEATS)
-    step, sample = time_decoding(fast, sources)
-    overhead = max(step - parts[1], 0.0)
     passes, passes_of_one = parts[2 : 2 + len(WINDOWS)], parts[2 + len(WINDOWS) :]
-    return ExitCosts(sample, parts[1] + overhead, parts[0] + overhead, tuple(passes), tuple(passes_of_one))
+    # Around these parts are the loop's own steps, which weigh as much as the layers of a small model.
+    step, sample = time_decoding(fast, sources, FullDepth())
+    exiting, _ = time_decoding(fast, sources, Free(layer, measure, ALWAYS))
+    staying, _ = time_decoding(fast, sources, Free(layer, measure, NEVER))
+    drafting, _ = time_decoding(fast, sources, Free(layer, measure, NEVER, lossless=not view.mixes_windows))
+    shallow_step = max(exiting, parts[0])
+    return ExitCosts(
+        sample,
+        max(step, parts[1]),
+        shallow_step,
+        as_decoded(passes, drafting - shallow_step),
+        as_decoded(passes_of_one, staying - shallow_step),
+    )
 
 
-def time_decoding(fast: LoadedModel, sources: Sequence[Any]) -> tuple[float, float]:
-    """Seconds of a token at full depth, and of a sample besides its tokens."""
+def as_decoded(passes: Sequence[float], first: float) -> tuple[float, ...]:
+    """Seconds of passes within the loop, where the one over a lone token takes `first`."""
+    loop = max(first - passes[0], 0.0)
+    return tuple(seconds + loop for seconds in passes)
+
+
+def time_decoding(fast: LoadedModel, sources: Sequence[Any], policy: ExitPolicy) -> tuple[float, float]:
+    """Seconds of a token, and of a sample besides its tokens."""
     times: dict[int, list[float]] = {SHORT: [], LONG: []}
     never = fast.model.get_output_embeddings().weight.shape[0]  # no token: nothing ends early
     for inputs in sources:
         for tokens, own in times.items():
             limit: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": never, "do_sample": False}
             with Stopwatch(fast.model.device) as watch:
-                fast.generate(**inputs, **limit, exit_policy=FullDepth())
+                fast.generate(**inputs, **limit, exit_policy=policy)
             own.append(watch.seconds)
     short, long = (statistics.median(own[1:] or own) for own in times.values())  # the first one warms up
     step = max(long - short, 0.0) / (LONG - SHORT)
