@@ -74,11 +74,32 @@ class Forecast:
         return asdict(self)
 
 
-@torch.inference_mode()
 def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> ExitCosts:
     """Time the parts as decoding runs them. `sources`: inputs of `generate`, of typical length."""
+    shallow, full, passes, passes_of_one = time_layers(fast, layer, sources[0])
+    # Around the layers are the loop's own steps, which weigh as much as those of a small model.
+    measure, drafts = SoftmaxGap(), not fast.view.mixes_windows
+    step, sample = time_decoding(fast, sources, FullDepth())
+    exiting, _ = time_decoding(fast, sources, Free(layer, measure, ALWAYS))
+    staying, _ = time_decoding(fast, sources, Free(layer, measure, NEVER))
+    drafting, _ = time_decoding(fast, sources, Free(layer, measure, NEVER, lossless=drafts))
+    shallow_step = max(exiting, shallow)
+    return ExitCosts(
+        sample,
+        max(step, full),
+        shallow_step,
+        as_decoded(passes, drafting - shallow_step),
+        as_decoded(passes_of_one, staying - shallow_step),
+    )
+
+
+@torch.inference_mode()
+def time_layers(
+    fast: LoadedModel, layer: int, inputs: Any
+) -> tuple[float, float, Sequence[float], Sequence[float]]:
+    """Seconds of a token's layers up to the exit, its test included, and of all; of the deep layers on as many
+    tokens as `WINDOWS` say, with the head on all of them and on the last alone."""
     view, measure = fast.view, SoftmaxGap()
-    inputs = sources[0]
     read = view.read(inputs["input_ids"], inputs["attention_mask"])
     state = view.begin(None, **read.arguments)
     prompt = inputs["input_ids"][:, :1].repeat(1, 2) if read.prompt is None else read.prompt
@@ -107,20 +128,7 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
 
     calls = [shallow, full, *(deep(size, read_all) for read_all in (True, False) for size in WINDOWS)]
     parts = median_seconds(calls, fast.model.device, REPEATS)
-    passes, passes_of_one = parts[2 : 2 + len(WINDOWS)], parts[2 + len(WINDOWS) :]
-    # Around these parts are the loop's own steps, which weigh as much as the layers of a small model.
-    step, sample = time_decoding(fast, sources, FullDepth())
-    exiting, _ = time_decoding(fast, sources, Free(layer, measure, ALWAYS))
-    staying, _ = time_decoding(fast, sources, Free(layer, measure, NEVER))
-    drafting, _ = time_decoding(fast, sources, Free(layer, measure, NEVER, lossless=not view.mixes_windows))
-    shallow_step = max(exiting, parts[0])
-    return ExitCosts(
-        sample,
-        max(step, parts[1]),
-        shallow_step,
-        as_decoded(passes, drafting - shallow_step),
-        as_decoded(passes_of_one, staying - shallow_step),
-    )
+    return parts[0], parts[1], parts[2 : 2 + len(WINDOWS)], parts[2 + len(WINDOWS) :]
 
 
 def as_decoded(passes: Sequence[float], first: float) -> tuple[float, ...]:
@@ -132,10 +140,10 @@ def as_decoded(passes: Sequence[float], first: float) -> tuple[float, ...]:
 def time_decoding(fast: LoadedModel, sources: Sequence[Any], policy: ExitPolicy) -> tuple[float, float]:
     """Seconds of a token, and of a sample besides its tokens."""
     times: dict[int, list[float]] = {SHORT: [], LONG: []}
-    never = fast.model.get_output_embeddings().weight.shape[0]  # no token: nothing ends early
+    no_token = fast.model.get_output_embeddings().weight.shape[0]  # so that nothing ends early
     for inputs in sources:
         for tokens, own in times.items():
-            limit: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": never, "do_sample": False}
+            limit: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": no_token, "do_sample": False}
             with Stopwatch(fast.model.device) as watch:
                 fast.generate(**inputs, **limit, exit_policy=policy)
             own.append(watch.seconds)
