@@ -97,8 +97,8 @@ def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> Exit
 def time_layers(
     fast: LoadedModel, layer: int, inputs: Any
 ) -> tuple[float, float, Sequence[float], Sequence[float]]:
-    """Seconds of a token's layers up to the exit, its test included, and of all; of the deep layers on as many
-    tokens as `WINDOWS` say, with the head on all of them and on the last alone."""
+    """Seconds of a token's layers up to the exit, its test included, and of all; of the deep layers on as
+    many tokens as `WINDOWS` say, with the head on all of them and on the last alone."""
     view, measure = fast.view, SoftmaxGap()
     read = view.read(inputs["input_ids"], inputs["attention_mask"])
     state = view.begin(None, **read.arguments)
