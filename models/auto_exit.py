@@ -40,7 +40,6 @@ class Watch:
     """What one request shows of an exit: pairs in the order of tokens, and seconds."""
 
     layer: int
-    num_layers: int
     as_released = False  # what waits at the end counts, too
     pairs: list[tuple[float, bool]] = field(default_factory=list)  # (confidence, agrees with the last layer)
     shallow: list[float] = field(default_factory=list)  # seconds of steps without a deep pass
@@ -138,7 +137,7 @@ class AutoExit:
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
         if state.plan is None:
-            state.plan = self._plan(view.num_layers)
+            state.plan = self._plan()
         start = time.perf_counter()
         result = state.plan.step(view, state, token_ids, position, active)
         if isinstance(state.plan, WatchedFree):
@@ -154,7 +153,7 @@ class AutoExit:
             self._learn(state.plan.watch)
         return result
 
-    def _plan(self, num_layers: int) -> Free:
+    def _plan(self) -> Free:
         """What the next request decodes with: at first each candidate layer in turn."""
         with self.lock:
             choice, turn = self.choice, self.seen % len(self.layers)
@@ -164,7 +163,7 @@ class AutoExit:
             return self._free(choice.layer, choice.threshold, choice.max_pending)
         free = self._free(choice.layer, choice.threshold, choice.max_pending, WatchedFree)
         assert isinstance(free, WatchedFree)
-        free.watch = Watch(choice.layer, num_layers, drafts=self.lossless)
+        free.watch = Watch(choice.layer, drafts=self.lossless)
         return free
 
     def _free(self, layer: int, threshold: float, cap: int | None, kind: type[Free] = Free) -> Free:

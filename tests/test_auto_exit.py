@@ -18,11 +18,9 @@ from models.loading import LoadedModel
 from util.exit_arguments import ExitArguments
 from util.policies import build_policy
 
-LAYERS = 6
-
 
 def watched(layer, pairs, shallow=1.0, deep=((1, 5.0), (3, 7.0))):
-    return Watch(layer, LAYERS, list(pairs), [shallow] * 3, list(deep), drafts=True)
+    return Watch(layer, list(pairs), [shallow] * 3, list(deep), drafts=True)
 
 
 def auto(**options):
@@ -92,7 +90,7 @@ def test_seconds_of_a_choice_by_hand():
 
 
 def test_tokens_after_a_wrong_draft_are_not_learnt_from():
-    watch = Watch(2, LAYERS, drafts=True)
+    watch = Watch(2, drafts=True)
     watch.observe([0.9, 0.8, 0.7], [True, False, True])
     assert watch.pairs == [(0.9, True), (0.8, False)]
     watch.time(StepResult(torch.zeros(1, 3), [6], 6, 2 + 4 * 3, deep_pass=True), 0.5)
@@ -102,7 +100,7 @@ def test_tokens_after_a_wrong_draft_are_not_learnt_from():
 def test_free_keeps_to_the_agreement_asked_for():
     pairs = [(confidence, confidence > 0.55) for confidence in np.linspace(0, 1, 50)]
     policy = auto(lossless=False, min_agreement=1.0, requests=1)
-    policy._learn(Watch(2, LAYERS, pairs, [1.0], [(1, 5.0)]))
+    policy._learn(Watch(2, pairs, [1.0], [(1, 5.0)]))
     assert policy.choice.threshold == 0.6
     model, inputs, stats = tiny_causal(), prompts(), DecodeStats()
     decode_causal(model, inputs, policy, stats)  # nothing verifies any more: the choice stays

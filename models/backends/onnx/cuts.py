@@ -28,7 +28,7 @@ class Cuts:
         return cls(weights * WEIGHT_BYTES[precision] >= HEAVY)
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Those that layers `start`..`stop - 1` are run in."""
+        """Those that layers `start`..`stop - 1` are run in; heavy ones are cut there from now on."""
         if not self.heavy:
             return [(start, stop)]
         for place in (start, stop):
