@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from models.generation import generate
     from models.loading import LoadedModel, create_model, load_model
     from models.losses import build_exit_loss
+    from models.prompt_lookup import PromptLookup
     from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold
     from models.trace import LayerTrace, trace_layers
 
@@ -64,6 +65,7 @@ HOMES = {  # of the names above, once more for run time
     "models.generation": ("generate",),
     "models.loading": ("LoadedModel", "create_model", "load_model"),
     "models.losses": ("build_exit_loss",),
+    "models.prompt_lookup": ("PromptLookup",),
     "models.threshold": ("AdaptiveThreshold", "DecayingThreshold", "FixedThreshold"),
     "models.trace": ("LayerTrace", "trace_layers"),
 }

@@ -51,6 +51,7 @@ class DecodeStats:
     deep_passes: int = 0
     rollbacks: int = 0
     retracted_tokens: int = 0
+    proposed_tokens: int = 0  # by a lookup; those rejected are among the retracted ones
     layer_calls: int = 0  # layers executed one after the other: what latency follows
     layer_tokens: int = 0  # layers executed on each token, catch-up included: what arithmetic follows
 
@@ -116,6 +117,7 @@ def early_exit_decode(
     exit_policy: ExitPolicy | None = None,
     decode_stats: DecodeStats | None = None,
     decoder_view: DecoderView | None = None,
+    lookup_ids: Tensor | None = None,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Output:
@@ -126,6 +128,7 @@ def early_exit_decode(
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
+        lookup_ids: (B, S) further text for a policy's lookup: an encoder's source, which it needs.
         streamer: gets tokens that can no longer be taken back; a `token_choice.DraftStreamer` drafts, too.
         model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
             back with those that every layer has keys/values for: after early exits, not all.
@@ -148,7 +151,9 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config), policy)
-        input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids).run()
+        decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids)
+        decoding.lookup_ids = text_of_lookup(policy, view, lookup_ids)
+        input_ids = decoding.run()
     wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
     delivered = view.deliver_cache(state, cache) if wanted else None
     return chooser.output(output_class(model.config), input_ids, delivered)
@@ -157,6 +162,21 @@ def early_exit_decode(
 def is_given(cache: Cache | None) -> bool:
     """Whether the caller of `generate` passed the cache, or `generate` made it."""
     return getattr(cache, "_is_user_defined", False)
+
+
+def text_of_lookup(policy: ExitPolicy, view: DecoderView, given: Tensor | None) -> Tensor | None:
+    """Ids (B, S) that a policy's lookup reads before prompt and output; UserError where they are missing."""
+    if getattr(policy, "lookup", None) is None:
+        return None
+    if given is None and view.model.config.is_encoder_decoder:
+        raise UserError("A lookup reads what the encoder reads: give lookup_ids=, the source's token ids.")
+    if given is not None and int(given.max()) >= vocabulary_of(view):
+        raise UserError("lookup_ids are of another vocabulary than the decoder's: leave the lookup out.")
+    return given
+
+
+def vocabulary_of(view: DecoderView) -> int:
+    return view.model.get_output_embeddings().weight.shape[0]
 
 
 def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
@@ -226,6 +246,8 @@ class Decoding:
         # The newest token of the ids is not cached yet; a cache given by the caller may hold more than them.
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
         self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
+        self.proposer: Any = policy if getattr(policy, "lookup", None) is not None else None
+        self.lookup_ids: Tensor | None = None  # (B, S) text that a lookup reads before the ids
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
@@ -240,12 +262,28 @@ class Decoding:
         """Decode one token of each unfinished row."""
         position, rows = self.input_ids.shape[1] - self.prompt_length, sum(self.active)
         newest = self.input_ids[:, -1:] if position else self.first_step_ids
+        if self.proposer is not None:
+            newest = torch.cat([newest, self.propose()], dim=1)
         result = self.policy.step(self.view, self.state, newest, position, self.active)
         self.stats.steps += 1
         self.stats.confidences.append(result.confidences)
         self.stats.record_cost(result, rows)
         self.settle(result, closing=False)
         self.stream.show(self.input_ids, result.deep_pass)
+
+    def propose(self) -> Tensor:
+        """Append what the policy's lookup finds as drafts of the exit: (B, m) ids, m = 0 for nothing."""
+        length, before = self.input_ids.shape[1], [] if self.lookup_ids is None else [self.lookup_ids]
+        found = self.proposer.propose(self.state, torch.cat([*before, self.input_ids], dim=1))
+        for tokens in found.unbind(dim=1):
+            extended = self.chooser.propose(self.input_ids, tokens, self.active, vocabulary_of(self.view))
+            if extended is None:
+                break
+            self.input_ids = extended
+            self.stats.record_token([self.proposer.exit_layer] * len(tokens), self.active)
+            self.stream.show(extended, deep_pass=False)
+        self.stats.proposed_tokens += self.input_ids.shape[1] - length
+        return self.input_ids[:, length:]
 
     def close(self) -> None:
         """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
@@ -266,10 +304,12 @@ class Decoding:
             result.retract = len(drafts.running) - verdict.accepted
             if result.retract:
                 result.logits = drafts.logits[:, verdict.accepted]
-        # Step 2. Rejected tokens go; what replaces them comes from all layers.
+        # Step 2. Rejected tokens go; what replaces them comes from all layers, or from an exit that overrules
+        # a lookup.
         if result.retract:
             self.take_back(result.retract)
-            result.exit_layers = [self.view.num_layers] * len(self.active)
+            if result.deep_pass:
+                result.exit_layers = [self.view.num_layers] * len(self.active)
         # Step 3. The next token, unless the sequence has ended.
         if any(self.active) and (result.retract or not closing):
             self.append(result, scores)

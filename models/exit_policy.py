@@ -46,7 +46,8 @@ class Drafts:
 
 class ExitPolicy(Protocol):
     """A policy may say by an attribute `exit_layer` after which one layer its tokens stop: an exit adapter
-    there then reads the prompt, too."""
+    there then reads the prompt, too. One with a `lookup` also has a method `propose`, as `models.free.Free`:
+    `step` then gets what it proposed together with the newest token, (1, 1 + m) ids."""
 
     @property
     def retracts(self) -> bool:

@@ -16,6 +16,7 @@ from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import StepResult, check_layer, choose_rows, layers_run, run_undecided
 from models.host import argmax
+from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
@@ -34,6 +35,11 @@ class Free:
     speculative decoding (Leviathan et al., 2023): output equals full depth's, token for token when greedy,
     in distribution when sampling. `max_pending` forces a pass once that many tokens wait.
 
+    `lookup` proposes tokens that the text has had before, which save shallow steps and are verified in the
+    same pass. It does not change what is decoded, unless the threshold adapts or `max_pending` cuts
+    windows: where the exit is sure, its token stands (or, lossless, is a draft, too), else the deep model's.
+    One sequence at a time.
+
     With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token, unless it
     is a draft. The first draft that any row rejects makes all rows go on from there.
 
@@ -51,6 +57,7 @@ class Free:
         causal_catch_up: bool = True,
         lossless: bool = False,
         max_pending: int | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         if lossless and (copy_skipped or rollback_threshold is not None or not causal_catch_up):
             raise UserError("lossless excludes copy_skipped, rollback_threshold and causal_catch_up=False.")
@@ -59,6 +66,8 @@ class Free:
                 "copy_skipped removes the parallel pass: it excludes rollback_threshold, max_pending and "
                 "causal_catch_up=False."
             )
+        if lookup is not None and (copy_skipped or rollback_threshold is not None or not causal_catch_up):
+            raise UserError("lookup excludes copy_skipped, rollback_threshold and causal_catch_up=False.")
         if shallow_layer is None:  # what the exit_config of a checkpoint without exits says
             raise UserError("Free: shallow_layer is None: the checkpoint was not trained with one; name it.")
         self.shallow_layer = as_count("Free: shallow_layer", shallow_layer)
@@ -67,9 +76,11 @@ class Free:
         self.copy_skipped = copy_skipped
         self.causal_catch_up = causal_catch_up
         self.max_pending = None if max_pending is None else as_count("Free: max_pending", max_pending)
+        self.lookup = lookup
+        self.drafts = lossless  # whether shallow tokens are only proposals
         self.verification: Verification | None = None
-        if lossless:
-            self.verification = Drafting()
+        if lossless or lookup is not None:
+            self.verification = Drafting(trusts_exit=not lossless)
         elif rollback_threshold is not None:
             self.verification = Rollback(as_number("Free: rollback_threshold", rollback_threshold))
 
@@ -81,11 +92,6 @@ class Free:
     @property
     def exit_layer(self) -> int:
         return self.shallow_layer
-
-    @property
-    def drafts(self) -> bool:
-        """Whether shallow tokens are only proposals (`lossless`)."""
-        return isinstance(self.verification, Drafting)
 
     @property
     def learner(self) -> AdaptiveThreshold | None:
@@ -108,60 +114,99 @@ class Free:
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
             raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
+        if self.lookup is not None and batch_size > 1:
+            raise UserError(
+                "Free with a lookup decodes one sequence at a time: each row has a text of its own."
+            )
         self.threshold.start_sequence()
+
+    def propose(self, state: DecoderState, text: Tensor) -> Tensor:
+        """What the lookup finds to follow (B, T) ids: (B, m) ids, m = 0 for nothing."""
+        if self.lookup is None:
+            return text[:, :0]
+        most = self.lookup.tokens if self.max_pending is None else self.max_pending - len(state.waiting)
+        return self.lookup.propose(text, most)
 
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        # Step 1. Run the shallow layers and test their prediction.
-        hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)
-        exit_states = view.read_exit(state, hidden, self.shallow_layer)[:, -1]  # (B, D)
-        measured = self.confidence(view, exit_states, self.shallow_layer)
-        confidence, threshold = measured.confidence.tolist(), self.threshold.at(position)
-        sure = [value > threshold for value in confidence]
-        if self.max_pending is not None and len(state.waiting) >= self.max_pending:
-            sure = [False] * len(sure)
-        exits = all(row or not running for row, running in zip(sure, active, strict=True))
-        logits, learns = measured.logits, self.learner is not None
-        if logits is None and (exits or any(sure) or learns):
-            logits = view.predict(exit_states, self.shallow_layer)
-        compared = logits if learns or self.retracts else None
-        token = WaitingToken(hidden, confidence, sure, active, compared)
+        # Step 1. Run the shallow layers and test their predictions, behind what the lookup proposed, too.
+        tokens = self._test(view, state, token_ids, position, active)
+        newest, overruled = tokens[-1], self._count_overruled(tokens, token_ids)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
-        if exits:
-            return self._stop(view, state, token, logits)
-        result = self._catch_up(view, state, [*state.waiting, token], closing=False)
-        if any(sure) and not self.drafts:
-            result.logits = choose_rows(sure, logits, result.logits)
-            result.exit_layers = [self.shallow_layer if row else view.num_layers for row in sure]
+        if overruled or all(row or not running for row, running in zip(newest.sure, active, strict=True)):
+            return self._stop(view, state, tokens, overruled)
+        result = self._catch_up(view, state, tokens)
+        if any(newest.sure) and not self.drafts:
+            assert newest.logits is not None
+            result.logits = choose_rows(newest.sure, newest.logits, result.logits)
+            result.exit_layers = [self.shallow_layer if row else view.num_layers for row in newest.sure]
         return result
 
     def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
         """Catch up on the tokens still waiting, to verify them or to teach an adaptive threshold."""
         learner = self.learner
         learns = learner is not None and not learner.as_released
-        if not state.waiting or not (learns or self.drafts):
+        proposed = any(token.proposed for token in state.waiting)
+        if not state.waiting or not (learns or self.drafts or proposed):
             return None
-        return self._catch_up(view, state, state.waiting, closing=True)
+        return self._catch_up(view, state, [])
+
+    def _test(
+        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
+    ) -> list[WaitingToken]:
+        """Run the shallow layers on (B, W) ids, where B or W is 1, and ask the exit what follows each token:
+        all but the newest are followed by a proposal."""
+        rows, width = token_ids.shape
+        hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
+        states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
+        measured = self.confidence(view, states, self.shallow_layer)
+        confidence = measured.confidence.view(width, rows).tolist()
+        thresholds = [self.threshold.at(position + index) for index in range(width)]
+        sure = [[value > at for value in row] for row, at in zip(confidence, thresholds, strict=True)]
+        if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
+            sure[-1] = [False] * rows
+        logits = measured.logits
+        if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
+            logits = view.predict(states, self.shallow_layer)
+        said = [None] * width if logits is None else logits.view(width, rows, -1)
+        return [
+            WaitingToken(hidden[:, i : i + 1], confidence[i], sure[i], active, said[i], i < width - 1)
+            for i in range(width)
+        ]
+
+    def _count_overruled(self, tokens: list[WaitingToken], token_ids: Tensor) -> int:
+        """How many of the newest proposals go at once: from the first on where the exit is sure of another
+        token. Lossless, where its word is no more than the lookup's, none does."""
+        if len(tokens) > 1 and not self.drafts:
+            for index, token in enumerate(tokens[:-1]):
+                if token.sure[0] and int(token.predicted) != int(token_ids[0, index + 1]):
+                    return len(tokens) - 1 - index
+        return 0
 
     def _stop(
-        self, view: DecoderView, state: DecoderState, token: WaitingToken, logits: Tensor
+        self, view: DecoderView, state: DecoderState, tokens: list[WaitingToken], overruled: int
     ) -> StepResult:
-        if self.copy_skipped:
-            view.write_kv(state, token.hidden, self.shallow_layer, view.num_layers)
-        else:
-            state.waiting.append(token)
+        """Let those tokens wait that are not overruled; what the exit says to the last of them comes next."""
         layer, ran = self.shallow_layer, layers_run(view, self.shallow_layer)
-        return StepResult(logits, [layer] * len(token.confidence), ran, ran, [token.confidence])
+        *proposed, newest = tokens[: len(tokens) - overruled]
+        assert newest.logits is not None
+        if self.copy_skipped:
+            view.write_kv(state, newest.hidden, layer, view.num_layers)
+        else:
+            compares = self.learner is not None or self.retracts
+            waits = newest._replace(proposed=False, logits=newest.logits if compares else None)
+            state.waiting += [*proposed, waits]
+        result = StepResult(newest.logits, [layer] * len(newest.active), ran, ran * len(tokens))
+        result.confidences, result.retract = [token.confidence for token in tokens], overruled
+        return result
 
-    def _catch_up(
-        self, view: DecoderView, state: DecoderState, window: list[WaitingToken], *, closing: bool
-    ) -> StepResult:
-        """Run layers S+1..L on the W tokens of a window in parallel: those that wait and, unless the
-        sequence is `closing`, the one that is not sure."""
-        state.waiting, learner = [], self.learner
-        shallow = 0 if closing else layers_run(view, self.shallow_layer)
-        deep = view.num_layers - self.shallow_layer
+    def _catch_up(self, view: DecoderView, state: DecoderState, tokens: list[WaitingToken]) -> StepResult:
+        """Run layers S+1..L in parallel on a window of W tokens: those that wait and this step's, the newest
+        of which is not sure; none once the sequence is closing."""
+        window, closing, learner = [*state.waiting, *tokens], not tokens, self.learner
+        state.waiting = []
+        ran, deep = layers_run(view, self.shallow_layer), view.num_layers - self.shallow_layer
         # Step 1. Exact deep states of the whole window (section 4.2); nobody needs all logits but to compare.
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
@@ -169,9 +214,9 @@ class Free:
         result = StepResult(
             logits[:, -1],
             [view.num_layers] * len(window[-1].active),
-            layer_calls=shallow + deep,
-            layer_tokens=shallow + deep * len(window),
-            confidences=[window[-1].confidence],
+            layer_calls=deep if closing else ran + deep,
+            layer_tokens=ran * len(tokens) + deep * len(window),
+            confidences=[token.confidence for token in tokens],
             deep_pass=True,
         )
         # Step 2. Where shallow and deep predictions agree, the threshold learns (section 4.3).

@@ -35,7 +35,8 @@ NEUTRAL = {"use_cache", "logits_to_keep"}  # change no output of this loop
 UNSUPPORTED_MODES = {
     GenerationMode.CONTRASTIVE_SEARCH: "contrastive search: leave out penalty_alpha",
     GenerationMode.ASSISTED_GENERATION: (
-        "assisted generation: leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit"
+        "assisted generation: leave out assistant_model, assistant_early_exit and prompt_lookup_num_tokens "
+        "(Free(..., lookup=PromptLookup(n)) looks up)"
     ),
     GenerationMode.DOLA_GENERATION: "DoLa: leave out dola_layers",
     GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beams: leave out constraints and force_words_ids",

@@ -114,6 +114,7 @@ class Generation:
             "exit_policy": exit_policy,
             "decode_stats": decode_stats,
             "decoder_view": self.view,
+            "lookup_ids": source if self.model.config.is_encoder_decoder else None,
         }
         if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
@@ -162,7 +163,7 @@ class Generation:
         items = [*logits_processor, *stopping_criteria]
         settings = (logits_processor, stopping_criteria, generation_config)
         known = {*NEUTRAL, *read.arguments, "cache", "position_ids"}  # which follow from ids and mask
-        known |= {"exit_policy", "decode_stats", "decoder_view"}
+        known |= {"exit_policy", "decode_stats", "decoder_view", "lookup_ids"}
         expected = input_ids[:1].expand_as(input_ids) if read.prompt is None else read.prompt
         reusable = (
             key is not None

@@ -82,9 +82,8 @@ class TokenChooser:
         self, input_ids: Tensor, logits: Tensor, active: list[bool], *, provisional: bool = False
     ) -> tuple[Tensor, list[bool]]:
         """(B, T) ids and (B, V) logits -> (B, T + 1) ids and which rows are unfinished."""
-        if provisional:  # copies go on, so that the caller's own objects are what is restored
-            self.provisional.append(BeforeToken(self.processor, self.criteria))
-            self.processor, self.criteria = snapshot(self.processor), snapshot(self.criteria)
+        if provisional:
+            self._begin_provisional()
         else:
             self.provisional = []
         return self.pick(input_ids, logits, self._process(input_ids, logits), active)
@@ -107,6 +106,23 @@ class TokenChooser:
             tokens = torch.where(running, tokens, self.pad_token)
         input_ids = torch.cat([input_ids, tokens], dim=1)
         return input_ids, self._unfinished(input_ids, active)
+
+    def propose(
+        self, input_ids: Tensor, tokens: Tensor, active: list[bool], vocabulary: int
+    ) -> Tensor | None:
+        """Append (B,) tokens that no logits chose, provisionally: (B, T + 1) ids. None where they would end a
+        row: only a model says so."""
+        self._begin_provisional()
+        if self.config.do_sample or self.scores is not None or self.logits is not None:
+            certain = torch.full((len(tokens), vocabulary), -torch.inf, device=tokens.device)
+            certain.scatter_(1, tokens[:, None], 0.0)
+            self.provisional[-1].scores = certain if self.config.do_sample else None
+            self._keep(certain, certain)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if self._unfinished(input_ids, active) == active:
+            return input_ids
+        self.take_back(input_ids, 1)
+        return None
 
     def take_back(self, input_ids: Tensor, count: int) -> Tensor:
         """Forget the newest `count` tokens, and that processors and criteria saw them."""
@@ -159,6 +175,12 @@ class TokenChooser:
             return sequences.clone()
         scores, logits = (tuple(map(torch.clone, kept or ())) or None for kept in (self.scores, self.logits))
         return kind(sequences=sequences.clone(), scores=scores, logits=logits, cache=cache)
+
+    def _begin_provisional(self) -> None:
+        """Note where the next token can be taken back to; copies go on, so that the caller's own objects are
+        what is restored."""
+        self.provisional.append(BeforeToken(self.processor, self.criteria))
+        self.processor, self.criteria = snapshot(self.processor), snapshot(self.criteria)
 
     def _judges_by_argmax(self) -> bool:
         """Whether drafts can be judged all at once, by the deep model's most probable tokens."""

@@ -24,6 +24,7 @@ class WaitingToken(NamedTuple):
     sure: list[bool]  # (B,)
     active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
+    proposed: bool = False  # whether a lookup says what follows, not the exit
 
     @property
     def predicted(self) -> Tensor:
@@ -43,13 +44,22 @@ class Verification(Protocol):
 
 
 class Drafting:
-    """Lossless: the tokens are drafts, to be accepted or rejected."""
+    """The tokens are drafts, to be accepted or rejected: by the deep model (lossless), or, if it
+    `trusts_exit`, by the exit where that was sure, so that only what a lookup proposed is in question."""
+
+    def __init__(self, *, trusts_exit: bool) -> None:
+        self.trusts_exit = trusts_exit
 
     def judge(
         self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
     ) -> None:
-        if exited:
-            result.drafts = Drafts(deep_logits[:, : len(exited)], [token.active for token in exited])
+        if not exited or (self.trusts_exit and not any(token.proposed for token in exited)):
+            return
+        logits = deep_logits[:, : len(exited)]
+        if self.trusts_exit:
+            said = [token.logits if token.sure[0] else logits[:, i] for i, token in enumerate(exited)]
+            logits = torch.stack([one for one in said if one is not None], dim=1)
+        result.drafts = Drafts(logits, [token.active for token in exited])
 
 
 class Rollback:
