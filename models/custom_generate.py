@@ -25,6 +25,7 @@ from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, 
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.generate_contract import Output, with_stop_strings
+from models.prompt_lookup import PromptLookup
 from models.stored_heads import load_exit_config, read_extra_weights
 
 READ_BY = {  # the options of each method
@@ -34,13 +35,14 @@ READ_BY = {  # the options of each method
         "confidence",
         "lossless",
         "max_pending_tokens",
+        "lookup_tokens",
         "copy_skipped",
         "rollback_threshold",
         "exit_adapter",
     },
     "calm": {"threshold", "confidence", "min_layer", "exit_layers"},
     "static": {"shallow_layer", "exit_adapter"},
-    "full": set[str](),
+    "full": {"lookup_tokens"},
 }
 CONFIDENCES = ("softmax", "meta")
 TOOLKIT_ONLY = (  # what the toolkit offers besides
@@ -71,6 +73,7 @@ class ExitOptions:
     confidence: str = "softmax"
     lossless: bool = False
     max_pending_tokens: int | None = None
+    lookup_tokens: int | None = None
     copy_skipped: bool = False
     rollback_threshold: float | None = None
     min_layer: int = 1
@@ -123,6 +126,7 @@ def generate(
         custom_generate=early_exit_decode,
         exit_policy=build_policy(exits, trained, model),
         decode_stats=stats,
+        lookup_ids=source_of(model, inputs, options),
         stopping_criteria=with_stop_strings(*stops),
         **options,
     )
@@ -130,6 +134,13 @@ def generate(
         names = ("tokens", "exit_share", "average_layers", "ideal_speedup", "exit_layers")
         decode_stats.update({name: getattr(stats, name) for name in names})
     return output
+
+
+def source_of(model: PreTrainedModel, inputs: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+    """What an encoder reads as ids (B, S), for lookups; None without an encoder."""
+    if not model.config.is_encoder_decoder:
+        return None
+    return options.get("input_ids") if inputs is None else inputs
 
 
 def refuse_not_served(model: PreTrainedModel, options: dict[str, Any]) -> None:
@@ -183,8 +194,9 @@ def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
 
 def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedModel) -> ExitPolicy:
     """The policy that the options ask for."""
+    lookup = None if options.lookup_tokens is None else PromptLookup(options.lookup_tokens)
     if options.method == "full":
-        return FullDepth()
+        return FullDepth(lookup)
     if options.method == "calm":
         measure = build_measure(options, model)
         limits = (options.min_layer, options.exit_layers)
@@ -203,6 +215,7 @@ def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedMod
         options.rollback_threshold,
         lossless=options.lossless,
         max_pending=options.max_pending_tokens,
+        lookup=lookup,
     )
 
 

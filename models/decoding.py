@@ -141,8 +141,7 @@ def early_exit_decode(
     """
     kept, cache = arguments_kept_by_generate(), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
-    view, policy = decoder_view or view_for(model), FullDepth() if exit_policy is None else exit_policy
-    check_policy(policy)
+    view, policy = decoder_view or view_for(model), checked(exit_policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
@@ -151,17 +150,23 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config), policy)
-        decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids)
-        decoding.lookup_ids = text_of_lookup(policy, view, lookup_ids)
-        input_ids = decoding.run()
-    wanted = generation_config.use_cache and (generation_config.return_dict_in_generate or is_given(cache))
-    delivered = view.deliver_cache(state, cache) if wanted else None
+        input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids).run()
+    delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
     return chooser.output(output_class(model.config), input_ids, delivered)
 
 
-def is_given(cache: Cache | None) -> bool:
-    """Whether the caller of `generate` passed the cache, or `generate` made it."""
-    return getattr(cache, "_is_user_defined", False)
+def checked(policy: ExitPolicy | None) -> ExitPolicy:
+    """The policy of a call, full depth by default; UserError for what is none."""
+    if policy is None:
+        return FullDepth()
+    check_policy(policy)
+    return policy
+
+
+def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
+    """Whether the caller of `generate` asked for a cache or passed one: `generate` makes one, too."""
+    given = getattr(cache, "_is_user_defined", False)
+    return config.use_cache and (config.return_dict_in_generate or given)
 
 
 def text_of_lookup(policy: ExitPolicy, view: DecoderView, given: Tensor | None) -> Tensor | None:
@@ -233,6 +238,7 @@ class Decoding:
         stream: TokenStream,
         stats: DecodeStats,
         input_ids: Tensor,
+        lookup_ids: Tensor | None = None,
     ) -> None:
         self.view = view
         self.state = state
@@ -247,7 +253,7 @@ class Decoding:
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
         self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
         self.proposer: Any = policy if getattr(policy, "lookup", None) is not None else None
-        self.lookup_ids: Tensor | None = None  # (B, S) text that a lookup reads before the ids
+        self.lookup_ids = text_of_lookup(policy, view, lookup_ids)  # (B, S) before the ids
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
@@ -274,13 +280,14 @@ class Decoding:
     def propose(self) -> Tensor:
         """Append what the policy's lookup finds as drafts of the exit: (B, m) ids, m = 0 for nothing."""
         length, before = self.input_ids.shape[1], [] if self.lookup_ids is None else [self.lookup_ids]
+        layer = self.proposer.exit_layer or self.view.num_layers
         found = self.proposer.propose(self.state, torch.cat([*before, self.input_ids], dim=1))
         for tokens in found.unbind(dim=1):
             extended = self.chooser.propose(self.input_ids, tokens, self.active, vocabulary_of(self.view))
             if extended is None:
                 break
             self.input_ids = extended
-            self.stats.record_token([self.proposer.exit_layer] * len(tokens), self.active)
+            self.stats.record_token([layer] * len(tokens), self.active)
             self.stream.show(extended, deep_pass=False)
         self.stats.proposed_tokens += self.input_ids.shape[1] - length
         return self.input_ids[:, length:]

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from models.checks import as_count, as_layers, as_object
+from models.choices import EXACT_PRECISIONS
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
+from models.prompt_lookup import PromptLookup, check_lookup
 from models.threshold import Threshold, as_threshold
 
 
@@ -82,12 +84,32 @@ class SequencePolicy:
 
 
 class FullDepth(SequencePolicy):
-    """Every token runs all layers: the model as it is."""
+    """Every token runs all layers: the model as it is. A `lookup` proposes tokens that the text has had
+    before, one sequence at a time, and the next step verifies them in parallel: the output stays the same."""
+
+    def __init__(self, lookup: PromptLookup | None = None) -> None:
+        self.lookup = lookup
+        self.retracts = lookup is not None
+
+    def begin(self, view: DecoderView, batch_size: int) -> None:
+        if self.lookup is not None:
+            check_lookup("FullDepth", batch_size)
+            check_windows("FullDepth with a lookup", view)
+
+    def propose(self, state: DecoderState, text: Tensor) -> Tensor:
+        """What the lookup finds to follow (B, T) ids: (B, m) ids, m = 0 for nothing."""
+        return text[:, :0] if self.lookup is None else self.lookup.propose(text, self.lookup.tokens)
 
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        return static_step(view, state, token_ids, view.num_layers)
+        layers, proposed = view.num_layers, token_ids.shape[1] - 1
+        logits = view.predict(view.run_layers(state, view.embed(state, token_ids), 0, layers), layers)
+        result = StepResult(logits[:, -1], [layers] * len(active), layers, layers * (1 + proposed))
+        result.deep_pass = self.retracts
+        if proposed:
+            result.drafts = Drafts(logits[:, :-1], [active] * proposed)
+        return result
 
 
 class StaticExit(SequencePolicy):
@@ -228,3 +250,12 @@ def check_policy(policy: Any) -> None:
 def check_layer(name: str, layer: int, num_layers: int) -> None:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{name} must lie in 1..{num_layers}, got {layer}.")
+
+
+def check_windows(name: str, view: DecoderView) -> None:
+    """Raise UserError where what is verified in a window may differ from what is decoded alone."""
+    if view.mixes_windows:
+        raise UserError(
+            f"{name} needs tokens that do not depend on their window: prepare the model with another "
+            f"precision: {', '.join(EXACT_PRECISIONS)}."
+        )

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from models.checks import as_count, as_number, as_object
-from models.choices import EXACT_PRECISIONS
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import StepResult, check_layer, choose_rows, layers_run, run_undecided
+from models.exit_policy import StepResult, check_layer, check_windows, choose_rows, layers_run, run_undecided
 from models.host import argmax
-from models.prompt_lookup import PromptLookup
+from models.prompt_lookup import PromptLookup, check_lookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
@@ -100,11 +99,8 @@ class Free:
         return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        if self.drafts and view.mixes_windows:
-            raise UserError(
-                "Free: lossless needs tokens that do not depend on their window: prepare the model with "
-                f"another precision: {', '.join(EXACT_PRECISIONS)}."
-            )
+        if self.drafts:
+            check_windows("Free: lossless", view)
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers - 1)
         adapter = view.exit_adapter
         if adapter is not None and adapter.layer != self.shallow_layer:
@@ -114,10 +110,8 @@ class Free:
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
             raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
-        if self.lookup is not None and batch_size > 1:
-            raise UserError(
-                "Free with a lookup decodes one sequence at a time: each row has a text of its own."
-            )
+        if self.lookup is not None:
+            check_lookup("Free", batch_size)
         self.threshold.start_sequence()
 
     def propose(self, state: DecoderState, text: Tensor) -> Tensor:

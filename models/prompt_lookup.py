@@ -50,3 +50,9 @@ class PromptLookup:
             if len(places):
                 return int(places[-1]) + length
         return None
+
+
+def check_lookup(name: str, batch_size: int) -> None:
+    """Raise UserError where policy `name` cannot decode a batch of that size with a lookup."""
+    if batch_size > 1:
+        raise UserError(f"{name} with a lookup decodes one sequence at a time: each row has its own text.")

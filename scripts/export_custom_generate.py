@@ -87,6 +87,7 @@ MEANINGS = {
     "confidence": "free, calm: `softmax`, or `meta` (a trained head)",
     "lossless": "free: verify shallow tokens, so that the output is full depth's",
     "max_pending_tokens": "free: run the deep layers once this many tokens wait",
+    "lookup_tokens": "free, full: propose so many tokens that followed earlier in the text, and verify them",
     "copy_skipped": "free: copy states to skipped layers instead of catching up",
     "rollback_threshold": "free: take back tokens whose cross-entropy under the deep model exceeds it",
     "min_layer": "calm: no exit before this layer",

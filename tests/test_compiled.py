@@ -21,6 +21,7 @@ from models import (
     Free,
     FullDepth,
     LoadedModel,
+    PromptLookup,
     SoftmaxGap,
     StaticExit,
     UserError,
@@ -112,6 +113,17 @@ def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
         for policy in (FullDepth(), StaticExit(1)):
             assert torch.equal(decode(model, policy, inputs, view)[0], decode(model, policy, inputs)[0])
     assert compiler.graphs == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DAILY)
+def test_lookups_change_no_token(family):
+    model, inputs, lookup = tiny_model(family, num_layers=2), padded_inputs(1), PromptLookup(5, shortest=1)
+    view = CompiledView(view_for(model), Compiler())
+    expected, _ = decode(model, FullDepth(), inputs)
+    for policy in (FullDepth(lookup), Free(1, SoftmaxGap(), 0.1, lossless=True, lookup=lookup)):
+        tokens, stats = decode(model, policy, inputs, view, lookup_ids=expected)
+        assert torch.equal(tokens, expected) and stats.deep_passes < stats.tokens
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from models import (
     FixedThreshold,
     Free,
     FullDepth,
+    PromptLookup,
     SoftmaxGap,
     UserError,
     prepare,
@@ -71,11 +72,15 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
     threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
     layer=st.integers(1, 5),
     max_pending=st.sampled_from([None, 1, 3, 6]),
+    tokens=st.sampled_from([None, 2, 6]),
     precision=st.sampled_from(["w8", "int8"]),
 )
-def test_lossless_in_8_bits_is_full_depth_in_8_bits(seed, batch, threshold, layer, max_pending, precision):
-    model, inputs = eight_bits(precision), padded_inputs(batch, seed=seed)
-    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
+def test_lossless_in_8_bits_is_full_depth_in_8_bits(
+    seed, batch, threshold, layer, max_pending, tokens, precision
+):
+    model, inputs = eight_bits(precision), padded_inputs(1 if tokens else batch, seed=seed)
+    options = {"lookup": PromptLookup(tokens, shortest=1) if tokens else None, "max_pending": max_pending}
+    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, **options)
     options = {"max_length": 24, **MANY_ENDS}
     expected = decode(model, inputs, FullDepth(), **options)
     assert torch.equal(decode(model, inputs, policy, **options), expected)

@@ -14,7 +14,17 @@ from pairs import covering, slow_but, thin
 from tiny_causal import CAUSAL_FAMILIES, CAUSAL_SHAPES, LAYERS, greedy_causal, prompts, tiny_causal
 from transformers import DynamicCache
 
-from models import DecodeStats, FixedThreshold, Free, FullDepth, SoftmaxGap, StaticExit, UserError, prepare
+from models import (
+    DecodeStats,
+    FixedThreshold,
+    Free,
+    FullDepth,
+    PromptLookup,
+    SoftmaxGap,
+    StaticExit,
+    UserError,
+    prepare,
+)
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import default_cache_dir
 from models.backends.onnx.windows import Tables
@@ -101,11 +111,13 @@ def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, preci
     threshold=st.sampled_from([-1.0, 0.02, 0.1, 0.5]),
     layer=st.integers(1, 5),
     max_pending=st.sampled_from([None, 1, 3, 6]),
+    tokens=st.sampled_from([None, 2, 6]),
     precision=st.sampled_from(EXACT_PRECISIONS),
 )
-def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, precision):
-    model, inputs = on_onnx("llama-tied", precision), prompts(batch, seed=seed)
-    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, max_pending=max_pending)
+def test_lossless_is_full_depth(seed, batch, threshold, layer, max_pending, tokens, precision):
+    model, inputs = on_onnx("llama-tied", precision), prompts(1 if tokens else batch, seed=seed)
+    options = {"lookup": PromptLookup(tokens, shortest=1) if tokens else None, "max_pending": max_pending}
+    policy = Free(layer, SoftmaxGap(), FixedThreshold(threshold), lossless=True, **options)
     options = {"max_new_tokens": 20, "eos_token_id": [1, 7, 11, 30]}
     expected = decode(model, inputs, FullDepth(), **options)
     assert torch.equal(decode(model, inputs, policy, **options), expected)

@@ -271,8 +271,13 @@ class Arguments:
             "--auto_exit decodes one sequence at a time: add --per_device_eval_batch_size 1.",
         )
         require(
-            self.data.num_beams == 1 or not exits.methods,
-            f"{' '.join(exits.methods)} decodes greedily: leave --num_beams at 1.",
+            exits.lookup_tokens is None or not evaluates or training.per_device_eval_batch_size == 1,
+            "--lookup_tokens decodes one sequence at a time: add --per_device_eval_batch_size 1.",
+        )
+        greedy = [*exits.methods, *(["--lookup_tokens"] if exits.lookup_tokens else [])]
+        require(
+            self.data.num_beams == 1 or not greedy,
+            f"{' '.join(greedy)} decodes greedily: leave --num_beams at 1.",
         )
         require(
             self.data.baseline_predictions is None or not (training.do_eval and training.do_predict),

@@ -96,6 +96,11 @@ class ExitArguments:
     max_pending_tokens: int | None = flag(
         None, "FREE: run the deep layers once this many tokens wait.", method=FREE
     )
+    lookup_tokens: int | None = flag(
+        None,
+        "FREE, full depth: propose up to so many tokens that followed the newest ones earlier in the text, "
+        "for the parallel pass to verify; outputs stay the same.",
+    )
     auto_exit: bool = flag(
         False,
         "FREE: choose threshold and cap from the first requests, and follow what later ones accept.",
@@ -133,6 +138,7 @@ class ExitArguments:
         for name in ("static_exit_layer", "shallow_exit_layer", "exit_min_layer", "exit_position_temp"):
             require_positive(name, getattr(self, name))
         require_positive("max_pending_tokens", self.max_pending_tokens)
+        require_positive("lookup_tokens", self.lookup_tokens)
         require_not_negative("rollback_conf_threshold", self.rollback_conf_threshold)
         refuse_idle_flags(self)
         for name in ("conf_shortlist", "adapt_threshold_file", "calibrated_threshold_file"):
@@ -194,9 +200,16 @@ class ExitArguments:
         }
         found = [name for name, given in contradictions.items() if given]
         require(not (self.lossless and found), f"--lossless contradicts {' and '.join(found)}.")
+        looks_up = self.lookup_tokens is not None
+        require(
+            not looks_up or self.method in (None, FREE),
+            f"--lookup_tokens needs the parallel pass of FREE, or full depth: leave out {self.methods}.",
+        )
+        require(not (looks_up and found), f"--lookup_tokens contradicts {' and '.join(found)}.")
         settled = contradictions | {
             "--use_adapt_threshold": self.use_adapt_threshold,
             "--max_pending_tokens": self.max_pending_tokens is not None,
+            "--lookup_tokens": looks_up,
             "--shallow2deep_conf_threshold": self.shallow2deep_conf_threshold
             != ExitArguments.shallow2deep_conf_threshold,
             "--calibrated_threshold_file": self.calibrated_threshold_file is not None,

@@ -20,6 +20,7 @@ from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
+from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.arguments import DataArguments
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
@@ -65,6 +66,7 @@ def require_exits(name: str, layers: Iterable[int | None], num_layers: int) -> N
 
 def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> ExitPolicy:
     """The policy that resolved flags ask for; `max_length` is the N of CALM's decaying threshold."""
+    lookup = None if flags.lookup_tokens is None else PromptLookup(flags.lookup_tokens)
     if flags.static_exit_layer is not None:
         return StaticExit(flags.static_exit_layer)
     if flags.use_early_exit:
@@ -88,8 +90,9 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
             flags.parallel_causal_mask,
             flags.lossless,
             flags.max_pending_tokens,
+            lookup,
         )
-    return FullDepth()
+    return FullDepth(lookup)
 
 
 def threshold_flag(flags: ExitArguments) -> str:

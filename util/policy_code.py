@@ -15,7 +15,9 @@ NAMES = (  # those of `models` that expressions may use
     "Calm",
     "DecayingThreshold",
     "Free",
+    "FullDepth",
     "MetaClassifier",
+    "PromptLookup",
     "SoftmaxGap",
     "StaticExit",
 )
@@ -63,7 +65,7 @@ def policy_call(flags: ExitArguments, max_length: int) -> str:
         return calm_call(flags, max_length)
     if flags.use_shallow_deep:
         return free_call(flags)
-    return ""
+    return "" if flags.lookup_tokens is None else f"FullDepth({lookup_call(flags.lookup_tokens)})"
 
 
 def calm_call(flags: ExitArguments, max_length: int) -> str:
@@ -89,7 +91,14 @@ def free_call(flags: ExitArguments) -> str:
         "lossless": True if flags.lossless else None,
         "max_pending": flags.max_pending_tokens,
     }
-    return call("Free", [str(layer), measure, threshold], options)
+    expression = call("Free", [str(layer), measure, threshold], options)
+    if flags.lookup_tokens is None:
+        return expression
+    return f"{expression[:-1]}, lookup={lookup_call(flags.lookup_tokens)})"
+
+
+def lookup_call(tokens: int) -> str:
+    return f"PromptLookup({tokens})"
 
 
 def call(name: str, values: list[str], options: dict[str, Any]) -> str:

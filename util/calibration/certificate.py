@@ -116,6 +116,8 @@ def decoding_settings(
         settings["doc_stride"] = data.doc_stride
     if flags.max_pending_tokens is not None:  # rows of a batch share their deep passes
         settings["batch_size"] = batch_size
+        if flags.lookup_tokens is not None:  # proposals fill the window, too
+            settings["lookup_tokens"] = flags.lookup_tokens
     return settings
 
 
