@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from models.errors import one_line_errors
 from models.exit_policy import Calm, FullDepth, StaticExit
 from models.free import Free
 from models.loading import LoadedModel
+from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.arguments import LIMITS, OF_RUN, DataArguments, require_split
 from util.backend import limit_threads
@@ -68,6 +70,7 @@ from util.methods import (
     FREE_SHORTLIST,
     HF_GENERATE,
     STATIC,
+    with_lookup,
 )
 from util.pieces import readable
 from util.policies import build_measure, require_exits
@@ -185,7 +188,9 @@ def describe_methods(
     flags: SweepArguments, checkpoint: str, loaded: LoadedModel, checkpoints: dict[str, LoadedModel]
 ) -> Iterator[MethodRow]:
     """Every method with every parameter on one checkpoint."""
-    yield BASELINE, BASELINE, FullDepth(), {}
+    for tokens, lookup in lookups_of(flags):
+        name = with_lookup(BASELINE, tokens)
+        yield name, name, FullDepth(lookup), {}
     on_calm = checkpoint == "calm"
     methods = (on_calm and flags.calm_methods) or flags.methods
     if HF_GENERATE in methods:
@@ -232,8 +237,8 @@ def free_policies(
     """Method, threshold (or zeta) and policy of each variant."""
     gap = SoftmaxGap()
     if FREE in flags.methods:
-        for value in flags.free_thresholds:
-            yield FREE, value, Free(layer, gap, FixedThreshold(value))
+        for value, (tokens, lookup) in product(flags.free_thresholds, lookups_of(flags)):
+            yield with_lookup(FREE, tokens), value, Free(layer, gap, FixedThreshold(value), lookup=lookup)
     if FREE_SHORTLIST in flags.methods and flags.conf_shortlist is not None:
         shortlist = build_measure("", "softmax", flags.conf_shortlist, loaded)
         for value in flags.free_thresholds:
@@ -242,9 +247,15 @@ def free_policies(
         for zeta in flags.adapt_zetas:
             yield FREE_ADAPTIVE, zeta, Free(layer, gap, AdaptiveThreshold(0.5, zeta))
     if FREE_LOSSLESS in flags.methods:
-        for value in flags.lossless_thresholds:
+        for value, (tokens, lookup) in product(flags.lossless_thresholds, lookups_of(flags)):
             threshold, cap = FixedThreshold(value), flags.max_pending_tokens
-            yield FREE_LOSSLESS, value, Free(layer, gap, threshold, lossless=True, max_pending=cap)
+            policy = Free(layer, gap, threshold, lossless=True, max_pending=cap, lookup=lookup)
+            yield with_lookup(FREE_LOSSLESS, tokens), value, policy
+
+
+def lookups_of(flags: SweepArguments) -> list[tuple[int | None, PromptLookup | None]]:
+    """None first, and then each with how many tokens it proposes."""
+    return [(None, None), *((tokens, PromptLookup(tokens)) for tokens in flags.lookup_tokens)]
 
 
 def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]) -> None:

@@ -141,6 +141,7 @@ def test_the_flag_makes_one_of_the_checkpoints_exit():
     [
         ("use_adapt_threshold", True),
         ("max_pending_tokens", 3),
+        ("lookup_tokens", 3),
         ("shallow2deep_conf_threshold", 0.77),
         ("copy_skipped_hidden_states", True),
         ("rollback_conf_threshold", 1.0),

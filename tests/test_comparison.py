@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,27 @@ def test_sweep_writes_figures_records_and_traces(swept):
         assert trace["exit_layers"] != free[trace["row"]]["exit_layers"]
 
 
+def test_sweep_compares_lookups(tmp_path):
+    flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "4", "--lookup_tokens", "3", "6"]
+    flags += [
+        "--methods",
+        "FREE",
+        "FREE lossless",
+        "--free_thresholds",
+        "0.4",
+        "--lossless_thresholds",
+        "0.3",
+    ]
+    run_script(sweep, tmp_path, *flags)
+    settings = {"Full depth": "", "FREE": " 0.4", "FREE lossless": " 0.3"}
+    records = read_records(tmp_path)
+    assert len(records) == 4 * 3 * 3
+    for method, value in settings.items():
+        for row, tokens in itertools.product(range(4), (3, 6)):
+            looking = records[f"{method}, lookup {tokens}{value}", row]
+            assert looking["prediction"] == records[method + value, row]["prediction"]
+
+
 @pytest.mark.slow
 def test_interrupted_sweep_goes_on_where_it_stopped(swept, tmp_path):
     lines = (swept / "records.jsonl").read_text().splitlines(keepends=True)
@@ -228,6 +250,14 @@ def test_output_dir_that_is_a_file_is_refused():
         (
             ["--free", "checkpoints/debian-t5-free", "--num_samples", "2", "--shallow_layers", "12"],
             "--shallow_layers must lie in 1..7",
+        ),
+        (
+            ["--free", "checkpoints/debian-t5-free", "--lookup_tokens", "4", "--batch_sizes", "2"],
+            "--lookup_tokens decodes one sequence at a time",
+        ),
+        (
+            ["--free", "checkpoints/debian-t5-free", "--lookup_tokens", "0"],
+            "--lookup_tokens must be positive",
         ),
         (["--free", "checkpoints/debian-t5-free", "--free_thresholds", "1.5"], "free_thresholds must lie"),
     ],

@@ -139,6 +139,10 @@ def make_jobs(path):
     jobs["adapter", "softmax"] = ("llama-tied", prompts(2), adapter)
     jobs["adapter", "none"] = ("llama-tied", prompts(2), given["free"])  # after that
     jobs["own", "free"] = ("own", prompts(2), given["free"])
+    for family in ("t5-tied", "llama-tied"):
+        for how in EXACT:
+            looking = EXACT[how] | {"lookup_tokens": 4}
+            jobs[family, f"{how}, looking up"] = (family, random_inputs(family, batch=1), looking)
     jobs |= {("wrong", name): ("t5-tied", padded_inputs(), keywords) for name, (keywords, _) in WRONG.items()}
     return jobs
 
@@ -200,6 +204,13 @@ def test_every_family_decodes_as_here(outputs, family):
         assert outputs[family, method]["tokens"] == decode_here(model, inputs, policy()), method
     full = decode_here(model, inputs, None)  # which tests over families compare with Hugging Face's
     assert outputs[family, "lossless"]["tokens"] == outputs[family, "full"]["tokens"] == full
+
+
+@pytest.mark.parametrize("family", ["t5-tied", "llama-tied"])
+def test_lookups_change_nothing(outputs, family):
+    full = decode_here(random_model(family), random_inputs(family, batch=1), None)
+    for how in EXACT:
+        assert outputs[family, f"{how}, looking up"]["tokens"] == full
 
 
 def test_heads_come_along(outputs):

@@ -80,6 +80,7 @@ FREE_OF_METHOD = {
     "use_early_exit",
     "use_shallow_deep",
     "shallow_exit_layer",  # training reads it
+    "lookup_tokens",  # full depth reads it, too
 }
 
 

@@ -21,6 +21,7 @@ from tiny_runs import (
 from transformers import PLBartConfig, PLBartForConditionalGeneration
 
 import run
+from models import PromptLookup
 
 BAD_FLAGS = {
     "nothing to do": ({"do_eval": False}, "--do_train"),
@@ -53,6 +54,17 @@ BAD_FLAGS = {
         "--rollback_conf_threshold",
     ),
     "no keys for skipped tokens": (FREE | {"parallel_gen_token": False}, "--copy_skipped_hidden_states"),
+    "lookups with a batch": ({"lookup_tokens": 4}, "--lookup_tokens decodes one sequence at a time"),
+    "lookups without a pass": (
+        FREE | {"lookup_tokens": 4, "copy_skipped_hidden_states": True, "per_device_eval_batch_size": 1},
+        "--lookup_tokens contradicts --copy_skipped_hidden_states",
+    ),
+    "lookups of another method": ({"static_exit_layer": 3, "lookup_tokens": 4}, "--lookup_tokens needs"),
+    "lookups of nothing": ({"lookup_tokens": 0}, "--lookup_tokens must be positive"),
+    "lookups with beams": (
+        {"lookup_tokens": 4, "num_beams": 2, "per_device_eval_batch_size": 1},
+        "--lookup_tokens decodes greedily",
+    ),
     "beams": (FREE | {"num_beams": 4}, "--num_beams"),
     "unknown flag": ({"shalow_exit_layer": 2}, "did you mean --shallow_exit_layer?"),
     "unknown choice": ({"intermediate_loss_fn": "kd"}, "intermediate_loss_fn"),
@@ -173,6 +185,24 @@ def test_evaluation_of_every_method(base, name):
         assert results["average_layers"] == pytest.approx(by_hand)
     assert name not in ("full", "static") or {layer for row in depths for layer in row} == {DEPTHS[name]}
     assert results_of(flags, "predict")["samples"] == 12
+
+
+@pytest.mark.parametrize("name", ["full", "free", "lossless"])
+def test_lookups_change_no_prediction(base, tmp_path, monkeypatch, name):
+    method = METHODS | {"lossless": FREE | {"lossless": True, "shallow2deep_conf_threshold": 0.3}}
+    asked, propose = [], PromptLookup.propose
+    monkeypatch.setattr(PromptLookup, "propose", lambda *given: asked.append(given) or propose(*given))
+    told = []
+    for lookup in ({}, {"lookup_tokens": 4}):
+        assert not asked
+        folder = tmp_path / f"lookups{len(lookup)}"
+        flags = base | method[name] | lookup
+        flags |= {"do_eval": True, "per_device_eval_batch_size": 1, "output_dir": str(folder)}
+        run.main(as_argv(flags))
+        told.append([json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()])
+    plain, looking = told
+    assert [row["prediction"] for row in plain] == [row["prediction"] for row in looking]
+    assert len(asked) >= len(looking) == 12
 
 
 def test_adaptive_threshold_is_carried_over(base, capsys):

@@ -217,6 +217,8 @@ EVALUATED = [
     SHALLOW | {"rollback_conf_threshold": 2.0, "parallel_causal_mask": False},
     SHALLOW | {"copy_skipped_hidden_states": True, "parallel_gen_token": False},
     SHALLOW | {"use_adapt_threshold": True, "adapt_zeta": 0.8},
+    SHALLOW | {"lossless": True, "lookup_tokens": 6},
+    {"lookup_tokens": 4},
     {"use_shallow_deep": True, "shallow_exit_layer": 2, "auto_exit": True},
     {"use_shallow_deep": True, "shallow_exit_layer": 2, "auto_exit": True, "lossless": True},
 ]

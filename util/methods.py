@@ -10,4 +10,11 @@ FREE_ADAPTIVE = "FREE adaptive"
 FREE_LOSSLESS = "FREE lossless"
 FREE_SHORTLIST = "FREE shortlist"
 CALM = "CALM"
+
+
+def with_lookup(method: str, tokens: int | None) -> str:
+    """The name of a method where lookups propose `tokens`; None: where there are none."""
+    return method if tokens is None else f"{method}, lookup {tokens}"
+
+
 SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)

@@ -68,6 +68,9 @@ class SweepArguments(PresetArgument):
     max_pending_tokens: int | None = flag(
         None, "FREE, lossless: run the deep layers once this many tokens wait.", method=FREE_LOSSLESS
     )
+    lookup_tokens: list[int] = list_flag(
+        [], f"Full depth, {FREE} and {FREE_LOSSLESS} also with lookups that propose so many tokens."
+    )
     adapt_zetas: list[float] = list_flag(
         [0.4, 0.6, 0.8, 0.9], "Zetas of the adaptive threshold.", method=FREE_ADAPTIVE
     )
@@ -107,6 +110,11 @@ class SweepArguments(PresetArgument):
         for name in ("free_thresholds", "lossless_thresholds", "adapt_zetas", "calm_thresholds"):
             for value in getattr(self, name):
                 require_unit_interval(name, value)
+        require(min(self.lookup_tokens, default=1) > 0, "--lookup_tokens must be positive.")
+        require(
+            not self.lookup_tokens or self.batch_sizes == [1],
+            "--lookup_tokens decodes one sequence at a time: leave --batch_sizes at 1.",
+        )
         require_positive("num_samples", self.num_samples)
         require(bool(self.batch_sizes) and min(self.batch_sizes) > 0, "--batch_sizes must be positive.")
         largest = max(self.batch_sizes)

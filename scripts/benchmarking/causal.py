@@ -3,6 +3,7 @@ faster at the same output."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,16 @@ from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.json_files import read_mapping
 from models.loading import LoadedModel
+from models.prompt_lookup import PromptLookup
 from scripts.benchmarking import llamacpp
 from util.evaluation.timing_doubts import doubt_speedup
-from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
+from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.progress import track
 from util.timing import Stopwatch
 
 WARM_UP_TOKENS = 4
-PROMPT_LOOKUP_TOKENS = 10  # that a lookup proposes
+PROMPT_LOOKUP_TOKENS = 10  # that Hugging Face's lookup proposes
+LOOKUP_TOKENS = 6  # that ours do
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def our_contestants(loaded: LoadedModel, layer: int, threshold: float) -> list[C
         f"{FREE} {threshold}": Free(layer, gap, threshold),
     }
     if loaded.precision in EXACT_PRECISIONS:
+        policies[with_lookup(BASELINE, LOOKUP_TOKENS)] = FullDepth(PromptLookup(LOOKUP_TOKENS))
         policies[f"{FREE_LOSSLESS} {threshold}"] = Free(layer, gap, threshold, lossless=True)
     return [Contestant(name, BASELINE, ours(loaded, policy)) for name, policy in policies.items()]
 
@@ -77,7 +81,8 @@ class TaughtExit:
 
 
 def read_settings(path: Path) -> dict[str, Free]:
-    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own.
+    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own, and lossless also with
+    lookups.
 
     Raises:
         UserError: the file is another.
@@ -86,24 +91,24 @@ def read_settings(path: Path) -> dict[str, Free]:
     needed = {"layer", "threshold", "lossless", "max_pending"}
     if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= {*row} for row in rows):
         raise UserError(f"--exit_adapter_path: {path} is not what scripts/train_exit.py writes.")
-    return {
-        FREE_LOSSLESS if row["lossless"] else FREE: Free(
-            row["layer"],
-            SoftmaxGap(),
-            row["threshold"],
-            lossless=row["lossless"],
-            max_pending=row["max_pending"],
-        )
-        for row in rows
-    }
+    policies = {}
+    for row in rows:
+        options = {"lossless": row["lossless"], "max_pending": row["max_pending"]}
+        free = functools.partial(Free, row["layer"], SoftmaxGap(), row["threshold"], **options)
+        method = FREE_LOSSLESS if row["lossless"] else FREE
+        policies[method] = free()
+        if row["lossless"]:
+            policies[with_lookup(method, LOOKUP_TOKENS)] = free(lookup=PromptLookup(LOOKUP_TOKENS))
+    return policies
 
 
 def taught_contestants(taught: TaughtExit) -> list[Contestant]:
     """Its methods, lossless only where the precision allows it."""
+    exact = taught.fast.precision in EXACT_PRECISIONS
     return [
         Contestant(f"{method}, taught exit {policy.shallow_layer}", BASELINE, ours(taught.fast, policy))
         for method, policy in taught.policies.items()
-        if not policy.drafts or taught.fast.precision in EXACT_PRECISIONS
+        if exact or not policy.drafts
     ]
 
 
@@ -197,6 +202,7 @@ def describe(contestant: Contestant, full: Contestant, plain: Contestant) -> dic
         measured = row["over_full_depth"]
         row["ideal_speedup"] = ideal
         row["timing_doubt"] = doubt_speedup(measured, [measured], max(ideal, 1.0))
+        row["proposed_share"] = sum(one.proposed_tokens for one in stats) / tokens
         row["average_layers"] = sum(one.layer_tokens for one in stats) / tokens
         row["exit_share"] = sum(one.exit_share * one.tokens for one in stats) / tokens
     return row

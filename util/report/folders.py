@@ -17,7 +17,7 @@ from models.errors import UserError
 from models.json_files import check_fields, fits, read_mapping
 from util.evaluation.records import SETTING_COLUMNS, Record, Trace, read_records
 from util.files import read_json_lines
-from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC
+from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.report.results import JudgeScores, Results, ResultSet, SettingResults
 from util.tasks import TASKS
 
@@ -246,13 +246,13 @@ def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
     """The method that the flags of a run switch on."""
     if "average_layers" not in figures:
         return HF_GENERATE
-    if arguments.get("use_shallow_deep"):
-        if arguments.get("lossless"):
-            return FREE_LOSSLESS
-        return FREE_ADAPTIVE if arguments.get("use_adapt_threshold") else FREE
     if arguments.get("use_early_exit"):
         return CALM
-    return STATIC if arguments.get("static_exit_layer") else BASELINE
+    method = STATIC if arguments.get("static_exit_layer") else BASELINE
+    if arguments.get("use_shallow_deep"):
+        method = FREE_ADAPTIVE if arguments.get("use_adapt_threshold") else FREE
+        method = FREE_LOSSLESS if arguments.get("lossless") else method
+    return with_lookup(method, arguments.get("lookup_tokens"))
 
 
 def count_layers(records: list[Record], batch_size: int) -> int | None:
