@@ -128,7 +128,7 @@ def early_exit_decode(
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
-        lookup_ids: (B, S) further text for a policy's lookup: an encoder's source, which it needs.
+        lookup_ids: (1, S) further text for a policy's lookup: an encoder's source, which it needs.
         streamer: gets tokens that can no longer be taken back; a `token_choice.DraftStreamer` drafts, too.
         model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
             back with those that every layer has keys/values for: after early exits, not all.
@@ -170,12 +170,16 @@ def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
 
 
 def text_of_lookup(policy: ExitPolicy, view: DecoderView, given: Tensor | None) -> Tensor | None:
-    """Ids (B, S) that a policy's lookup reads before prompt and output; UserError where they are missing."""
+    """Ids (1, S) that a policy's lookup reads before prompt and output; UserError where they are missing."""
     if getattr(policy, "lookup", None) is None:
         return None
     if given is None and view.model.config.is_encoder_decoder:
         raise UserError("A lookup reads what the encoder reads: give lookup_ids=, the source's token ids.")
-    if given is not None and int(given.max()) >= vocabulary_of(view):
+    if given is None:
+        return None
+    if given.dim() != 2 or len(given) != 1 or not given.numel():
+        raise UserError(f"lookup_ids must be the (1, S) token ids of a text, got shape {(*given.shape,)}.")
+    if int(given.max()) >= vocabulary_of(view):
         raise UserError("lookup_ids are of another vocabulary than the decoder's: leave the lookup out.")
     return given
 
@@ -253,7 +257,8 @@ class Decoding:
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
         self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
         self.proposer: Any = policy if getattr(policy, "lookup", None) is not None else None
-        self.lookup_ids = text_of_lookup(policy, view, lookup_ids)  # (B, S) before the ids
+        text = text_of_lookup(policy, view, lookup_ids)
+        self.lookup_ids = None if text is None else text.to(input_ids.device)  # (1, S) before the ids
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""

@@ -249,6 +249,8 @@ def test_what_cannot_be_looked_up_is_refused():
             (2, padded_inputs(2)["input_ids"], "one sequence at a time"),
             (1, None, "give lookup_ids="),
             (1, torch.full((1, 3), VOCABULARY), "another vocabulary"),
+            (1, torch.zeros(3, dtype=torch.long), r"got shape \(3,\)"),
+            (1, torch.zeros(2, 3, dtype=torch.long), r"got shape \(2, 3\)"),
         ):
             with pytest.raises(UserError, match=match):
                 decode(model, padded_inputs(batch), policy, lookup_ids=text)
