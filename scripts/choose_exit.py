@@ -34,7 +34,7 @@ from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import FixedThreshold
-from util.arguments import LIMITS, OF_RUN, DataArguments, require_split
+from util.arguments import DataArguments, refuse_flags_of_run, require_split
 from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
@@ -43,7 +43,7 @@ from util.evaluation.cost_model import CostModel, Prediction, predict_free, reco
 from util.evaluation.records import EvaluationSettings
 from util.evaluation.timing_doubts import doubt_prediction, untrusted_timing
 from util.files import locked_output_dir, write_json
-from util.flags import parse_groups, refuse_unread_flags, require
+from util.flags import parse_groups, require
 from util.methods import BASELINE, FREE
 from util.policies import require_exits
 from util.progress import track
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         flags, data, backend = parse_groups(
             (ChooserArguments, DataArguments, BackendArguments), __doc__, argv
         )
-        refuse_unread_flags(data, OF_RUN | dict.fromkeys(LIMITS, "use --num_samples"))
+        refuse_flags_of_run(data, limits="use --num_samples")
         with locked_output_dir(Path(flags.output_dir)):
             choose(flags, data, backend)
 

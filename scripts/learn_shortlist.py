@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import LIMITS, OF_RUN, DataArguments
+from util.arguments import DataArguments, refuse_flags_of_run
 from util.flag_help import answer_help
 from util.script_arguments import ShortlistArguments
 
@@ -34,7 +34,7 @@ from models.trace import trace_layers
 from util.console import prepare_console
 from util.data.encoding import encoder_for
 from util.files import locked_output_file, write_json
-from util.flags import parse_groups, refuse_unread_flags
+from util.flags import parse_groups
 from util.policies import require_exits
 from util.progress import track
 from util.setup import open_checkpoint, read_split
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
         flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
-        refuse_unread_flags(data, OF_RUN | dict.fromkeys(LIMITS, HOW_MANY))
+        refuse_flags_of_run(data, limits=HOW_MANY)
         with locked_output_file(Path(flags.output_file)) as path:
             loaded = open_checkpoint(flags.model_name_or_path, data)
             shortlist = learn_shortlist(loaded, read_split(data, flags.split, loaded), flags.size)

@@ -41,7 +41,7 @@ from models.free import Free
 from models.loading import LoadedModel
 from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import LIMITS, OF_RUN, DataArguments, require_split
+from util.arguments import DataArguments, refuse_flags_of_run, require_split
 from util.backend import limit_threads
 from util.console import prepare_console
 from util.environment import environment
@@ -60,7 +60,7 @@ from util.evaluation.records import EvaluationSettings, Trace, write_records
 from util.evaluation.shards import Shards, join_shards, refuse_state_across_samples, tell_shard
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import locked_output_dir, write_json
-from util.flags import expand_argument_file, non_default_settings, parse_groups, refuse_unread_flags, require
+from util.flags import expand_argument_file, non_default_settings, parse_groups, require
 from util.methods import (
     BASELINE,
     CALM,
@@ -83,8 +83,6 @@ from util.tables import color_by_depth, comparison_table, depth_legend, print_re
 from util.tasks import TASKS
 
 GROUPS = (SweepArguments, DataArguments, BackendArguments, ShardArguments)
-UNREAD = OF_RUN | dict.fromkeys(LIMITS, "use --num_samples")
-del UNREAD["resume_eval"]
 COLUMNS = {  # after the setting and its score
     "quality_share": "% of full",
     "unchanged": "unchanged",
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
         flags, data, backend, jobs = parse_groups(GROUPS, __doc__, argv)
-        refuse_unread_flags(data, UNREAD)
+        refuse_flags_of_run(data, reads=["resume_eval"], limits="use --num_samples")
         with locked_output_dir(Path(flags.output_dir), jobs.shard_index):
             sweep(flags, data, backend, join_shards(jobs))
 

@@ -43,7 +43,7 @@ from models.families.causal import CausalView
 from models.families.encoder_decoder import EncoderDecoderView
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.arguments import LIMITS, OF_RUN, require_split
+from util.arguments import refuse_flags_of_run, require_split
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.encoding import Encoder, encoder_for
@@ -57,15 +57,12 @@ from util.exit_training.states import Start, compute_states
 from util.exit_training.teaching import Teaching
 from util.exit_training.texts import Text, answer_prompts, given_targets, group_alike
 from util.files import locked_output_dir, write_json
-from util.flags import parse_groups, refuse_unread_flags, require
+from util.flags import parse_groups, require
 from util.policies import require_exits
 from util.setup import open_checkpoint, read_split
 from util.tables import comparison_table, print_report
 
 TIMED_ROWS = 3  # whose prompts forecasts are made with
-UNREAD = OF_RUN | dict.fromkeys(LIMITS, "use --max_train_samples")
-UNREAD["resume_eval"] = "this goes on by itself; leave it out"
-del UNREAD["max_train_samples"]
 COLUMNS = {
     "layer": "layer",
     "decoding": "decoding",
@@ -83,7 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("Run the same command: it goes on from where it was."):
         groups = (ExitTrainingArguments, DataArguments, BackendArguments)
         flags, data, backend = parse_groups(groups, __doc__, argv)
-        refuse_unread_flags(data, UNREAD)
+        refuse_flags_of_run(
+            data,
+            reads=["max_train_samples"],
+            limits="use --max_train_samples",
+            resume_eval="this goes on by itself; leave it out",
+        )
         with locked_output_dir(Path(flags.output_dir)):
             teach(flags, data, backend)
 

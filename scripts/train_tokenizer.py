@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import LEAVE_IT_OUT, LIMITS, OF_RUN, DataArguments
+from util.arguments import LEAVE_IT_OUT, DataArguments, refuse_flags_of_run
 from util.flag_help import answer_help
 from util.script_arguments import TokenizerArguments
 
@@ -31,11 +31,10 @@ from models.errors import UserError, one_line_errors
 from util.console import prepare_console
 from util.data.examples import dataset_record, load_examples
 from util.files import locked_output_dir
-from util.flags import parse_groups, refuse_unread_flags
+from util.flags import parse_groups
 
-UNREAD = OF_RUN | dict.fromkeys(LIMITS, "all training rows count")
 OF_PROMPTS = ("prompt_template", "use_chat_template", "num_shots", "shot_seed")
-UNREAD |= dict.fromkeys((*OF_PROMPTS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
+UNREAD = dict.fromkeys((*OF_PROMPTS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
 
 LENGTH = 4192  # bytes of a line beyond which SentencePiece leaves it out unless told otherwise
 RESERVED = "\u2585"  # a line that holds SentencePiece's own mark of the unknown is left out as well
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
         flags, data = parse_groups((TokenizerArguments, DataArguments), __doc__, argv)
-        refuse_unread_flags(data, UNREAD)
+        refuse_flags_of_run(data, limits="all training rows count", **UNREAD)
         with locked_output_dir(Path(flags.output_dir)) as folder:
             train(flags, data, folder)
 

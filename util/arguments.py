@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from util.flags import (
     Parser,
     expand_argument_file,
     flag,
+    refuse_unread_flags,
     require,
     require_file,
     require_not_negative,
@@ -190,6 +191,15 @@ OF_RUN = {  # what most do not read, either
     "num_beams": "this decodes greedily; leave it out",
     "resume_eval": "this begins anew each time; leave it out",
 }
+
+
+def refuse_flags_of_run(
+    data: DataArguments, *, reads: Iterable[str] = (), limits: str = LEAVE_IT_OUT, **instead: str
+) -> None:
+    """Raise UserError for flags of run.py that a script takes with its data and does not read: all but those
+    that it `reads`. `limits` says what to do instead of limiting rows as run.py does, `instead` of others."""
+    ways = OF_RUN | dict.fromkeys(LIMITS, limits) | instead
+    refuse_unread_flags(data, {name: way for name, way in ways.items() if name not in set(reads)})
 
 
 @dataclass
