@@ -98,7 +98,8 @@ def read_settings(path: Path) -> dict[str, Free]:
         method = FREE_LOSSLESS if row["lossless"] else FREE
         policies[method] = free()
         if row["lossless"]:
-            policies[with_lookup(method, LOOKUP_TOKENS)] = free(lookup=PromptLookup(LOOKUP_TOKENS))
+            lookup = {"lookup": PromptLookup(LOOKUP_TOKENS), "max_pending": LOOKUP_TOKENS}
+            policies[with_lookup(method, LOOKUP_TOKENS)] = free(**lookup)
     return policies
 
 
