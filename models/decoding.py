@@ -45,13 +45,14 @@ class DecodeStats:
     num_layers: int = 0
     batch_size: int = 0
     columns: list[list[int | None]] = field(default_factory=list)  # [token][row], None: row was finished
+    looked_up: list[bool] = field(default_factory=list)  # [token] whether a lookup proposed it
     confidences: list[list[list[float]]] = field(default_factory=list)  # [step][test][row]
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     steps: int = 0
     deep_passes: int = 0
     rollbacks: int = 0
     retracted_tokens: int = 0
-    proposed_tokens: int = 0  # by a lookup; those rejected are among the retracted ones
+    proposed_tokens: int = 0  # by a lookup, those included that were taken back
     layer_calls: int = 0  # layers executed one after the other: what latency follows
     layer_tokens: int = 0  # layers executed on each token, catch-up included: what arithmetic follows
 
@@ -67,6 +68,11 @@ class DecodeStats:
         return sum(layer is not None for column in self.columns for layer in column)
 
     @property
+    def accepted_proposals(self) -> int:
+        """Tokens of the output that a lookup proposed."""
+        return sum(self.looked_up)
+
+    @property
     def average_layers(self) -> float:
         """Decoder layers run per generated token, catch-up included."""
         return self.layer_tokens / max(self.tokens, 1)
@@ -79,7 +85,7 @@ class DecodeStats:
 
     @property
     def exit_share(self) -> float:
-        """Share of tokens that stopped before the last layer."""
+        """Share of tokens that stopped before the last layer; FREE's lookups count as its exit."""
         layers = [layer for column in self.columns for layer in column if layer is not None]
         early = sum(layer < self.num_layers for layer in layers)
         return early / max(self.tokens, 1)
@@ -91,11 +97,14 @@ class DecodeStats:
     def take_back(self, count: int) -> None:
         """Forget the newest `count` tokens, but not the work they cost."""
         retracted, self.columns = self.columns[-count:], self.columns[:-count]
+        del self.looked_up[-count:]
         self.rollbacks += 1
         self.retracted_tokens += sum(layer is not None for column in retracted for layer in column)
 
-    def record_token(self, exit_layers: list[int], active: list[bool]) -> None:
-        """Add a token that was chosen for the active rows."""
+    def record_token(self, exit_layers: list[int], active: list[bool], proposed: bool = False) -> None:
+        """Add a token that was chosen for the active rows, or that a lookup proposed."""
+        self.looked_up.append(proposed)
+        self.proposed_tokens += proposed
         self.columns.append(
             [layer if running else None for layer, running in zip(exit_layers, active, strict=True)]
         )
@@ -292,9 +301,8 @@ class Decoding:
             if extended is None:
                 break
             self.input_ids = extended
-            self.stats.record_token([layer] * len(tokens), self.active)
+            self.stats.record_token([layer] * len(tokens), self.active, proposed=True)
             self.stream.show(extended, deep_pass=False)
-        self.stats.proposed_tokens += self.input_ids.shape[1] - length
         return self.input_ids[:, length:]
 
     def close(self) -> None:

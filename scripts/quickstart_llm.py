@@ -319,7 +319,7 @@ def judge(rows: list[dict[str, Any]], traces: list[LayerTrace], layer: int) -> s
 def pays(row: dict[str, Any]) -> bool:
     """Whether a method of ours is faster than full depth at its output, and by the work that its exits save:
     where lookups propose tokens, those save most."""
-    if row.get("proposed_share"):
+    if row.get("looked_up_share"):
         return False
     faster = min(row["over_full_depth"], row.get("ideal_speedup", 0.0)) >= PAYS
     return faster and row["timing_doubt"] is None and row["equal_to_full_depth"] >= EQUAL

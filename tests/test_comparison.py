@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,27 +149,6 @@ def test_sweep_writes_figures_records_and_traces(swept):
     for trace in same:  # which is traced but once
         assert trace["confidences"] == free[trace["row"]]["confidences"]
         assert trace["exit_layers"] != free[trace["row"]]["exit_layers"]
-
-
-def test_sweep_compares_lookups(tmp_path):
-    flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "4", "--lookup_tokens", "3", "6"]
-    flags += [
-        "--methods",
-        "FREE",
-        "FREE lossless",
-        "--free_thresholds",
-        "0.4",
-        "--lossless_thresholds",
-        "0.3",
-    ]
-    run_script(sweep, tmp_path, *flags)
-    settings = {"Full depth": "", "FREE": " 0.4", "FREE lossless": " 0.3"}
-    records = read_records(tmp_path)
-    assert len(records) == 4 * 3 * 3
-    for method, value in settings.items():
-        for row, tokens in itertools.product(range(4), (3, 6)):
-            looking = records[f"{method}, lookup {tokens}{value}", row]
-            assert looking["prediction"] == records[method + value, row]["prediction"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import QUICK, slow_but
 from scipy.stats import chisquare
+from test_comparison import read_records, run_script
 from test_free_pairs import PROCESSORS, build_measures, build_model, new_processors, quantiles_of
 from test_lossless import MAX_EXAMPLES, OPTIONS, agreeing_model
 from tiny_causal import CAUSAL_FAMILIES, decode_causal, greedy_causal, prompts, tiny_causal
@@ -31,6 +33,7 @@ from models import (
     prepare,
 )
 from models.exit_heads import ExitConfig
+from scripts import sweep
 
 LOOKUP = PromptLookup(4, longest=2, shortest=1)
 LENGTH, DRAWS = 24, 400
@@ -82,8 +85,9 @@ def test_verified_output_is_hugging_faces(shape):
     ]
     for policy in (FullDepth(LOOKUP), *policies):
         assert torch.equal(decode(model, inputs, policy, stats, **options), expected)
-        accepted = stats.proposed_tokens - stats.retracted_tokens
-        assert stats.proposed_tokens > 0 and (accepted > 0 or policy.exit_layer)
+        assert 0 < stats.accepted_proposals <= stats.proposed_tokens
+        if policy.exit_layer is None:  # then nothing else is ever taken back
+            assert stats.retracted_tokens == stats.proposed_tokens - stats.accepted_proposals
         assert stats.deep_passes < expected.shape[1] - 1  # some passes gave several tokens
 
 
@@ -267,3 +271,24 @@ def test_precisions_in_which_windows_mix_are_refused(policy):
     fast = prepare(LoadedModel(tiny_model("t5-tied"), None, ExitConfig()), "onnx", "w4")
     with pytest.raises(UserError, match="another precision: fp32"):
         fast.generate(**padded_inputs(), max_length=LENGTH, exit_policy=policy)
+
+
+def test_sweep_compares_lookups(tmp_path):
+    flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "4", "--lookup_tokens", "3", "6"]
+    flags += [
+        "--methods",
+        "FREE",
+        "FREE lossless",
+        "--free_thresholds",
+        "0.4",
+        "--lossless_thresholds",
+        "0.3",
+    ]
+    run_script(sweep, tmp_path, *flags)
+    settings = {"Full depth": "", "FREE": " 0.4", "FREE lossless": " 0.3"}
+    records = read_records(tmp_path)
+    assert len(records) == 4 * 3 * 3
+    for method, value in settings.items():
+        for row, tokens in itertools.product(range(4), (3, 6)):
+            looking = records[f"{method}, lookup {tokens}{value}", row]
+            assert looking["prediction"] == records[method + value, row]["prediction"]

@@ -25,6 +25,8 @@ LINE = {
     "full_layer_calls": 16.0,
     "deep_passes": 1.0,
     "rollbacks": 0.0,
+    "proposed_tokens": 0.0,
+    "accepted_proposals": 0.0,
 }
 
 

@@ -203,7 +203,7 @@ def describe(contestant: Contestant, full: Contestant, plain: Contestant) -> dic
         measured = row["over_full_depth"]
         row["ideal_speedup"] = ideal
         row["timing_doubt"] = doubt_speedup(measured, [measured], max(ideal, 1.0))
-        row["proposed_share"] = sum(one.proposed_tokens for one in stats) / tokens
+        row["looked_up_share"] = sum(one.accepted_proposals for one in stats) / tokens
         row["average_layers"] = sum(one.layer_tokens for one in stats) / tokens
         row["exit_share"] = sum(one.exit_share * one.tokens for one in stats) / tokens
     return row

@@ -191,6 +191,8 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
         "layer_tokens": stats.layer_tokens / size,
         "deep_passes": stats.deep_passes / size,
         "rollbacks": stats.rollbacks / size,
+        "proposed_tokens": stats.proposed_tokens / size,
+        "accepted_proposals": stats.accepted_proposals / size,
         "full_layer_calls": stats.num_layers * max(map(len, stats.exit_layers), default=0) / size,
         "threshold": decoded.threshold,
     }

@@ -90,6 +90,8 @@ class Record(Referenced):
     full_layer_calls: float = 0.0  # of full depth in as many steps
     deep_passes: float = 0.0
     rollbacks: float = 0.0
+    proposed_tokens: float = 0.0  # by lookups
+    accepted_proposals: float = 0.0
     threshold: float | None = None  # of the first token; an adaptive one moves from sequence to sequence
     calibration: list[list[float | bool]] | None = None  # of a batch: shallow confidence, agreement
     seen_in_train: bool | None = None  # whether the target is in the training data, where that is known

@@ -43,10 +43,10 @@ def summarize(records: list[Record], settings: EvaluationSettings, num_layers: i
 
 def summarize_depth(records: list[Record], exits: list[int], tokens: int, num_layers: int) -> dict[str, Any]:
     """How deep tokens went and what that implies; `average_layers` includes catch-up."""
-    totals = {
-        name: sum(getattr(record, name) for record in records)
-        for name in ("layer_calls", "layer_tokens", "full_layer_calls", "deep_passes", "rollbacks")
-    }
+    names = ("layer_calls", "layer_tokens", "full_layer_calls", "deep_passes", "rollbacks")
+    of_lookups = ("proposed_tokens", "accepted_proposals")
+    totals = {name: sum(getattr(record, name) for record in records) for name in (*names, *of_lookups)}
+    lookups = {name: round(totals[name]) for name in of_lookups} if totals["proposed_tokens"] else {}
     return {
         "average_layers": totals["layer_tokens"] / tokens,
         "layer_calls_per_token": totals["layer_calls"] / tokens,
@@ -55,6 +55,7 @@ def summarize_depth(records: list[Record], exits: list[int], tokens: int, num_la
         "exit_layer_mean": statistics.mean(exits),
         "deep_passes": round(totals["deep_passes"]),
         "rollbacks": round(totals["rollbacks"]),
+        **lookups,
     }
 
 
