@@ -119,14 +119,16 @@ def generate(
         if exits.exit_adapter is not None:
             model = twin_with(model, exits.exit_adapter)
     stops = [options.pop(name, None) for name in ("stopping_criteria", "stop_strings", "tokenizer")]
-    stats = DecodeStats()
+    stats, lookup_ids = DecodeStats(), options.pop("lookup_ids", None)
+    if lookup_ids is None and exits.lookup_tokens is not None:
+        lookup_ids = source_of(model, inputs, options)
     output = GenerationMixin.generate(  # not the model's, which may be this function
         model,
         inputs,
         custom_generate=early_exit_decode,
         exit_policy=build_policy(exits, trained, model),
         decode_stats=stats,
-        lookup_ids=source_of(model, inputs, options),
+        lookup_ids=lookup_ids,
         stopping_criteria=with_stop_strings(*stops),
         **options,
     )

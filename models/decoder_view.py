@@ -54,6 +54,7 @@ class DecoderView(Protocol):
 
     model: PreTrainedModel
     num_layers: int
+    max_positions: int | None  # tokens that it can number; None: any
     exit_adapter: ExitAdapter | None  # behind one layer, see `models.exit_adapter`
     mixes_windows: bool  # tokens of a window change each other by more than rounding: no lossless decoding
 

@@ -35,18 +35,20 @@ from models.generate_contract import (
     output_class,
     refuse_unsupported,
 )
+from models.prompt_lookup import Proposer, check_text, proposer_of, vocabulary_of
 from models.token_choice import TokenChooser, TokenStream
 
 
 @dataclass
 class DecodeStats:
-    """What one `generate` call did. A step decodes one token of each unfinished row."""
+    """What one `generate` call did. A step decodes one token of each unfinished row, and what a lookup
+    proposed before it."""
 
     num_layers: int = 0
     batch_size: int = 0
     columns: list[list[int | None]] = field(default_factory=list)  # [token][row], None: row was finished
     looked_up: list[bool] = field(default_factory=list)  # [token] whether a lookup proposed it
-    confidences: list[list[list[float]]] = field(default_factory=list)  # [step][test][row]
+    confidences: list[list[list[float]]] = field(default_factory=list)  # [step][test: layer or token][row]
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     steps: int = 0
     deep_passes: int = 0
@@ -85,7 +87,7 @@ class DecodeStats:
 
     @property
     def exit_share(self) -> float:
-        """Share of tokens that stopped before the last layer; FREE's lookups count as its exit."""
+        """Share of tokens that stopped before the last layer; of proposals those that it was sure of."""
         layers = [layer for column in self.columns for layer in column if layer is not None]
         early = sum(layer < self.num_layers for layer in layers)
         return early / max(self.tokens, 1)
@@ -178,25 +180,6 @@ def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
     return config.use_cache and (config.return_dict_in_generate or given)
 
 
-def text_of_lookup(policy: ExitPolicy, view: DecoderView, given: Tensor | None) -> Tensor | None:
-    """Ids (1, S) that a policy's lookup reads before prompt and output; UserError where they are missing."""
-    if getattr(policy, "lookup", None) is None:
-        return None
-    if given is None and view.model.config.is_encoder_decoder:
-        raise UserError("A lookup reads what the encoder reads: give lookup_ids=, the source's token ids.")
-    if given is None:
-        return None
-    if given.dim() != 2 or len(given) != 1 or not given.numel():
-        raise UserError(f"lookup_ids must be the (1, S) token ids of a text, got shape {(*given.shape,)}.")
-    if int(given.max()) >= vocabulary_of(view):
-        raise UserError("lookup_ids are of another vocabulary than the decoder's: leave the lookup out.")
-    return given
-
-
-def vocabulary_of(view: DecoderView) -> int:
-    return view.model.get_output_embeddings().weight.shape[0]
-
-
 def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
     """The prompt as ids (B, P): where embeddings are given, any, as these replace them."""
     embeds, given = state.prompt_embeds, input_ids.shape[1]
@@ -265,9 +248,9 @@ class Decoding:
         # The newest token of the ids is not cached yet; a cache given by the caller may hold more than them.
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
         self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
-        self.proposer: Any = policy if getattr(policy, "lookup", None) is not None else None
-        text = text_of_lookup(policy, view, lookup_ids)
-        self.lookup_ids = None if text is None else text.to(input_ids.device)  # (1, S) before the ids
+        self.proposer = proposer_of(policy)
+        check_text(self.proposer, view, lookup_ids)
+        self.lookup_ids = None if lookup_ids is None else lookup_ids.to(input_ids.device)  # (1, S)
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
@@ -280,30 +263,33 @@ class Decoding:
 
     def step(self) -> None:
         """Decode one token of each unfinished row."""
-        position, rows = self.input_ids.shape[1] - self.prompt_length, sum(self.active)
+        length, rows = self.input_ids.shape[1], sum(self.active)
+        position = length - self.prompt_length
         newest = self.input_ids[:, -1:] if position else self.first_step_ids
-        if self.proposer is not None:
-            newest = torch.cat([newest, self.propose()], dim=1)
+        if self.proposer is not None and (position or self.state.prompt_embeds is None):
+            self.propose(self.proposer)
+            newest = torch.cat([newest, self.input_ids[:, length:]], dim=1)
         result = self.policy.step(self.view, self.state, newest, position, self.active)
         self.stats.steps += 1
         self.stats.confidences.append(result.confidences)
         self.stats.record_cost(result, rows)
+        for number, layer in enumerate(result.proposed_layers, start=1):
+            self.stats.record_token([layer] * len(self.active), self.active, proposed=True)
+            self.stream.show(self.input_ids[:, : length + number], final=False)
         self.settle(result, closing=False)
-        self.stream.show(self.input_ids, result.deep_pass)
+        self.stream.show(self.input_ids, final=result.deep_pass or result.stands)
 
-    def propose(self) -> Tensor:
-        """Append what the policy's lookup finds as drafts of the exit: (B, m) ids, m = 0 for nothing."""
-        length, before = self.input_ids.shape[1], [] if self.lookup_ids is None else [self.lookup_ids]
-        layer = self.proposer.exit_layer or self.view.num_layers
-        found = self.proposer.propose(self.state, torch.cat([*before, self.input_ids], dim=1))
+    def propose(self, proposer: Proposer) -> None:
+        """Append what a lookup finds, as far as it ends no row and the model has positions for it."""
+        before = [] if self.lookup_ids is None else [self.lookup_ids]
+        found = proposer.propose(self.state, torch.cat([*before, self.input_ids], dim=1))
+        if self.view.max_positions is not None:
+            found = found[:, : max(self.view.max_positions - self.state.lengths[0] - 1, 0)]
         for tokens in found.unbind(dim=1):
             extended = self.chooser.propose(self.input_ids, tokens, self.active, vocabulary_of(self.view))
             if extended is None:
                 break
             self.input_ids = extended
-            self.stats.record_token([layer] * len(tokens), self.active, proposed=True)
-            self.stream.show(extended, deep_pass=False)
-        return self.input_ids[:, length:]
 
     def close(self) -> None:
         """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
@@ -311,7 +297,7 @@ class Decoding:
         if result is not None:
             self.stats.record_cost(result, len(self.input_ids))
             self.settle(result, closing=True)
-            self.stream.show(self.input_ids, result.deep_pass)
+            self.stream.show(self.input_ids, final=result.deep_pass)
 
     def settle(self, result: StepResult, *, closing: bool) -> None:
         """Take back what the step says should go, and append the token it predicts."""
@@ -324,15 +310,15 @@ class Decoding:
             result.retract = len(drafts.running) - verdict.accepted
             if result.retract:
                 result.logits = drafts.logits[:, verdict.accepted]
-        # Step 2. Rejected tokens go; what replaces them comes from all layers, or from an exit that overrules
-        # a lookup.
+                result.exit_layers = drafts.layers[verdict.accepted]
+        # Step 2. Rejected tokens go.
         if result.retract:
             self.take_back(result.retract)
-            if result.deep_pass:
-                result.exit_layers = [self.view.num_layers] * len(self.active)
-        # Step 3. The next token, unless the sequence has ended.
+        # Step 3. The next token, unless the sequence has ended: then its last one is not cached.
         if any(self.active) and (result.retract or not closing):
             self.append(result, scores)
+        elif not any(self.active):
+            self.state.truncate(self.cached_before + self.input_ids.shape[1] - 1)
 
     def take_back(self, count: int) -> None:
         """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""

@@ -19,7 +19,7 @@ from models.choices import EXACT_PRECISIONS
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.prompt_lookup import PromptLookup, check_lookup
+from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
 from models.threshold import Threshold, as_threshold
 
 
@@ -36,14 +36,18 @@ class StepResult:
     retract: int = 0  # newest tokens to take back before `logits` chooses
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     drafts: Drafts | None = None  # the newest tokens, where they await their verdict
+    proposed_layers: list[int] = field(default_factory=list)  # of what a lookup proposed: exits where sure
+    stands: bool = False  # though the policy takes tokens back, it takes back none of those so far
 
 
 @dataclass
 class Drafts:
-    """The newest n tokens of each row, chosen by a shallow exit, and what the deep layers say to them."""
+    """The newest n tokens of each row, said by a shallow exit or a lookup, and what those layers say to them
+    whose word counts."""
 
     logits: Tensor  # (B, n, V)
     running: list[list[bool]]  # n x (B,) which rows were unfinished when the token was chosen
+    layers: list[list[int]]  # n x (B,) after which layer the logits were read
 
 
 class ExitPolicy(Protocol):
@@ -88,7 +92,7 @@ class FullDepth(SequencePolicy):
     before, one sequence at a time, and the next step verifies them in parallel: the output stays the same."""
 
     def __init__(self, lookup: PromptLookup | None = None) -> None:
-        self.lookup = lookup
+        self.lookup = as_lookup("FullDepth: lookup", lookup)
         self.retracts = lookup is not None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
@@ -108,7 +112,8 @@ class FullDepth(SequencePolicy):
         result = StepResult(logits[:, -1], [layers] * len(active), layers, layers * (1 + proposed))
         result.deep_pass = self.retracts
         if proposed:
-            result.drafts = Drafts(logits[:, :-1], [active] * proposed)
+            result.proposed_layers = [layers] * proposed
+            result.drafts = Drafts(logits[:, :-1], [active] * proposed, [result.exit_layers] * proposed)
         return result
 
 

@@ -15,7 +15,7 @@ from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import StepResult, check_layer, check_windows, choose_rows, layers_run, run_undecided
 from models.host import argmax
-from models.prompt_lookup import PromptLookup, check_lookup
+from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 from models.verification import Drafting, Rollback, Verification, WaitingToken
 
@@ -75,11 +75,11 @@ class Free:
         self.copy_skipped = copy_skipped
         self.causal_catch_up = causal_catch_up
         self.max_pending = None if max_pending is None else as_count("Free: max_pending", max_pending)
-        self.lookup = lookup
+        self.lookup = as_lookup("Free: lookup", lookup)
         self.drafts = lossless  # whether shallow tokens are only proposals
         self.verification: Verification | None = None
         if lossless or lookup is not None:
-            self.verification = Drafting(trusts_exit=not lossless)
+            self.verification = Drafting(None if lossless else self.shallow_layer)
         elif rollback_threshold is not None:
             self.verification = Rollback(as_number("Free: rollback_threshold", rollback_threshold))
 
@@ -126,12 +126,16 @@ class Free:
     ) -> StepResult:
         # Step 1. Run the shallow layers and test their predictions, behind what the lookup proposed, too.
         tokens = self._test(view, state, token_ids, position, active)
-        newest, overruled = tokens[-1], self._count_overruled(tokens, token_ids)
+        newest, overruled = tokens[-1], self._count_overruled(tokens)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if overruled or all(row or not running for row, running in zip(newest.sure, active, strict=True)):
-            return self._stop(view, state, tokens, overruled)
-        result = self._catch_up(view, state, tokens)
-        if any(newest.sure) and not self.drafts:
+            result = self._stop(view, state, tokens, overruled)
+        else:
+            result = self._catch_up(view, state, tokens)
+        result.proposed_layers = [
+            self.shallow_layer if token.exits else view.num_layers for token in tokens[:-1]
+        ]
+        if result.deep_pass and any(newest.sure) and not self.drafts:
             assert newest.logits is not None
             result.logits = choose_rows(newest.sure, newest.logits, result.logits)
             result.exit_layers = [self.shallow_layer if row else view.num_layers for row in newest.sure]
@@ -158,23 +162,33 @@ class Free:
         confidence = measured.confidence.view(width, rows).tolist()
         thresholds = [self.threshold.at(position + index) for index in range(width)]
         sure = [[value > at for value in row] for row, at in zip(confidence, thresholds, strict=True)]
-        if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
+        if self._must_catch_up(view, state, width):
             sure[-1] = [False] * rows
         logits = measured.logits
         if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
             logits = view.predict(states, self.shallow_layer)
         said = [None] * width if logits is None else logits.view(width, rows, -1)
-        return [
-            WaitingToken(hidden[:, i : i + 1], confidence[i], sure[i], active, said[i], i < width - 1)
-            for i in range(width)
+        tokens = [
+            WaitingToken(hidden[:, i : i + 1], confidence[i], sure[i], active, said[i]) for i in range(width)
         ]
+        for i, token in enumerate(tokens[:-1]):
+            exits = token.sure[0] and int(token.predicted) == int(token_ids[0, i + 1])
+            tokens[i] = token._replace(proposed=True, exits=exits)
+        return tokens
 
-    def _count_overruled(self, tokens: list[WaitingToken], token_ids: Tensor) -> int:
+    def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
+        """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
+        wait, or a draft would need a position that the model lacks, and perhaps not the text."""
+        if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
+            return True
+        return self.drafts and view.max_positions is not None and state.lengths[0] >= view.max_positions
+
+    def _count_overruled(self, tokens: list[WaitingToken]) -> int:
         """How many of the newest proposals go at once: from the first on where the exit is sure of another
         token. Lossless, where its word is no more than the lookup's, none does."""
-        if len(tokens) > 1 and not self.drafts:
+        if not self.drafts:
             for index, token in enumerate(tokens[:-1]):
-                if token.sure[0] and int(token.predicted) != int(token_ids[0, index + 1]):
+                if token.sure[0] and not token.exits:
                     return len(tokens) - 1 - index
         return 0
 
@@ -189,10 +203,12 @@ class Free:
             view.write_kv(state, newest.hidden, layer, view.num_layers)
         else:
             compares = self.learner is not None or self.retracts
-            waits = newest._replace(proposed=False, logits=newest.logits if compares else None)
+            waits = newest._replace(proposed=False, exits=False, logits=newest.logits if compares else None)
             state.waiting += [*proposed, waits]
         result = StepResult(newest.logits, [layer] * len(newest.active), ran, ran * len(tokens))
         result.confidences, result.retract = [token.confidence for token in tokens], overruled
+        in_question = self.lookup is None or any(token.proposed for token in state.waiting)
+        result.stands = not (self.drafts or in_question)
         return result
 
     def _catch_up(self, view: DecoderView, state: DecoderState, tokens: list[WaitingToken]) -> StepResult:

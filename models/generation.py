@@ -25,6 +25,7 @@ from models.decoder_view import DecoderView, ModelInputs
 from models.decoding import DecodeStats, early_exit_decode
 from models.exit_policy import ExitPolicy
 from models.generate_contract import NEUTRAL, Output, with_stop_strings
+from models.prompt_lookup import proposer_of
 from models.token_choice import is_stateless
 
 PLAIN = (bool, int, float, str, type(None))
@@ -106,15 +107,18 @@ class Generation:
         attention_mask: Tensor | None = None,
         exit_policy: ExitPolicy | None = None,
         decode_stats: DecodeStats | None = None,
+        lookup_ids: Tensor | None = None,
         **options: Any,
     ) -> Output:
         """As `generate`: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output object."""
         source = input_ids if inputs is None else inputs
+        if lookup_ids is None and self.model.config.is_encoder_decoder and proposer_of(exit_policy):
+            lookup_ids = source
         own: dict[str, Any] = {
             "exit_policy": exit_policy,
             "decode_stats": decode_stats,
             "decoder_view": self.view,
-            "lookup_ids": source if self.model.config.is_encoder_decoder else None,
+            "lookup_ids": lookup_ids,
         }
         if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)

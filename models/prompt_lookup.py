@@ -8,11 +8,13 @@ layers on a whole proposal at once, goes on with its exit from there, and lets t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from models.checks import as_count
+from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 
 
@@ -52,7 +54,51 @@ class PromptLookup:
         return None
 
 
+class Proposer(Protocol):
+    """A policy that looks up what may come next."""
+
+    def propose(self, state: DecoderState, text: Tensor) -> Tensor:
+        """What may follow (1, T) ids: (1, m) ids, m = 0 for nothing."""
+
+
+def proposer_of(policy: Any) -> Proposer | None:
+    return policy if getattr(policy, "lookup", None) is not None else None
+
+
+def as_lookup(name: str, value: Any) -> PromptLookup | None:
+    """`value`; UserError if it is neither a lookup nor None."""
+    if value is not None and not isinstance(value, PromptLookup):
+        raise UserError(f"{name} must be an object such as PromptLookup(6), got {value!r}.")
+    return value
+
+
 def check_lookup(name: str, batch_size: int) -> None:
     """Raise UserError where policy `name` cannot decode a batch of that size with a lookup."""
     if batch_size > 1:
         raise UserError(f"{name} with a lookup decodes one sequence at a time: each row has its own text.")
+
+
+def check_text(proposer: Proposer | None, view: DecoderView, given: Tensor | None) -> None:
+    """Raise UserError where the text (1, S) that a lookup reads before prompt and output does not fit."""
+    config = view.model.config
+    if proposer is None:
+        if given is not None:
+            raise UserError("lookup_ids has no effect here: the policy has no lookup.")
+        return
+    if not getattr(config, "share_encoder_decoder_embeddings", True):  # of Marian
+        raise UserError("Source and target have vocabularies of their own: leave the lookup out.")
+    if given is None:
+        if config.is_encoder_decoder:
+            raise UserError(
+                "A lookup reads what the encoder reads: give lookup_ids=, the source's token ids."
+            )
+        return
+    if given.dim() != 2 or len(given) != 1 or not given.numel() or given.is_floating_point():
+        shape = (*given.shape,)
+        raise UserError(f"lookup_ids must be the (1, S) ids of a text, got {given.dtype} of shape {shape}.")
+    if not 0 <= int(given.min()) <= int(given.max()) < vocabulary_of(view):
+        raise UserError("lookup_ids are of another vocabulary than the decoder's: leave the lookup out.")
+
+
+def vocabulary_of(view: DecoderView) -> int:
+    return view.model.get_output_embeddings().weight.shape[0]

@@ -293,8 +293,8 @@ def copy_item(item: Any) -> Any:
         return copy.deepcopy(item, memo)
     except (TypeError, NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{type(item).__name__} cannot be copied ({error}): lossless decoding and rollback take tokens "
-            "back and need to restore its state. Decode without them, or give it a __deepcopy__."
+            f"{type(item).__name__} cannot be copied ({error}): lossless decoding, lookups and rollback take "
+            "tokens back and need to restore its state. Decode without them, or give it a __deepcopy__."
         ) from error
 
 
@@ -319,8 +319,9 @@ class TokenStream:
         self.retracts = retracts
         self.shown = shown  # tokens of a row that the streamer has, without drafts
 
-    def show(self, input_ids: Tensor, deep_pass: bool) -> None:
-        if deep_pass or not self.retracts:
+    def show(self, input_ids: Tensor, *, final: bool) -> None:
+        """Take (B, T) ids: `final` ones, or one draft more than the last time."""
+        if final or not self.retracts:
             self._flush(input_ids)
         elif self.drafting is not None:
             self.drafting.put_draft(input_ids[:, -1].cpu())

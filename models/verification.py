@@ -1,7 +1,8 @@
 """What a parallel pass of FREE says to the shallow tokens before it: keep them, or take them back.
 
-`Rollback` is the original's: the deep model finds a token too unlikely. `Drafting` makes every shallow token
-a proposal of speculative decoding; the loop, which knows processors and sampling, gives the verdict.
+`Rollback` is the original's: the deep model finds a token too unlikely. `Drafting` makes shallow tokens, or
+what a lookup proposed, drafts of speculative decoding; the loop, which knows processors and sampling, gives
+the verdict.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class WaitingToken(NamedTuple):
     active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
     proposed: bool = False  # whether a lookup says what follows, not the exit
+    exits: bool = False  # whether the exit, too, would have said what it proposes
 
     @property
     def predicted(self) -> Tensor:
@@ -44,22 +46,26 @@ class Verification(Protocol):
 
 
 class Drafting:
-    """The tokens are drafts, to be accepted or rejected: by the deep model (lossless), or, if it
-    `trusts_exit`, by the exit where that was sure, so that only what a lookup proposed is in question."""
+    """The tokens are drafts, to be accepted or rejected: by the deep model (lossless), or, where an exit is
+    `trusted`, named by its layer, by that wherever it was sure: then only lookups are in question."""
 
-    def __init__(self, *, trusts_exit: bool) -> None:
-        self.trusts_exit = trusts_exit
+    def __init__(self, trusted: int | None = None) -> None:
+        self.trusted = trusted
 
     def judge(
         self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
     ) -> None:
-        if not exited or (self.trusts_exit and not any(token.proposed for token in exited)):
+        if not exited or (self.trusted is not None and not any(token.proposed for token in exited)):
             return
-        logits = deep_logits[:, : len(exited)]
-        if self.trusts_exit:
-            said = [token.logits if token.sure[0] else logits[:, i] for i, token in enumerate(exited)]
-            logits = torch.stack([one for one in said if one is not None], dim=1)
-        result.drafts = Drafts(logits, [token.active for token in exited])
+        said = [*deep_logits[:, : len(exited)].unbind(dim=1)]
+        layers = [result.exit_layers] * len(exited)
+        if self.trusted is not None:
+            for index, token in enumerate(exited):
+                if token.sure[0]:
+                    assert token.logits is not None
+                    said[index], layers[index] = token.logits, [self.trusted]
+        logits = torch.stack(said, dim=1)
+        result.drafts = Drafts(logits, [token.active for token in exited], layers)
 
 
 class Rollback:

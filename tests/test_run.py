@@ -59,7 +59,14 @@ BAD_FLAGS = {
         FREE | {"lookup_tokens": 4, "copy_skipped_hidden_states": True, "per_device_eval_batch_size": 1},
         "--lookup_tokens contradicts --copy_skipped_hidden_states",
     ),
-    "lookups of another method": ({"static_exit_layer": 3, "lookup_tokens": 4}, "--lookup_tokens needs"),
+    "lookups of another method": (
+        {"static_exit_layer": 3, "lookup_tokens": 4},
+        "--lookup_tokens is for FREE or full depth: leave out --static_exit_layer",
+    ),
+    "lookups where windows mix": (
+        {"lookup_tokens": 4, "per_device_eval_batch_size": 1, "backend": "onnx", "precision": "w4"},
+        "--lookup_tokens at full depth needs --precision fp32",
+    ),
     "lookups of nothing": ({"lookup_tokens": 0}, "--lookup_tokens must be positive"),
     "lookups with beams": (
         {"lookup_tokens": 4, "num_beams": 2, "per_device_eval_batch_size": 1},

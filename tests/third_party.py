@@ -127,6 +127,7 @@ class PebbleView:
 
     def __init__(self, model):
         self.model, self.num_layers, self.mixes_windows = model, len(model.pile), False
+        self.max_positions = None
         self.exit_adapter = None
 
     def read(self, input_ids, attention_mask):

@@ -51,6 +51,11 @@ class BackendArguments:
             f"--lossless needs --precision {', '.join(EXACT_PRECISIONS)}: {self.precision} lets tokens "
             "of a window change each other.",
         )
+        require(
+            exits.lookup_tokens is None or bool(exits.methods) or self.precision in EXACT_PRECISIONS,
+            f"--lookup_tokens at full depth needs --precision {', '.join(EXACT_PRECISIONS)}: "
+            f"{self.precision} lets tokens of a window change each other.",
+        )
         reasons = {
             "--num_beams": num_beams > 1,
             "--parallel_causal_mask False": not exits.parallel_causal_mask,

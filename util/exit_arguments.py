@@ -99,7 +99,7 @@ class ExitArguments:
     lookup_tokens: int | None = flag(
         None,
         "FREE, full depth: propose up to so many tokens that followed the newest ones earlier in the text, "
-        "for the parallel pass to verify; outputs stay the same.",
+        "for the parallel pass to verify; a fixed threshold then decodes as without.",
     )
     auto_exit: bool = flag(
         False,
@@ -203,7 +203,7 @@ class ExitArguments:
         looks_up = self.lookup_tokens is not None
         require(
             not looks_up or self.method in (None, FREE),
-            f"--lookup_tokens needs the parallel pass of FREE, or full depth: leave out {self.methods}.",
+            f"--lookup_tokens is for FREE or full depth: leave out {' '.join(self.methods)}.",
         )
         require(not (looks_up and found), f"--lookup_tokens contradicts {' and '.join(found)}.")
         settled = contradictions | {

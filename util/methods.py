@@ -17,4 +17,8 @@ def with_lookup(method: str, tokens: int | None) -> str:
     return method if tokens is None else f"{method}, lookup {tokens}"
 
 
+def without_lookup(method: str) -> str:
+    return method.partition(", lookup ")[0]
+
+
 SWEPT = (HF_GENERATE, STATIC, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, FREE_SHORTLIST, CALM)

@@ -90,15 +90,19 @@ def free_call(flags: ExitArguments) -> str:
         "causal_catch_up": None if flags.parallel_causal_mask else False,
         "lossless": True if flags.lossless else None,
         "max_pending": flags.max_pending_tokens,
+        "lookup": lookup_call(flags.lookup_tokens),
     }
-    expression = call("Free", [str(layer), measure, threshold], options)
-    if flags.lookup_tokens is None:
-        return expression
-    return f"{expression[:-1]}, lookup={lookup_call(flags.lookup_tokens)})"
+    return call("Free", [str(layer), measure, threshold], options)
 
 
-def lookup_call(tokens: int) -> str:
-    return f"PromptLookup({tokens})"
+class Expression(str):
+    """Code, whose `repr` is the code itself."""
+
+    __repr__ = str.__str__
+
+
+def lookup_call(tokens: int | None) -> Expression | None:
+    return None if tokens is None else Expression(f"PromptLookup({tokens})")
 
 
 def call(name: str, values: list[str], options: dict[str, Any]) -> str:

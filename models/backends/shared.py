@@ -27,6 +27,7 @@ class BackendView:
         self.eager: Any = eager  # whose kind each backend knows
         self.model = eager.model
         self.num_layers = eager.num_layers
+        self.max_positions = eager.max_positions
         self.exit_adapter = eager.exit_adapter
 
     def embed(self, state: Any, token_ids: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class BartView(EncoderDecoderView):
         final_norm = getattr(decoder, "layer_norm", None)
         super().__init__(model, decoder.layers, final_norm or nn.Identity())
         self.normalizes_before = final_norm is not None
+        self.max_positions = count_positions(decoder)
         attention = self.layers[0].self_attn
         self.key_value_shape = (attention.num_heads, attention.head_dim)
         self.encoder_layers = list(model.get_encoder().layers)
@@ -60,14 +61,17 @@ class BartView(EncoderDecoderView):
         return self.model.lm_head(normalized) + self.model.final_logits_bias
 
 
+def count_positions(stack: Any) -> int:
+    """Those of an encoder or decoder, without the first of the table that some leave out."""
+    return len(stack.embed_positions.weight) - getattr(stack.embed_positions, "offset", 0)
+
+
 def embed_tokens(stack: Any, token_ids: Tensor, start: int) -> Tensor:
     """What the first layer of an encoder or decoder reads, the first token standing at position `start`."""
-    positions, offset = stack.embed_positions.weight, getattr(stack.embed_positions, "offset", 0)
-    stop = start + offset + token_ids.shape[1]
-    if stop > len(positions):
-        raise UserError(
-            f"The model has {len(positions) - offset} positions: cut sources and outputs to that many tokens."
-        )
+    total, known = start + token_ids.shape[1], count_positions(stack)
+    if total > known:
+        raise UserError(f"The model has {known} positions: cut sources and outputs to that many tokens.")
+    positions = stack.embed_positions.weight[-known:]
     # BART and mBART scale inside `embed_tokens`; Pegasus and Marian scale here.
     embedded = stack.embed_tokens(token_ids) * getattr(stack, "embed_scale", 1.0)
-    return getattr(stack, "layernorm_embedding", nn.Identity())(embedded + positions[start + offset : stop])
+    return getattr(stack, "layernorm_embedding", nn.Identity())(embedded + positions[start:total])

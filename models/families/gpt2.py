@@ -16,11 +16,12 @@ class GPT2View(CausalView):
     def __init__(self, model: PreTrainedModel) -> None:
         decoder = model.transformer
         super().__init__(model, decoder, decoder.h, decoder.ln_f)
+        self.max_positions = decoder.wpe.num_embeddings
         attention = self.layers[0].attn
         self.key_value_shape = (attention.num_heads, attention.head_dim)
 
     def place(self, state: CausalState, embedded: Tensor, past: int, total: int) -> Tensor:
-        check_positions(state, total, self.decoder.wpe.num_embeddings)
+        check_positions(state, total, self.max_positions)
         return self.decoder.drop(embedded + self.decoder.wpe(state.positions[:, past:total]))
 
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

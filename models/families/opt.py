@@ -19,12 +19,13 @@ class OPTView(CausalView):
         # The LM head reads what is as wide as embeddings: narrowing is a part of the final norm.
         ends = [part for part in (decoder.final_layer_norm, decoder.project_out) if part is not None]
         super().__init__(model, decoder, decoder.layers, nn.Sequential(*ends))
+        self.max_positions = decoder.embed_positions.num_embeddings - decoder.embed_positions.offset
         attention = self.layers[0].self_attn
         self.key_value_shape = (attention.num_heads, attention.head_dim)
 
     def place(self, state: CausalState, embedded: Tensor, past: int, total: int) -> Tensor:
         positions = self.decoder.embed_positions
-        check_positions(state, total, positions.num_embeddings - positions.offset)
+        check_positions(state, total, self.max_positions)
         if self.decoder.project_in is not None:
             embedded = self.decoder.project_in(embedded)
         numbered = state.positions[:, past:total]

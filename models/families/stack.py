@@ -21,6 +21,7 @@ class StackView:
     """Layers of an unmodified model between embeddings and LM head; a kind of model adds state and inputs."""
 
     mixes_windows = False
+    max_positions: int | None = None  # that are learned
     key_value_shape: tuple[int, int]  # heads of keys/values, their width
     cache_argument = "cache"  # under which layers take it
     output_scale: float | None = None  # of the LM head's input

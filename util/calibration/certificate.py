@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from datasets import Dataset
 
+from models.choices import EXACT_PRECISIONS
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
 from models.loading import LoadedModel
@@ -116,8 +117,9 @@ def decoding_settings(
         settings["doc_stride"] = data.doc_stride
     if flags.max_pending_tokens is not None:  # rows of a batch share their deep passes
         settings["batch_size"] = batch_size
-        if flags.lookup_tokens is not None:  # proposals fill the window, too
-            settings["lookup_tokens"] = flags.lookup_tokens
+    windows_matter = flags.max_pending_tokens is not None or loaded.precision not in EXACT_PRECISIONS
+    if flags.lookup_tokens is not None and windows_matter:  # which lookups fill
+        settings["lookup_tokens"] = flags.lookup_tokens
     return settings
 
 

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from util.evaluation.records import Record, Trace
-from util.methods import BASELINE, HF_GENERATE
+from util.methods import BASELINE, HF_GENERATE, without_lookup
 from util.pieces import readable
 from util.report.results import ResultSet, SettingResults
 
@@ -142,7 +142,7 @@ def heat_sample(data: str, shown: list[Shown], name: str) -> HeatSample:
 
 def is_plain(setting: SettingResults) -> bool:
     """Whether all tokens leave at the last layer anyway."""
-    return setting.method in (BASELINE, HF_GENERATE)
+    return without_lookup(setting.method) in (BASELINE, HF_GENERATE)
 
 
 def plain_rows(pairs: list[tuple[SettingResults, Record]]) -> list[HeatRow]:
