@@ -261,21 +261,22 @@ def test_embeddings_of_the_prompt_stay():
 @pytest.mark.parametrize("lookup", [None, PromptLookup(20, shortest=1)])
 def test_texts_that_end_before_the_positions_do(lookup):
     """No draft goes beyond them: not of a lookup, nor of an exit."""
-    positions = 40
-    model, stats = tiny_causal("gpt2-tied", n_positions=positions).double(), DecodeStats()
-    ids = greedy_causal(model, {name: tensor[:, 3:] for name, tensor in prompts().items()}, max_new_tokens=30)
-    options = {"max_new_tokens": 30, "eos_token_id": VOCABULARY - 1}
-    scores = model(ids).logits  # full depth's
-    ids = torch.cat([ids, scores[:, -1:].argmax(-1)], dim=1)[:, : positions - 1]
-    end = int(greedy_causal(model, {"input_ids": ids}, max_new_tokens=1)[0, -1])
-    options = {"max_new_tokens": 30, "eos_token_id": end}
-    prompt = {"input_ids": ids[:, : ids.shape[1] - 2]}
-    expected = greedy_causal(model, prompt, **options)
-    assert expected.shape[1] <= positions and int(expected[0, -1]) == end
+    length, end, positions = 30, 34, 36
+    model = tiny_causal("gpt2-tied", n_positions=positions, max_position_embeddings=positions).double()
+    ids = 2 + torch.randperm(VOCABULARY - 2, generator=torch.Generator().manual_seed(0))[None, :length]
+    ids[0, -1] = ids[0, 0]  # what followed there is proposed: more tokens than there are positions
+    options = {"max_new_tokens": 20, "no_repeat_ngram_size": 1}
+    last = int(
+        greedy_causal(model, {"input_ids": ids}, max_new_tokens=end - length, no_repeat_ngram_size=1)[0, -1]
+    )
+    assert last not in ids
+    options["eos_token_id"] = last
+    expected = greedy_causal(model, {"input_ids": ids}, **options)
+    assert expected.shape[1] == end
     for threshold in (ALWAYS, NEVER):
         policy = Free(2, SoftmaxGap(), threshold, lossless=True, lookup=lookup)
-        assert torch.equal(decode_causal(model, prompt, policy, stats, **options), expected)
-    assert torch.equal(decode_causal(model, prompt, FullDepth(lookup), **options), expected)
+        assert torch.equal(decode_causal(model, {"input_ids": ids}, policy, **options), expected)
+    assert torch.equal(decode_causal(model, {"input_ids": ids}, FullDepth(lookup), **options), expected)
 
 
 def test_a_source_may_be_told():
@@ -293,14 +294,14 @@ def test_a_source_may_be_told():
 
 
 class EndsAt(StoppingCriteria):
-    """Reads scores, so that drafts are judged one by one."""
+    """Reads scores: of several tokens, as a lookup has none."""
 
     def __init__(self, length):
         self.length = length
 
     def __call__(self, input_ids, scores, **kwargs):
-        chosen = scores[-1][0, input_ids[0, -1]].isfinite() and input_ids.shape[1] >= self.length
-        return torch.full((len(input_ids),), bool(chosen), dtype=torch.bool)
+        ends = int(scores[-1].isfinite().sum()) > 1 and input_ids.shape[1] >= self.length
+        return torch.full((len(input_ids),), ends, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("policy", [FullDepth(LOOKUP), Free(2, SoftmaxGap(), ALWAYS, lossless=True)])
