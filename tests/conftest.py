@@ -13,18 +13,34 @@ CACHE = Path(__file__).parents[1] / ".pytest_cache"
 os.environ["XDG_CACHE_HOME"] = str(CACHE / "exitlm")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
 EXPORTER = "torch.onnx._internal.exporter._registration"
+MANY = 100  # modules that tests have imported: those of a trainer, an exporter, a compiler
+kept = {"modules": 0}
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 
 
-def pytest_collection_finish():
-    """Libraries hold millions of objects for good: what each training collects is not among them."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Libraries make millions of objects, and keep them for good: nobody looks for garbage among them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        keep_modules()
+        gc.enable()
+
+
+def keep_modules():
+    """What the modules that are imported by now hold is collected no more."""
     gc.collect()
     gc.freeze()
+    kept["modules"] = len(sys.modules)
 
 
 def pytest_runtest_setup():
     """Once a test has exported: torch's exporter reads its 500 operators anew for each small graph."""
+    if len(sys.modules) > kept["modules"] + MANY:
+        keep_modules()
     registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
     if registry is not None and isinstance(vars(registry)["from_torchlib"], classmethod):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
