@@ -27,6 +27,7 @@ def pytest_collection():
         return (yield)
     finally:
         keep_modules()
+        gc.set_threshold(50_000)  # an exporter makes as many objects in a second, and needs most of them
         gc.enable()
 
 
