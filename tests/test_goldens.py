@@ -72,7 +72,7 @@ def policy_of(flags, max_answer_length):
 
 @pytest.fixture(scope="module")
 def decoded(decoder):
-    """A function of a run's name: its sequences, what each did, and the thresholds afterwards. Each run once."""
+    """A function of a run's name, decoded once: sequences, what each did, thresholds after each, policy."""
     return functools.cache(lambda name: decode_run(decoder, RUNS["runs"][name]))
 
 
