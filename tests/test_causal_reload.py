@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from every_method import decode_with_every_method
+from programs import run_program
 from tiny_causal import tiny_causal
 from transformers import AutoTokenizer
 
@@ -63,11 +60,8 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def again(trained):
     """By family: what each method decodes in a new process."""
-    folders = [folder for folder, _, _ in trained.values()]
-    command = [sys.executable, "tests/every_method.py", *folders]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return dict(zip(trained, json.loads(output.stdout.splitlines()[-1]).values(), strict=True))
+    printed = run_program("tests/every_method.py", *(folder for folder, _, _ in trained.values()))
+    return dict(zip(trained, json.loads(printed.splitlines()[-1]).values(), strict=True))
 
 
 @pytest.mark.slow
