@@ -39,12 +39,19 @@ def keep_modules():
 
 
 def pytest_runtest_setup():
-    """Once a test has exported: torch's exporter reads its 500 operators anew for each small graph."""
     if len(sys.modules) > kept["modules"] + MANY:
         keep_modules()
+    read_operators_once()
+
+
+def read_operators_once():
+    """Once a test has exported: torch reads its operators anew for each small graph, three times and more."""
     registry = getattr(sys.modules.get(EXPORTER), "ONNXRegistry", None)
     if registry is not None and isinstance(vars(registry)["from_torchlib"], classmethod):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    utilities = sys.modules.get("torch._export.utils")
+    if utilities is not None and not hasattr(utilities._materialize_cpp_cia_ops, "cache_info"):
+        utilities._materialize_cpp_cia_ops = functools.cache(utilities._materialize_cpp_cia_ops)
 
 
 @pytest.fixture(scope="module")
