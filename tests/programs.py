@@ -46,15 +46,14 @@ def enter(path, argv, cwd, environment, output):
 
 
 class Program:
-    """A program under way; `output` is the file of what it prints."""
+    """A program under way; `output` names the file of what it prints."""
 
     def __init__(self, path, *argv, cwd=ROOT, **variables):
         serve()
-        file, output = tempfile.mkstemp(suffix=".txt")
+        file, self.output = tempfile.mkstemp(suffix=".txt")
         os.close(file)
-        self.output = Path(output)
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-        given = str(ROOT / path), [str(word) for word in argv], cwd, environment, output
+        given = str(ROOT / path), [str(word) for word in argv], cwd, environment, self.output
         self.process = SERVER.Process(target=enter, args=given)
         self.process.start()
 
@@ -70,8 +69,8 @@ class Program:
     def wait(self):
         """What it printed, once it has ended."""
         self.process.join()
-        printed = self.output.read_text()
-        self.output.unlink()
+        printed = Path(self.output).read_text()
+        os.unlink(self.output)
         return printed
 
 
@@ -91,8 +90,10 @@ def run_in_two_processes(path, *argv):
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     programs = [Program(path, *argv, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    while all(program.code in (None, 0) for program in programs) and None in [one.code for one in programs]:
-        connection.wait([program.process.sentinel for program in programs if program.code is None])
+    while not any(one.code for one in programs) and (
+        running := [one for one in programs if one.code is None]
+    ):
+        connection.wait([one.process.sentinel for one in running])
     for program in programs:
         program.process.kill()  # which those that ended do not notice
     printed = [program.wait() for program in programs]

@@ -37,10 +37,12 @@ from util.files import locked_output_dir
 def kill_when(condition, flags, seconds=120):
     """Start run.py with these flags, and kill it once the condition holds."""
     program, deadline = Program("run.py", *as_argv(flags)), time.monotonic() + seconds
-    while not condition():
-        assert program.code is None and time.monotonic() < deadline, "ended before it could be killed"
-        time.sleep(0.002)
-    program.kill()
+    try:
+        while not condition():
+            assert program.code is None and time.monotonic() < deadline, "ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        program.kill()
     program.wait()
     assert program.code == -signal.SIGKILL
 
