@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 CACHE = Path(__file__).parents[1] / ".pytest_cache"
 # Graphs are exported and compiled once for all tests, and none into the user's own cache.
@@ -16,8 +15,6 @@ EXPORTER = "torch.onnx._internal.exporter._registration"
 MANY = 100  # modules that tests have imported: those of a trainer, an exporter, a compiler
 kept = {"modules": 0}
 
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
@@ -26,6 +23,8 @@ def pytest_collection():
     try:
         return (yield)
     finally:
+        if "torch" in sys.modules:  # not where xdist only hands out the tests
+            sys.modules["torch"].set_num_threads(1)  # tiny models: threads cost more than they bring
         keep_modules()
         gc.set_threshold(50_000)  # an exporter makes as many objects in a second, and needs most of them
         gc.enable()
