@@ -289,16 +289,8 @@ WITH_ENCODER = thin(
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind", "loss"), WITH_ENCODER)
 def test_models_with_an_encoder_take_the_same_command(model, kind, loss, tmp_path):
-    more = [
-        "--exit_adapter",
-        kind,
-        "--exit_loss",
-        loss,
-        "--backend",
-        "onnx",
-        "--self_generated",
-        str(loss == "both"),
-    ]
+    more = ["--exit_adapter", kind, "--exit_loss", loss, "--backend", "onnx"]
+    more += ["--self_generated", str(loss == "both")]
     train_exit.main(command(model, tmp_path, *more))
     loaded, base = load_model(str(tmp_path)), load_model(model)
     inputs = base.tokenizer("Das ist ein Paket.", return_tensors="pt")
