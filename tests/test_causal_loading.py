@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -14,6 +11,7 @@ import pytest
 import torch
 import transformers
 from every_method import decode_with_every_method
+from programs import run_program
 from safetensors.torch import load_file, save_file
 from tiny_causal import decode_causal, greedy_causal, prompts, tiny_causal
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
@@ -73,10 +71,7 @@ def test_saves_with_exit_heads_are_the_same_in_a_new_process(tmp_path, tokenizer
             assert torch.equal(loaded.model.state_dict()[name], weight), name
         expected[str(folder)] = decode_with_every_method(loaded)
         assert any(2 in row for row in expected[str(folder)]["free"][1])
-    command = [sys.executable, "tests/every_method.py", *expected]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    again = json.loads(output.stdout.splitlines()[-1])
+    again = json.loads(run_program("tests/every_method.py", *expected).splitlines()[-1])
     assert again == json.loads(json.dumps(expected))
 
 

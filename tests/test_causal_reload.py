@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from every_method import decode_with_every_method
+from programs import run_program
 from tiny_causal import tiny_causal
 from transformers import AutoTokenizer
 
@@ -47,38 +44,41 @@ def train(base, folder, **flags):
 
 
 @pytest.fixture(scope="module")
-def decoded(tmp_path_factory):
-    """By family: what each method decodes before training, after it, and in a new process."""
-    tokenizer, trained, before = AutoTokenizer.from_pretrained(ROOT / "checkpoints/debian-t5-free"), {}, {}
+def trained(tmp_path_factory):
+    """By family: the folder of a trained model, what each method decodes before training, and after it."""
+    tokenizer, results = AutoTokenizer.from_pretrained(ROOT / "checkpoints/debian-t5-free"), {}
     for family, flags in TRAININGS.items():
         base, folder = tmp_path_factory.mktemp(family), tmp_path_factory.mktemp(f"{family}-trained")
         tiny_causal(family, num_layers=4, vocab_size=len(tokenizer)).save_pretrained(base)
         tokenizer.save_pretrained(base)
-        before[family] = decode_with_every_method(load_model(str(base)))
-        trained[str(folder)] = decode_with_every_method(train(base, folder, **flags))
-    command = [sys.executable, "tests/every_method.py", *trained]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    again = json.loads(output.stdout.splitlines()[-1]).values()
-    here = json.loads(json.dumps([*trained.values()]))
-    return dict(zip(TRAININGS, zip(before.values(), here, again, strict=True), strict=True))
+        before = decode_with_every_method(load_model(str(base)))
+        here = decode_with_every_method(train(base, folder, **flags))
+        results[family] = str(folder), *json.loads(json.dumps([before, here]))
+    return results
+
+
+@pytest.fixture(scope="module")
+def again(trained):
+    """By family: what each method decodes in a new process."""
+    printed = run_program("tests/every_method.py", *(folder for folder, _, _ in trained.values()))
+    return dict(zip(trained, json.loads(printed.splitlines()[-1]).values(), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TRAININGS)
-def test_a_new_process_decodes_what_the_training_one_does(decoded, family):
-    _, here, again = decoded[family]
+def test_a_new_process_decodes_what_the_training_one_does(trained, again, family):
+    _, _, here = trained[family]
     for method, found in here.items():
-        assert again[method] == found, method  # ids, exit layers and confidences
+        assert again[family][method] == found, method  # ids, exit layers and confidences
 
 
 @pytest.mark.parametrize("family", TRAININGS)
-def test_what_is_compared_depends_on_training_and_method(decoded, family):
-    before, here, _ = decoded[family]
+def test_what_is_compared_depends_on_training_and_method(trained, family):
+    _, before, here = trained[family]
     assert here["lossless"][0] == here["full"][0]
     assert here["static"][0] != here["full"][0]
     for method in ("calm", "free"):
         layers = {layer for row in here[method][1] for layer in row}
         assert min(layers) < 4, method
     changed = "free" if "train_meta_cm_head" in TRAININGS[family] else "full"  # whose weights stay
-    assert here[changed] != json.loads(json.dumps(before))[changed]
+    assert here[changed] != before[changed]

@@ -39,6 +39,7 @@ REPOSITORY, COMMIT = "org/free-decoding", "0" * 40
 T5, LLAMA = "debian-t5-free", "debian-llama-free"
 TEXTS = {T5: "Entwicklungsdateien für die {}", LLAMA: "Entwicklungsdateien für die {}\n\nTranslation:"}
 RANDOM = (*FAMILIES, *CAUSAL_FAMILIES)
+ALWAYS = ("t5-tied", "llama-tied", "gpt2-tied")  # models of the tests that are not slow
 PLACES = {"HF_HOME": "", "HF_HUB_CACHE": "hub", "HF_MODULES_CACHE": "modules"}
 ALONE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 LENGTH = {"max_new_tokens": 14, "do_sample": False}
@@ -107,13 +108,13 @@ def with_adapter():
     return model
 
 
-def make_folders(path):
+def make_folders(path, families):
     """Models, and an export as a hub's cache holds it."""
     cached = path / "home/hub/models--org--free-decoding"
     export_custom_generate.main(["--output_dir", str(cached / "snapshots" / COMMIT)])
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text(COMMIT)
-    for family in RANDOM:
+    for family in families:
         random_model(family).save_pretrained(path / family)
     for name in (T5, LLAMA):
         (path / name).symlink_to(ROOT / "checkpoints" / name)
@@ -125,20 +126,26 @@ def make_folders(path):
     export_custom_generate.main(["--output_dir", str(path / "own")])
 
 
-def make_jobs(path):
-    """(what, how): (model, inputs, keywords) of all that the tests look at."""
+def make_jobs_of_slow_tests():
+    """(what, how): (model, inputs, keywords) of every family and of trained models."""
     given = {method: keywords for method, (keywords, _) in METHODS.items()} | EXACT
     jobs = {(family, how): (family, random_inputs(family), given[how]) for family in RANDOM for how in given}
     for name in (T5, LLAMA):
         _, inputs = embedded(name)
         jobs |= {(name, how): (name, inputs, given[how]) for how in given}
         jobs[name, "trained"] = (name, inputs, {"threshold": 0.4})  # after the layer that it names
+    return jobs
+
+
+def make_jobs(path):
+    """(what, how): (model, inputs, keywords) of what the other tests look at."""
+    free, _ = METHODS["free"]
     adapter = {"threshold": 0.05, "exit_adapter": str(path / "adapter")}
-    jobs["heads", "softmax"] = ("heads", padded_inputs(2), {"threshold": 0.0})
+    jobs = {("heads", "softmax"): ("heads", padded_inputs(2), {"threshold": 0.0})}
     jobs["heads", "meta"] = ("heads", padded_inputs(2), {"threshold": 0.3, "confidence": "meta"})
     jobs["adapter", "softmax"] = ("llama-tied", prompts(2), adapter)
-    jobs["adapter", "none"] = ("llama-tied", prompts(2), given["free"])  # after that
-    jobs["own", "free"] = ("own", prompts(2), given["free"])
+    jobs["adapter", "none"] = ("llama-tied", prompts(2), free)  # after that
+    jobs["own", "free"] = ("own", prompts(2), free)
     for family in ("t5-tied", "llama-tied"):
         for how in EXACT:
             looking = EXACT[how] | {"lookup_tokens": 4}
@@ -148,10 +155,14 @@ def make_jobs(path):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(request, tmp_path_factory):
     """(what, how): what comes of all jobs, in one process that sees no module of ours."""
     path = tmp_path_factory.mktemp("hub")
-    make_folders(path)
+    slow = any(
+        item.path == request.path and item.get_closest_marker("slow") for item in request.session.items
+    )
+    make_folders(path, RANDOM if slow else ALWAYS)
+    given = make_jobs(path) | (make_jobs_of_slow_tests() if slow else {})
     jobs = {
         "/".join(key): {
             "model": str(path / model),
@@ -162,7 +173,7 @@ def outputs(tmp_path_factory):
             "options": LENGTH | options,
             **{name: value.tolist() for name, value in inputs.items()},
         }
-        for key, (model, inputs, options) in make_jobs(path).items()
+        for key, (model, inputs, options) in given.items()
     }
     (path / "jobs.json").write_text(json.dumps(jobs))
     here = path / "elsewhere"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from every_method import decode_with_every_method
 from pairs import covering, thin
+from programs import run_program
 from tiny_models import FAMILIES, greedy, padded_inputs, tiny_model
 from transformers import AutoTokenizer, set_seed
 
@@ -87,10 +85,7 @@ def same(first, second):
 
 def reload_elsewhere(folders):
     """What every method decodes with the models of `folders`, loaded in a new process."""
-    command = [sys.executable, "tests/every_method.py", *folders]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(output.stdout.splitlines()[-1])
+    return json.loads(run_program("tests/every_method.py", *folders).splitlines()[-1])
 
 
 def every(families):

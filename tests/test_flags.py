@@ -13,6 +13,8 @@ from real_rows import ROOT
 
 import run
 from gpt_eval.flags import COMMANDS as JUDGE_COMMANDS
+from models.backends.onnx.engine import KINDS
+from models.backends.onnx.store import default_cache_dir
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel
@@ -223,6 +225,8 @@ def outputs_in(folder):
 
 @pytest.mark.slow
 def test_flags_said_not_to_change_outputs_do_not(decoded, tmp_path, capsys):
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / KINDS).symlink_to(default_cache_dir() / KINDS)  # traced for `decoded`
     same = {
         "deploy_scenario": "True",
         "preprocessing_num_workers": "2",
@@ -241,6 +245,7 @@ def test_flags_said_not_to_change_outputs_do_not(decoded, tmp_path, capsys):
     words = [word for name, value in same.items() for word in (f"--{name}", value)]
     run.main([*SHORT, *words, "--output_dir", str(tmp_path)])
     assert outputs_in(tmp_path) == outputs_in(decoded)
+    assert len([*(tmp_path / "graphs").iterdir()]) == 2  # and the model's own folder
     run.main([*SHORT, "--resume_eval", "True", "--output_dir", str(tmp_path)])  # so the outputs serve here
     with pytest.raises(SystemExit):
         run.main([*SHORT, "--resume_eval", "True", "--lossless", "True", "--output_dir", str(tmp_path)])

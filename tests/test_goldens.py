@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -69,20 +70,34 @@ def policy_of(flags, max_answer_length):
     return FullDepth()
 
 
-@pytest.mark.parametrize("name", RUNS["runs"])
-def test_decoding(decoder, name):
-    run = RUNS["runs"][name]
+@pytest.fixture(scope="module")
+def decoded(decoder):
+    """A function of a run's name, decoded once: sequences, what each did, thresholds after each, policy."""
+    return functools.cache(lambda name: decode_run(decoder, RUNS["runs"][name]))
+
+
+def decode_run(decoder, run):
     policy = policy_of(run["additional_args"], run["max_answer_length"])
-    for index, input_ids in enumerate(RUNS["input_ids"]):
-        stats = DecodeStats()
+    sequences, did, thresholds = [], [], []
+    for input_ids in RUNS["input_ids"]:
+        did.append(DecodeStats())
         sequence = decoder.generate(
             input_ids=torch.tensor([input_ids]),
             max_length=run["max_length"],
             custom_generate=early_exit_decode,
             exit_policy=policy,
-            decode_stats=stats,
+            decode_stats=did[-1],
         )
-        assert sequence[0].tolist() == run["output_ids"][index]
+        sequences.append(sequence[0].tolist())
+        thresholds.append(policy.threshold.value if hasattr(policy, "threshold") else None)
+    return sequences, did, thresholds, policy
+
+
+@pytest.mark.parametrize("name", RUNS["runs"])
+def test_decoding(decoded, name):
+    run, (sequences, did, _, _) = RUNS["runs"][name], decoded(name)
+    assert sequences == run["output_ids"]
+    for index, stats in enumerate(did):
         if stats.rollbacks == 0 and name not in TIES and not name.startswith("free_adapt_mid_copy"):
             assert stats.exit_layers[0] == run["layers"][index]
             theirs = [value for step in run["confidences"][index] for value in step]
@@ -91,36 +106,18 @@ def test_decoding(decoder, name):
 
 
 @pytest.mark.parametrize("name", ["free_adapt_lo", "free_adapt_mid", "free_adapt_mid_rollback2.0"])
-def test_adaptive_threshold_trajectory(decoder, name):
-    run = RUNS["runs"][name]
-    policy = policy_of(run["additional_args"], run["max_answer_length"])
-    for input_ids, expected in zip(RUNS["input_ids"], run["thresholds"], strict=True):
-        decoder.generate(
-            input_ids=torch.tensor([input_ids]),
-            max_length=run["max_length"],
-            custom_generate=early_exit_decode,
-            exit_policy=policy,
-        )
-        assert expected is None or policy.threshold.value == pytest.approx(expected, abs=1e-12)
+def test_adaptive_threshold_trajectory(decoded, name):
+    run, (_, _, thresholds, policy) = RUNS["runs"][name], decoded(name)
+    for value, expected in zip(thresholds, run["thresholds"], strict=True):
+        assert expected is None or value == pytest.approx(expected, abs=1e-12)
     confidences, right = zip(*run["calibration"], strict=True)
     np.testing.assert_allclose(policy.threshold.confidences, confidences, atol=2e-6)
     assert list(policy.threshold.right) == list(right)
 
 
-def test_rollbacks_are_as_many(decoder):
-    run = RUNS["runs"]["free_mid_rollback2.0"]
-    policy, rollbacks = policy_of(run["additional_args"], run["max_answer_length"]), 0
-    for input_ids in RUNS["input_ids"]:
-        stats = DecodeStats()
-        decoder.generate(
-            input_ids=torch.tensor([input_ids]),
-            max_length=run["max_length"],
-            custom_generate=early_exit_decode,
-            exit_policy=policy,
-            decode_stats=stats,
-        )
-        rollbacks += stats.retracted_tokens
-    assert rollbacks == run["rollbacks"]
+def test_rollbacks_are_as_many(decoded):
+    _, did, _, _ = decoded(name := "free_mid_rollback2.0")
+    assert sum(stats.retracted_tokens for stats in did) == RUNS["runs"][name]["rollbacks"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from judge_runs import RATINGS, SECRET, answers_of, make, make_flags, run_flags, write_rows
+from script_commands import shown_words
 
 from gpt_eval.__main__ import main
 from gpt_eval.answer_log import AnswerLog, read_answers
@@ -275,14 +276,17 @@ def test_notebook_is_executed_and_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_script_estimates_without_a_key(tmp_path):
+def test_script_estimates_without_a_key(tmp_path, monkeypatch, capsys):
+    """What the script starts runs in this process, which has loaded the libraries already."""
+    monkeypatch.delenv("OPENAI_API_KEY")
     write_rows(tmp_path / "free.jsonl", [{"id": "gedit-plugins", "prediction": "plugins"}])
     script = ["bash", "gpt_eval/gpt_eval.sh"]
     usage = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert usage.returncode == 2 and "usage: DATASET=name" in usage.stderr
     settings = {"DATASET": "debian_synopsis", "MODEL": "judge", "OUTPUT_DIR": str(tmp_path / "out")}
-    command = [*script, f"free={tmp_path / 'free.jsonl'}", "--dry_run"]
-    output = subprocess.run(
-        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=True
-    )
-    assert "1 distinct requests, 1 to send" in output.stdout
+    predictions = f"free={tmp_path / 'free.jsonl'}"
+    _, *commands = shown_words(tmp_path, *script[1:], predictions, "--dry_run", **settings)
+    assert [words[2] for words in commands] == ["make", "run"]
+    for words in commands:
+        assert words[:2] == ["-m", "gpt_eval"] and main(words[2:]) == 0
+    assert "1 distinct requests, 1 to send" in capsys.readouterr().out

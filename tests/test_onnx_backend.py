@@ -142,7 +142,7 @@ def test_padding_is_inferred_as_generate_does():
 
 def test_windows_of_prompts_go_with_their_generation():
     """Of any length, in the one precision that reads a prompt at once; short ones are as many as they are."""
-    fast = prepare(loaded(tiny_causal(max_position_embeddings=256)), precision="w4")
+    fast = prepare(loaded(tiny_causal()), precision="w4")
     for length in range(70, 90, 4):
         fast.generate(torch.full((1, length), 7), do_sample=False, max_new_tokens=3)
     kept = [window for _, held in fast.view.shelf.free for window in held.numbering.windows]

@@ -22,7 +22,7 @@ def decode(loaded, inputs, policy):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", LENGTHS)
 def test_prompts_longer_than_a_window(length):
-    modules = LoadedModel(tiny_causal(num_layers=3), None, ExitConfig())
+    modules = LoadedModel(tiny_causal(), None, ExitConfig())
     graphs = prepare(modules)
     for batch in (1, 3):
         inputs = prompts(batch, length)

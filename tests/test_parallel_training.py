@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from programs import run_in_two_processes, run_program
 from real_rows import ROOT
 from tiny_models import padded_inputs, tiny_model
 from training_runs import DATA, QUIET, as_argv, assert_same, save_base, train, train_flags
@@ -27,12 +25,6 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
 
 
-def torchrun(*argv):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "run.py", *argv], cwd=ROOT, env=environment, check=True, capture_output=True)
-
-
 def logged_losses(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     names = ("loss", "distillation", "ce_layer_2", "ce_layer_4")
@@ -46,7 +38,7 @@ def test_two_processes_equal_one(base, tmp_path):
     pieces = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     one = DATA | QUIET | {"do_eval": True, "max_eval_samples": 7, "per_device_eval_batch_size": 2}
     one |= {"use_shallow_deep": True, "shallow_exit_layer": 2, "shallow2deep_conf_threshold": 0.02}
-    torchrun(*as_argv(**train_flags(base, tmp_path / "two", **steps, **pieces) | one))
+    run_in_two_processes("run.py", *as_argv(**train_flags(base, tmp_path / "two", **steps, **pieces) | one))
     weights = train(base, tmp_path / "one", **steps, per_device_train_batch_size=4)
     assert_same(weights, load_model(str(tmp_path / "two")).model.state_dict())
     assert [row.expected for row in logged_losses(tmp_path / "one")] == logged_losses(tmp_path / "two")
@@ -64,8 +56,7 @@ def test_two_processes_equal_one(base, tmp_path):
 @pytest.mark.slow
 def test_sharded_weights_have_the_same_loss_and_gradients():
     """FSDP of both versions on two CPU processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "tests/sharded_step.py"], cwd=ROOT, env=environment, check=True)
+    run_program("tests/sharded_step.py")
 
 
 def test_configuration_for_sharded_training_wraps_every_block(monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Program
 from real_rows import ROOT
 from tiny_models import tiny_model
 from tiny_runs import (
@@ -33,19 +34,17 @@ from util.evaluation.records import Record
 from util.files import locked_output_dir
 
 
-def start(flags):
-    command = [sys.executable, str(ROOT / "run.py"), *as_argv(flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def kill_when(process, condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def kill_when(condition, flags, seconds=120):
+    """Start run.py with these flags, and kill it once the condition holds."""
+    program, deadline = Program("run.py", *as_argv(flags)), time.monotonic() + seconds
+    try:
+        while not condition():
+            assert program.code is None and time.monotonic() < deadline, "ended before it could be killed"
+            time.sleep(0.002)
+    finally:
+        program.kill()
+    program.wait()
+    assert program.code == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -55,9 +54,7 @@ def test_killed_training_continues_with_the_same_losses(base, tmp_path):
     )
     flags |= {"shallow_exit_layer": 2}
     killed = flags | {"output_dir": str(tmp_path / "killed")}
-    kill_when(
-        start(killed), lambda: Path(killed["output_dir"], "checkpoint-8", "trainer_state.json").exists()
-    )
+    kill_when(Path(killed["output_dir"], "checkpoint-8", "trainer_state.json").exists, killed)
     steps = [int(path.name[11:]) for path in Path(killed["output_dir"]).glob("checkpoint-*")]
     newest = Path(killed["output_dir"], f"checkpoint-{max(steps)}")
     (newest / "trainer_state.json").write_text('{"half": ')  # as if killed while this was written
@@ -76,7 +73,7 @@ def test_killed_evaluation_continues_to_the_same_result(base, rows, tmp_path):
     flags |= {"per_device_eval_batch_size": 1, "resume_eval": True, "adapt_zeta": 0.1}
     killed = flags | {"output_dir": str(tmp_path / "killed")}
     log = Path(killed["output_dir"], "predictions.jsonl")
-    kill_when(start(killed), lambda: log.is_file() and log.read_text().count("\n") > 20)
+    kill_when(lambda: log.is_file() and log.read_text().count("\n") > 20, killed)
     done = log.read_text().splitlines()
     assert len(done) < len(lines)
     log.write_text("\n".join(done[:20]) + "\n" + done[20][:30])  # a line cut in half

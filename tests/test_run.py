@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pairs import slow_but
+from programs import Program
 from real_rows import ROOT
 from tiny_runs import (
     FREE,
@@ -143,10 +142,10 @@ def test_bad_files_get_one_line(base, tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_bad_input_shows_no_traceback(base):
-    command = [sys.executable, str(ROOT / "run.py"), *as_argv(base | {"do_eval": True, "source_lang": "fr"})]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert finished.returncode == 2
-    assert "Traceback" not in finished.stderr and "error: " in finished.stderr
+    program = Program("run.py", *as_argv(base | {"do_eval": True, "source_lang": "fr"}), cwd="/")
+    printed = program.wait()
+    assert program.code == 2
+    assert "Traceback" not in printed and "error: " in printed
 
 
 METHODS = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
+from programs import run_in_two_processes
 from real_rows import ROOT
 
 from models.errors import UserError
@@ -66,13 +64,6 @@ def refusal(script, folder, flags, *more, capsys):
     return line
 
 
-def torchrun(script, *argv):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, f"scripts/{script}.py", *map(str, argv)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-
-
 def read(path):
     return json.loads(path.read_text())
 
@@ -111,13 +102,13 @@ def assert_same_calibration(ours, theirs):
 
 @pytest.mark.slow
 def test_two_processes_sweep_as_one(swept, tmp_path):
-    torchrun("sweep", *SWEEP, "--output_dir", tmp_path)
+    run_in_two_processes("scripts/sweep.py", *SWEEP, "--output_dir", tmp_path)
     assert_same_sweep(tmp_path, swept)
 
 
 @pytest.mark.slow
 def test_two_processes_calibrate_as_one(calibrated, tmp_path):
-    torchrun("calibrate", *CALIBRATION, "--output_dir", tmp_path)
+    run_in_two_processes("scripts/calibrate.py", *CALIBRATION, "--output_dir", tmp_path)
     assert_same_calibration(tmp_path, calibrated)
 
 

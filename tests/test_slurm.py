@@ -9,8 +9,10 @@ import sys
 
 import pytest
 from real_rows import ROOT
-from script_commands import SHOW_WORDS
+from script_commands import commands_in, write_tool
 from torch.distributed.run import get_args_parser
+
+from scripts import sweep
 
 FILES = sorted((ROOT / "scripts/slurm").iterdir())
 ROWS = ["--num_samples", "3", "--methods", "FREE", "--free_thresholds", "0.4", "--backend", "torch"]
@@ -25,11 +27,6 @@ def tools(tmp_path):
     write_tool(folder / "srun", '#!/bin/sh\nexec "$@"\n')
     write_tool(folder / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     return folder
-
-
-def write_tool(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 def submit(tools, name, *flags, check=True, **variables):
@@ -49,14 +46,23 @@ def test_batch_files_are_bash(file):
     assert not directives or directives[-1] < commands[0]  # Slurm reads no further than the first command
 
 
+def sweep_by(output):
+    """Run the one sweep among the command lines that a batch file showed."""
+    (words,) = [words for words in commands_in(output) if words[0] == "scripts/sweep.py"]
+    sweep.main(words[1:])
+
+
 @pytest.mark.slow
 def test_an_array_decodes_and_merges(tools, tmp_path):
-    asked = {"MODEL": "checkpoints/debian-t5-free", "OUTPUT_DIR": str(tmp_path / "sweep"), "SHARDS": "2"}
+    """By what its jobs start, in this process, which has loaded the libraries already."""
+    write_tool(tools / "python")
+    model = str(ROOT / "checkpoints/debian-t5-free")
+    asked = {"MODEL": model, "OUTPUT_DIR": str(tmp_path / "sweep"), "SHARDS": "2"}
     for index in ("0", "1"):
         array = {"SLURM_ARRAY_TASK_ID": index, "SLURM_ARRAY_TASK_COUNT": "2"}
-        submit(tools, "sweep_array.sbatch", *ROWS, **asked, **array)
+        sweep_by(submit(tools, "sweep_array.sbatch", *ROWS, **asked, **array).stdout)
         assert not (tmp_path / "sweep/sweep.json").exists()
-    submit(tools, "merge_array.sbatch", *ROWS, **asked)
+    sweep_by(submit(tools, "merge_array.sbatch", *ROWS, **asked).stdout)
     rows = json.loads((tmp_path / "sweep/sweep.json").read_text())["rows"]
     assert [(row["name"], row["samples"]) for row in rows] == [("Full depth", 3), ("FREE 0.4", 3)]
 
@@ -73,13 +79,13 @@ def test_what_an_array_needs_is_asked_for(tools):
 
 def torchrun_of(output):
     """How torchrun itself understands what it was given, and the words for the script."""
-    words = output.splitlines()
+    (words,) = commands_in(output)
     flags = get_args_parser().parse_args(words)
     return flags, [flags.training_script, *flags.training_script_args]
 
 
 def test_training_on_one_node_is_that_of_the_experiment(tools):
-    write_tool(tools / "torchrun", SHOW_WORDS)
+    write_tool(tools / "torchrun")
     asked = {"EXPERIMENT": "run_sum_samsum", "METHOD": "calm", "MODEL": "google-t5/t5-small"}
     flags, words = torchrun_of(submit(tools, "train_one_node.sbatch", "--bf16", "True", **asked).stdout)
     assert flags.standalone and words[0] == str(ROOT / "run.py")
@@ -88,7 +94,7 @@ def test_training_on_one_node_is_that_of_the_experiment(tools):
 
 
 def test_training_on_many_nodes_meets_at_the_first(tools):
-    write_tool(tools / "torchrun", SHOW_WORDS)
+    write_tool(tools / "torchrun")
     nodes = r'[ "$*" = "show hostnames node[3-5]" ] && printf "node3\nnode4\nnode5\n"'
     write_tool(tools / "scontrol", f"#!/bin/sh\n{nodes}\n")
     job = {"SLURM_JOB_NODELIST": "node[3-5]", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_ID": "1234567"}

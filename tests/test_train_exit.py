@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +14,7 @@ import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model
 from datasets import Dataset
 from pairs import thin
+from programs import run_in_two_processes
 from real_rows import ROOT
 from safetensors.torch import load_file
 
@@ -32,7 +30,7 @@ from models import (
 from models.exit_adapter import attach_exit_adapter
 from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
 from scripts import sweep, train_exit
-from util.exit_training import teaching
+from util.exit_training import forecast, teaching
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts
 from util.exit_training.objectives import (
@@ -130,6 +128,24 @@ def test_texts_end_with_their_end_and_lie_beside_others_as_long():
     assert sorted(map(sorted, (last, second_last))) == [[3, 5], [4]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_timing():
+    """How fast a small model decodes here is no matter: it is timed once, on short outputs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_exit, "TIMED_ROWS", 1)
+        for name, value in {"REPEATS": 1, "SHORT": 2, "LONG": 4}.items():
+            patch.setattr(forecast, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted, which nobody writes into."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_exit.main(command(LLAMA, folder))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def exit_of_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exit")
@@ -168,9 +184,8 @@ def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_exit.main(command(LLAMA, whole))
+def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
     learn = teaching.Teaching.learn
 
     def die_at_six(self, batch):
@@ -207,21 +222,18 @@ def test_a_taught_exit_is_taught_further(exit_of_llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_in_bfloat16_the_exit_learns_as_much(tmp_path):
-    exits = {}
-    for name in ("fp32", "bf16"):
-        folder = tmp_path / name
-        train_exit.main(command(LLAMA, folder, "--bf16", str(name == "bf16")))
-        exits[name] = torch.load(folder / teaching.CHECKPOINT)["weights"]
-    (layer,) = exits["fp32"]
-    learnt = [own[layer]["projection.weight"] for own in exits.values()]  # zero at first
+def test_in_bfloat16_the_exit_learns_as_much(whole, tmp_path):
+    train_exit.main(command(LLAMA, tmp_path, "--bf16", "True"))
+    exits = [torch.load(folder / teaching.CHECKPOINT)["weights"] for folder in (whole, tmp_path)]
+    (layer,) = exits[0]
+    learnt = [own[layer]["projection.weight"] for own in exits]  # zero at first
     assert learnt[1].dtype == torch.float32 and not torch.equal(*learnt)
     assert torch.cosine_similarity(*(weight.flatten() for weight in learnt), dim=0) > 0.9
 
 
 @pytest.mark.slow
-def test_texts_of_a_killed_run_are_continued(tmp_path, capsys):
-    train_exit.main(command(LLAMA, tmp_path))
+def test_texts_of_a_killed_run_are_continued(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     texts = (tmp_path / "texts.jsonl").read_bytes()
     lines = texts.splitlines(keepends=True)
     (tmp_path / "texts.jsonl").write_bytes(b"".join(lines[:16]) + lines[16][:10])  # cut within a line
@@ -277,16 +289,8 @@ WITH_ENCODER = thin(
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "kind", "loss"), WITH_ENCODER)
 def test_models_with_an_encoder_take_the_same_command(model, kind, loss, tmp_path):
-    more = [
-        "--exit_adapter",
-        kind,
-        "--exit_loss",
-        loss,
-        "--backend",
-        "onnx",
-        "--self_generated",
-        str(loss == "both"),
-    ]
+    more = ["--exit_adapter", kind, "--exit_loss", loss, "--backend", "onnx"]
+    more += ["--self_generated", str(loss == "both")]
     train_exit.main(command(model, tmp_path, *more))
     loaded, base = load_model(str(tmp_path)), load_model(model)
     inputs = base.tokenizer("Das ist ein Paket.", return_tensors="pt")
@@ -387,13 +391,7 @@ def test_a_sweep_shows_the_exit_beside_full_depth(exit_of_llama, tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_prompts_and_gradients(tmp_path):
     """The adapter that is saved has learnt from both: each answers half of the prompts."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = command(LLAMA, tmp_path, "--exit_layers", "1")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "scripts/train_exit.py", *words], cwd=ROOT, env=environment, check=False
-    )
-    assert done.returncode == 0
+    run_in_two_processes("scripts/train_exit.py", *command(LLAMA, tmp_path, "--exit_layers", "1"))
     shares = [(tmp_path / f"texts.{rank}-of-2.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert [len(share) for share in shares] == [12, 12] and not {*shares[0]} & {*shares[1]}
     assert load_model(str(tmp_path)).exit_config.shallow_exit_layer == 1

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from real_rows import ROOT
+from programs import Program
 from safetensors.torch import load_file
 from training_runs import DATA, EVALUATED, QUIET, as_argv, assert_same, save_base, train, train_flags
 
@@ -81,12 +78,10 @@ run.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_loses_no_older_one(base, finished, tmp_path, caplog):
-    flags = as_argv(**train_flags(base, tmp_path / "run"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    died = subprocess.run(
-        [sys.executable, "-c", DYING_RUN, *flags], cwd=ROOT, env=environment, capture_output=True
-    )
-    assert died.returncode == -signal.SIGKILL
+    (tmp_path / "dying_run.py").write_text(DYING_RUN)
+    died = Program(tmp_path / "dying_run.py", *as_argv(**train_flags(base, tmp_path / "run")))
+    died.wait()
+    assert died.code == -signal.SIGKILL
     with caplog.at_level("INFO"):
         assert_same(finished[1], train(base, tmp_path / "run"))
     assert "checkpoint-6 is damaged" in caplog.text
