@@ -38,6 +38,11 @@ class Piece(nn.Module):
         self.view: Any = view  # whose kind the piece knows
         self.layer = layer
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What the graph is made of."""
+        return [self.layer]
+
 
 def hidden_example(width: int, length: int = NEW, axis: str = "new") -> tuple[Tensor, Axes]:
     return torch.zeros(BATCH, length, width), {0: "batch", 1: axis}
@@ -208,6 +213,10 @@ class Head(Piece):
     def __init__(self, view: StackView) -> None:
         super().__init__(view, view.model)
         self.inputs = {"hidden": hidden_example(view.width)}
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [self.view.final_norm, self.view.model.get_output_embeddings()]
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.view.project(self.view.final_norm(hidden))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,11 @@ from models.backends.onnx.store import Store
 
 OPSET = 21
 UNREAD = "relative_attention_bias"  # biases are inputs of a graph
+UNRELATED = (  # settings of a model that say nothing of what one of its pieces computes
+    "vocab_size",
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"),
+    *("_name_or_path", "architectures", "transformers_version"),
+)
 PER_LAYER = ("layer_idx", "has_relative_attention_bias")  # attributes that change nothing in a graph
 SCALAR = 1
 
@@ -69,13 +75,23 @@ def describe(piece: Piece) -> tuple[Any, ...]:
     weights."""
     modules = [
         (name, type(module).__qualname__, *sorted((key, repr(value)) for key, value in plain(module)))
-        for name, module in piece.layer.named_modules()
+        for part in piece.parts
+        for name, module in part.named_modules()
         if not name.endswith(UNREAD)
     ]
-    shapes = {name: tuple(weight.shape) for name, weight in piece.layer.named_parameters()}
-    weights = [(name, shape) for name, shape in shapes.items() if UNREAD not in name]
-    settings = piece.view.model.config.to_json_string()
-    return settings, type(piece).__name__, piece.key, tuple(modules), tuple(weights)
+    shapes = [
+        (name, tuple(weight.shape))
+        for part in piece.parts
+        for name, weight in part.named_parameters()
+        if UNREAD not in name
+    ]
+    return related_settings(piece), type(piece).__name__, piece.key, tuple(modules), tuple(shapes)
+
+
+def related_settings(piece: Piece) -> str:
+    settings = json.loads(piece.view.model.config.to_json_string())
+    related = (name for name in settings if name not in UNRELATED and not name.endswith("_token_id"))
+    return json.dumps({name: settings[name] for name in sorted(related)})
 
 
 def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
