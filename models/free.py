@@ -157,6 +157,9 @@ class Free:
         all but the newest are followed by a proposal."""
         rows, width = token_ids.shape
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
+        if self.drafts and width > 1 and self.learner is None:  # what goes on anyway is not tested
+            parts = enumerate(hidden.split(1, dim=1))
+            return [WaitingToken(part, [], [False], active, None, i < width - 1) for i, part in parts]
         states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
         measured = self.confidence(view, states, self.shallow_layer)
         confidence = measured.confidence.view(width, rows).tolist()
@@ -178,8 +181,11 @@ class Free:
 
     def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
         """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
-        wait, or a draft would need a position that the model lacks, and perhaps not the text."""
+        wait, a proposal is to be verified, behind which drafts seldom stand, or a draft would need a position
+        that the model lacks, and perhaps not the text."""
         if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
+            return True
+        if self.drafts and width > 1:
             return True
         return self.drafts and view.max_positions is not None and state.lengths[0] >= view.max_positions
 
@@ -226,7 +232,7 @@ class Free:
             [view.num_layers] * len(window[-1].active),
             layer_calls=deep if closing else ran + deep,
             layer_tokens=ran * len(tokens) + deep * len(window),
-            confidences=[token.confidence for token in tokens],
+            confidences=[token.confidence for token in tokens if token.confidence],
             deep_pass=True,
         )
         # Step 2. Where shallow and deep predictions agree, the threshold learns (section 4.3).

@@ -2,7 +2,7 @@
 
 Summaries, answers and edits repeat their prompt. A repeated passage needs no model to be drafted (prompt
 lookup decoding: Saxena, 2023), only one to be verified: `Free(..., lookup=PromptLookup(6))` runs its shallow
-layers on a whole proposal at once, goes on with its exit from there, and lets the parallel pass judge it.
+layers on a whole proposal at once and lets the parallel pass judge it. Where it finds none, its exit drafts.
 """
 
 from __future__ import annotations
