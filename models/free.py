@@ -124,8 +124,14 @@ class Free:
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        # Step 1. Run the shallow layers and test their predictions, behind what the lookup proposed, too.
-        tokens = self._test(view, state, token_ids, position, active)
+        # Step 1. Run the shallow layers and test their predictions, behind what the lookup proposed, too; but
+        # lossless, a proposal goes on anyway: drafts behind it seldom stand.
+        hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
+        if self.drafts and hidden.shape[1] > 1 and self.learner is None:
+            tokens = [WaitingToken(part, [], [False], active, None) for part in hidden.split(1, dim=1)]
+        else:
+            tokens = self._test(view, state, hidden, position, active)
+        tokens = mark_proposed(tokens, token_ids)
         newest, overruled = tokens[-1], self._count_overruled(tokens)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if overruled or all(row or not running for row, running in zip(newest.sure, active, strict=True)):
@@ -151,15 +157,10 @@ class Free:
         return self._catch_up(view, state, [])
 
     def _test(
-        self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
+        self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
     ) -> list[WaitingToken]:
-        """Run the shallow layers on (B, W) ids, where B or W is 1, and ask the exit what follows each token:
-        all but the newest are followed by a proposal."""
-        rows, width = token_ids.shape
-        hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
-        if self.drafts and width > 1 and self.learner is None:  # what goes on anyway is not tested
-            parts = enumerate(hidden.split(1, dim=1))
-            return [WaitingToken(part, [], [False], active, None, i < width - 1) for i, part in parts]
+        """What the exit says to the newest W tokens, (B, W, D) of which B or W is 1."""
+        rows, width, _ = hidden.shape
         states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
         measured = self.confidence(view, states, self.shallow_layer)
         confidence = measured.confidence.view(width, rows).tolist()
@@ -171,18 +172,14 @@ class Free:
         if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
             logits = view.predict(states, self.shallow_layer)
         said = [None] * width if logits is None else logits.view(width, rows, -1)
-        tokens = [
+        return [
             WaitingToken(hidden[:, i : i + 1], confidence[i], sure[i], active, said[i]) for i in range(width)
         ]
-        for i, token in enumerate(tokens[:-1]):
-            exits = token.sure[0] and int(token.predicted) == int(token_ids[0, i + 1])
-            tokens[i] = token._replace(proposed=True, exits=exits)
-        return tokens
 
     def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
         """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
-        wait, a proposal is to be verified, behind which drafts seldom stand, or a draft would need a position
-        that the model lacks, and perhaps not the text."""
+        wait, a proposal is to be verified, or a draft would need a position that the model lacks, and perhaps
+        not the text."""
         if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
             return True
         if self.drafts and width > 1:
@@ -271,3 +268,14 @@ class Free:
         ]
         learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
         return pairs
+
+
+def mark_proposed(tokens: list[WaitingToken], token_ids: Tensor) -> list[WaitingToken]:
+    """The tokens of (B, W) ids; all but the newest are followed by what a lookup proposed, W = 1 by none."""
+    *before, newest = tokens
+    following = token_ids[0, 1:].tolist() if before else []
+    marked = (
+        token._replace(proposed=True, exits=token.sure[0] and int(token.predicted) == follower)
+        for token, follower in zip(before, following, strict=True)
+    )
+    return [*marked, newest]
