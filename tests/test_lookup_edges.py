@@ -168,10 +168,9 @@ def test_what_cannot_be_looked_up_is_refused():
         PromptLookup(0)
 
 
-@pytest.mark.parametrize(
-    "policy", [FullDepth(LOOKUP), Free(2, SoftmaxGap(), 0.5, lossless=True, lookup=LOOKUP)]
-)
-def test_precisions_in_which_windows_mix_are_refused(policy):
-    fast = prepare(LoadedModel(tiny_model("t5-tied"), None, ExitConfig()), "onnx", "w4")
-    with pytest.raises(UserError, match="another precision: fp32"):
-        fast.generate(**padded_inputs(), max_length=LENGTH, exit_policy=policy)
+@pytest.mark.slow
+def test_precisions_in_which_windows_mix_are_refused():
+    fast = prepare(LoadedModel(tiny_model(), None, ExitConfig()), "onnx", "w4")
+    for policy in (FullDepth(LOOKUP), Free(2, SoftmaxGap(), 0.5, lossless=True, lookup=LOOKUP)):
+        with pytest.raises(UserError, match="another precision: fp32"):
+            fast.generate(**padded_inputs(), max_length=LENGTH, exit_policy=policy)
