@@ -139,12 +139,17 @@ def agreeing_model(shape: str, seed: int, deep_strength: float) -> PreTrainedMod
     return model
 
 
+AGREEING = {  # what `agreeing_model` is made of
+    "shape": st.sampled_from(FAMILIES),
+    "seed": st.integers(0, 9),
+    "deep_strength": st.sampled_from([0.02, 0.1, 0.3, 1.0]),
+}
+
+
 @pytest.mark.slow
 @settings(max_examples=MAX_EXAMPLES, deadline=None, derandomize=MAX_EXAMPLES < 1000)
 @given(
-    shape=st.sampled_from(FAMILIES),
-    seed=st.integers(0, 9),
-    deep_strength=st.sampled_from([0.02, 0.1, 0.3, 1.0]),
+    **AGREEING,
     batch=st.integers(1, 6),
     source_seed=st.integers(0, 10**6),
     threshold=st.sampled_from([-1.0, 0.0, 0.02, 0.05, 0.1, 0.3, 0.6, 2.0]),

@@ -14,7 +14,7 @@ from pairs import QUICK, slow_but
 from scipy.stats import chisquare
 from test_comparison import read_records, run_script
 from test_free_pairs import PROCESSORS, build_measures, build_model, new_processors, quantiles_of
-from test_lossless import MAX_EXAMPLES, OPTIONS, agreeing_model
+from test_lossless import AGREEING, MAX_EXAMPLES, OPTIONS, agreeing_model
 from tiny_causal import CAUSAL_FAMILIES, decode_causal, greedy_causal, prompts, tiny_causal
 from tiny_models import FAMILIES, VOCABULARY, greedy, padded_inputs, tiny_model
 from transformers import set_seed
@@ -106,9 +106,7 @@ def test_prompts_are_looked_up(shape):
 @pytest.mark.slow
 @settings(max_examples=MAX_EXAMPLES, deadline=None, derandomize=MAX_EXAMPLES < 1000)
 @given(
-    shape=st.sampled_from(FAMILIES),
-    seed=st.integers(0, 9),
-    deep_strength=st.sampled_from([0.02, 0.1, 0.3, 1.0]),
+    **AGREEING,
     source_seed=st.integers(0, 10**6),
     threshold=st.sampled_from([-1.0, 0.0, 0.05, 0.3, 2.0, None]),
     max_pending=st.sampled_from([None, 1, 2, 5]),
