@@ -131,7 +131,8 @@ class Free:
             tokens = [WaitingToken(part, [], [False], active, None) for part in hidden.split(1, dim=1)]
         else:
             tokens = self._test(view, state, hidden, position, active)
-        tokens = mark_proposed(tokens, token_ids)
+        if len(tokens) > 1:
+            tokens = mark_proposed(tokens, token_ids)
         newest, overruled = tokens[-1], self._count_overruled(tokens)
         # Step 2. Stop here, or run the deep layers for this token and all that wait.
         if overruled or all(row or not running for row, running in zip(newest.sure, active, strict=True)):
@@ -160,21 +161,22 @@ class Free:
         self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
     ) -> list[WaitingToken]:
         """What the exit says to the newest W tokens, (B, W, D) of which B or W is 1."""
-        rows, width, _ = hidden.shape
+        width = hidden.shape[1]
         states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
         measured = self.confidence(view, states, self.shallow_layer)
-        confidence = measured.confidence.view(width, rows).tolist()
+        values, logits = measured.confidence.tolist(), measured.logits
+        confidence = [values] if width == 1 else [[value] for value in values]
         thresholds = [self.threshold.at(position + index) for index in range(width)]
         sure = [[value > at for value in row] for row, at in zip(confidence, thresholds, strict=True)]
         if self._must_catch_up(view, state, width):
-            sure[-1] = [False] * rows
-        logits = measured.logits
+            sure[-1] = [False] * len(active)
         if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
             logits = view.predict(states, self.shallow_layer)
-        said = [None] * width if logits is None else logits.view(width, rows, -1)
-        return [
-            WaitingToken(hidden[:, i : i + 1], confidence[i], sure[i], active, said[i]) for i in range(width)
-        ]
+        if width == 1:  # nearly always, and as fast as it can be
+            return [WaitingToken(hidden, confidence[0], sure[0], active, logits)]
+        assert logits is not None
+        parts = enumerate(zip(hidden.split(1, dim=1), logits.split(1), strict=True))
+        return [WaitingToken(part, confidence[i], sure[i], active, said) for i, (part, said) in parts]
 
     def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
         """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
@@ -205,8 +207,9 @@ class Free:
         if self.copy_skipped:
             view.write_kv(state, newest.hidden, layer, view.num_layers)
         else:
-            compares = self.learner is not None or self.retracts
-            waits = newest._replace(proposed=False, exits=False, logits=newest.logits if compares else None)
+            waits = newest if self.learner is not None or self.retracts else newest._replace(logits=None)
+            if overruled:  # the last of them is followed by what the exit says
+                waits = waits._replace(proposed=False, exits=False)
             state.waiting += [*proposed, waits]
         result = StepResult(newest.logits, [layer] * len(newest.active), ran, ran * len(tokens))
         result.confidences, result.retract = [token.confidence for token in tokens], overruled
@@ -271,11 +274,10 @@ class Free:
 
 
 def mark_proposed(tokens: list[WaitingToken], token_ids: Tensor) -> list[WaitingToken]:
-    """The tokens of (B, W) ids; all but the newest are followed by what a lookup proposed, W = 1 by none."""
+    """The tokens of (1, W) ids; all but the newest are followed by what a lookup proposed."""
     *before, newest = tokens
-    following = token_ids[0, 1:].tolist() if before else []
     marked = (
         token._replace(proposed=True, exits=token.sure[0] and int(token.predicted) == follower)
-        for token, follower in zip(before, following, strict=True)
+        for token, follower in zip(before, token_ids[0, 1:].tolist(), strict=True)
     )
     return [*marked, newest]

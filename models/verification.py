@@ -57,14 +57,13 @@ class Drafting:
     ) -> None:
         if not exited or (self.trusted is not None and not any(token.proposed for token in exited)):
             return
-        said = [*deep_logits[:, : len(exited)].unbind(dim=1)]
-        layers = [result.exit_layers] * len(exited)
+        logits, layers = deep_logits[:, : len(exited)], [result.exit_layers] * len(exited)
         if self.trusted is not None:
+            logits = logits.clone()
             for index, token in enumerate(exited):
                 if token.sure[0]:
                     assert token.logits is not None
-                    said[index], layers[index] = token.logits, [self.trusted]
-        logits = torch.stack(said, dim=1)
+                    logits[:, index], layers[index] = token.logits, [self.trusted]
         result.drafts = Drafts(logits, [token.active for token in exited], layers)
 
 
