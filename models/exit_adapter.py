@@ -42,6 +42,12 @@ class ExitAdapter(nn.Module):
     The map turns states of this depth into what norm and LM head expect, which they learn slowly without it.
 
     With a shortlist the exit predicts only its K tokens; all others share one further logit.
+
+    With a `kv_layer` (layer + 1..L) the decoder layer, at first a copy of that one, attends to that layer's
+    keys/values of the tokens that have run all layers, and to its own of those that wait: all in one buffer,
+    as those tokens overwrite them once they run that layer. Deep keys/values tell an exit far more than those
+    of its own depth; EAGLE (Li et al., 2024) drafts from deep states for the same reason. A residual linear
+    map, at first the identity, turns states of the exit's depth into what so deep a layer expects.
     """
 
     shortlist: Tensor | None  # (K,) ids
@@ -55,13 +61,20 @@ class ExitAdapter(nn.Module):
         width: int,
         read_width: int,
         shortlist: Tensor | None = None,
+        kv_layer: int | None = None,
     ) -> None:
         """`block`: the decoder layer, which the view runs as one more of its own; None where there is none.
         `read_width`: of what the LM head reads, narrower than states in OPT-350m."""
         super().__init__()
         self.kind = kind
         self.layer = layer
+        self.kv_layer = kv_layer
         self.block = block
+        self.entry = None
+        if kv_layer is not None:
+            self.entry = nn.Linear(width, width)
+            nn.init.zeros_(self.entry.weight)
+            nn.init.zeros_(self.entry.bias)
         self.norm = norm
         self.register_buffer("shortlist", shortlist)
         if kind != "norm":
@@ -74,6 +87,11 @@ class ExitAdapter(nn.Module):
             nn.init.zeros_(self.others.bias)
 
     @property
+    def origin(self) -> int:
+        """The layer, counted from 0, that `block` was a copy of."""
+        return self.layer if self.kv_layer is None else self.kv_layer - 1
+
+    @property
     def keeps(self) -> bool:
         """Whether it caches keys/values."""
         return self.kind in KEEPING_EXIT_ADAPTERS
@@ -81,6 +99,10 @@ class ExitAdapter(nn.Module):
     def layers_run(self, layer: int) -> int:
         """Layers that a token runs which exits after `layer`, this one's own included."""
         return layer + (self.block is not None and layer == self.layer)
+
+    def enter(self, states: Tensor) -> Tensor:
+        """What `block` reads, of states after the exit's layer: (..., D) -> (..., D)."""
+        return states if self.entry is None else states + self.entry(states)
 
     def normalize(self, states: Tensor) -> Tensor:
         """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
@@ -98,13 +120,17 @@ class ExitAdapter(nn.Module):
         return complete.index_copy_(-1, self.shortlist, logits[..., :-1])
 
 
-def make_exit_adapter(view: Any, kind: str, layer: int, shortlist: Tensor | None = None) -> ExitAdapter:
+def make_exit_adapter(
+    view: Any, kind: str, layer: int, shortlist: Tensor | None = None, kv_layer: int | None = None
+) -> ExitAdapter:
     """An untaught exit adapter for the model of `view`, a `models.families.stack.StackView`.
 
     Args:
         kind: of models.choices.EXIT_ADAPTERS.
         layer: after which tokens exit, 1..L - 1.
         shortlist: (K,) distinct token ids that the exit chooses from; None: all.
+        kv_layer: whose keys/values of tokens that ran all layers it attends to, layer + 1..L; None: none but
+            its own.
 
     Raises:
         UserError: no such kind or layer, or a model that has no final norm to start from.
@@ -113,17 +139,34 @@ def make_exit_adapter(view: Any, kind: str, layer: int, shortlist: Tensor | None
         raise UserError(f"exit_adapter: {kind!r} is none of {', '.join(EXIT_ADAPTERS)}.")
     if not 1 <= layer < view.num_layers:
         raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer}.")
+    if kv_layer is not None:
+        check_kv_layer(view, kind, layer, kv_layer)
     norm, block = copy.deepcopy(view.final_norm), None
     if kind in KEEPING_EXIT_ADAPTERS:
-        block = copy_layer(view.layers[layer], view.num_layers)
+        block = copy_layer(view.layers[layer if kv_layer is None else kv_layer - 1], view.num_layers)
         if kind == "attention":
             view.drop_feed_forward(block)
     elif kind == "norm" and not any(True for _ in norm.parameters()):
         family = view.model.config.model_type
         raise UserError(f"exit_adapter norm: {family} has no final norm: choose another kind.")
     read_width = view.model.get_output_embeddings().weight.shape[1]
-    adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist)
+    adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist, kv_layer)
     return adapter.to(view.model.device, view.model.dtype).eval()
+
+
+def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int) -> None:
+    """Raise UserError for a layer whose keys/values an exit after `layer` cannot read."""
+    if kind not in KEEPING_EXIT_ADAPTERS:
+        raise UserError(
+            f"kv_layer: an exit adapter of kind {kind} attends to nothing; take {KEEPING_EXIT_ADAPTERS[0]}."
+        )
+    if not layer < kv_layer <= view.num_layers:
+        raise UserError(
+            f"kv_layer must lie in {layer + 1}..{view.num_layers}, behind the exit, got {kv_layer}."
+        )
+    if not view.takes_biases:
+        family = view.model.config.model_type
+        raise UserError(f"kv_layer: layers of {family} compute relative biases themselves; leave it out.")
 
 
 def copy_layer(layer: Any, index: int) -> nn.Module:

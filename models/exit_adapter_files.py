@@ -35,6 +35,7 @@ class ExitAdapterConfig:
     kind: str  # of models.choices.EXIT_ADAPTERS
     layer: int  # after which tokens exit, from 1
     shortlist_size: int | None  # tokens that the exit chooses from; None: all
+    kv_layer: int | None  # whose keys/values it attends to, from 1; None: its own alone
     base_model: str  # as it was loaded
     base_fingerprint: str  # of its weights
 
@@ -63,7 +64,7 @@ def save_exit_adapter(
     size = None if adapter.shortlist is None else len(adapter.shortlist)
     base = fingerprint_base(model)
     name = base_model or model.name_or_path
-    config = ExitAdapterConfig(adapter.kind, adapter.layer, size, name, base)
+    config = ExitAdapterConfig(adapter.kind, adapter.layer, size, adapter.kv_layer, name, base)
     weights = {name: as_stored(weight, dtype) for name, weight in adapter.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf8")
@@ -93,7 +94,8 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
             f"model, or teach one for this."
         )
     shortlist = None if config.shortlist_size is None else torch.arange(config.shortlist_size)
-    adapter = make_exit_adapter(view_for(model), config.kind, config.layer, shortlist)
+    view = view_for(model)
+    adapter = make_exit_adapter(view, config.kind, config.layer, shortlist, config.kv_layer)
     fit_weights(adapter, weights, weights_path)
     attach_exit_adapter(model, adapter)
     return adapter

@@ -128,6 +128,7 @@ class Free:
         # lossless, a proposal goes on anyway: drafts behind it seldom stand.
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
         if self.drafts and hidden.shape[1] > 1 and self.learner is None:
+            view.read_exit(state, hidden, self.shallow_layer)  # whose keys/values later tokens see
             tokens = [WaitingToken(part, [], [False], active, None) for part in hidden.split(1, dim=1)]
         else:
             tokens = self._test(view, state, hidden, position, active)

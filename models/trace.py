@@ -3,19 +3,24 @@
     trace = trace_layers(model, inputs.input_ids, inputs.attention_mask, model.generate(**inputs))
 
 FREE's synchronized parallel decoding sees exactly these shallow states; under CALM's state copying and
-Static-Exiting they are what exact keys/values would give.
+Static-Exiting they are what exact keys/values would give. An exit adapter with a `kv_layer` is shown as it
+speaks to tokens none of which waits for another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.confidence import ConfidenceMeasure, SoftmaxGap
+from models.decoder_view import DecoderView
 from models.families import view_for
+from models.families.drafts import read_drafts
+from models.families.stack import StackView
 
 
 @dataclass
@@ -54,13 +59,35 @@ def trace_layers(
     prompt_length = 1 if inputs.prompt is None else inputs.prompt.shape[1]
     state = view.begin(None, **inputs.arguments)
     hidden = view.embed(state, sequences[:, :-1])  # (B, P - 1 + T, D)
-    confidences, tokens = [], []
+    said, late = {}, deep_reading_layer(view)
     for layer in range(1, view.num_layers + 1):
         hidden = view.run_layers(state, hidden, layer - 1, layer)
-        predicting = view.read_exit(state, hidden, layer)[:, prompt_length - 1 :]  # (B, T, D)
-        states = predicting.flatten(0, 1)  # (B * T, D)
-        measured = measure(view, states, layer)
-        logits = view.predict(states, layer) if measured.logits is None else measured.logits
-        confidences.append(measured.confidence.view(predicting.shape[:2]))
-        tokens.append(logits.argmax(-1).view(predicting.shape[:2]))
+        if layer == late:
+            shallow = hidden
+        else:
+            said[layer] = ask(view, view.read_exit(state, hidden, layer), layer, prompt_length, measure)
+    if late is not None:
+        alone = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        said[late] = ask(
+            view, read_drafts(cast(StackView, view), state, shallow, alone), late, prompt_length, measure
+        )
+    confidences, tokens = zip(*(said[layer] for layer in sorted(said)), strict=True)
     return LayerTrace(torch.stack(confidences, dim=-1), torch.stack(tokens, dim=-1))
+
+
+def deep_reading_layer(view: DecoderView) -> int | None:
+    """After which tokens exit by an adapter that reads what deeper layers make; None: there is none."""
+    adapter = view.exit_adapter
+    return adapter.layer if adapter is not None and adapter.kv_layer is not None else None
+
+
+def ask(
+    view: DecoderView, hidden: Tensor, layer: int, prompt_length: int, measure: ConfidenceMeasure
+) -> tuple[Tensor, Tensor]:
+    """Confidence in, and most probable, next tokens of (B, P - 1 + T, D) states of a layer: (B, T) both."""
+    predicting = hidden[:, prompt_length - 1 :]  # (B, T, D)
+    states = predicting.flatten(0, 1)  # (B * T, D)
+    measured = measure(view, states, layer)
+    logits = view.predict(states, layer) if measured.logits is None else measured.logits
+    shape = predicting.shape[:2]
+    return measured.confidence.view(shape), logits.argmax(-1).view(shape)

@@ -35,8 +35,9 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 
+from models.choices import KEEPING_EXIT_ADAPTERS
 from models.errors import UserError, one_line_errors
-from models.exit_adapter import attach_exit_adapter, make_exit_adapter
+from models.exit_adapter import attach_exit_adapter, check_kv_layer, make_exit_adapter
 from models.exit_adapter_files import load_exit_adapter, read_exit_config, save_exit_adapter
 from models.families import view_for
 from models.families.causal import CausalView
@@ -112,8 +113,10 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     has_encoder = loaded.model.config.is_encoder_decoder
     first = loaded.model.generation_config.decoder_start_token_id if has_encoder else None
     start = Start(first, with_prompt=flags.prompt_weight > 0)
-    files = compute_states(frozen.view, texts, layers, in_folder(flags, "states"), start)
-    views = make_views(flags, loaded, layers, texts)
+    kv_layer = choose_kv_layer(flags, loaded, layers)
+    depths = layers if kv_layer is None else sorted({*layers, kv_layer - 1})
+    files = compute_states(frozen.view, texts, depths, in_folder(flags, "states"), start)
+    views = make_views(flags, loaded, layers, kv_layer, texts)
     costs = time_alone(
         lambda: {layer: time_exit(view, loaded, encoder, examples, backend) for layer, view in views.items()}
     )
@@ -122,6 +125,7 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
         "--exit_adapter_path": flags.exit_adapter_path,
         "exit_adapter": flags.exit_adapter,
         "exit_layers": layers,
+        "--exit_kv_layer": kv_layer,
         "loss": flags.exit_loss,
         "--prompt_weight": flags.prompt_weight,
     }
@@ -141,6 +145,21 @@ def candidate_layers(flags: ExitTrainingArguments, loaded: LoadedModel) -> list[
     if not isinstance(loaded.view, CausalView | EncoderDecoderView):
         raise UserError(f"There are no exit adapters for model family {loaded.model.config.model_type!r}.")
     return layers
+
+
+def choose_kv_layer(flags: ExitTrainingArguments, loaded: LoadedModel, layers: list[int]) -> int | None:
+    """The layer whose keys/values exits attend to; None for their own alone."""
+    if flags.exit_adapter_path is not None:
+        return read_exit_config(flags.exit_adapter_path).kv_layer
+    view = cast(LayeredView, loaded.view)
+    if flags.exit_kv_layer == 0:
+        return None
+    if flags.exit_kv_layer is not None:
+        check_kv_layer(view, flags.exit_adapter, max(layers), flags.exit_kv_layer)
+        return flags.exit_kv_layer
+    if flags.exit_adapter not in KEEPING_EXIT_ADAPTERS or not view.takes_biases:
+        return None
+    return max(2 * view.num_layers // 3 + 1, max(layers) + 1)
 
 
 def in_bfloat16(loaded: LoadedModel) -> LoadedModel:
@@ -235,7 +254,11 @@ def learn_shortlist(texts: list[Text], flags: ExitTrainingArguments, loaded: Loa
 
 
 def make_views(
-    flags: ExitTrainingArguments, loaded: LoadedModel, layers: list[int], texts: list[Text]
+    flags: ExitTrainingArguments,
+    loaded: LoadedModel,
+    layers: list[int],
+    kv_layer: int | None,
+    texts: list[Text],
 ) -> dict[int, LayeredView]:
     """By candidate layer, the model seen with an adapter behind it: the given one, or an untaught one."""
     if flags.exit_adapter_path is not None:
@@ -244,7 +267,7 @@ def make_views(
     views, shortlist = {}, learn_shortlist(texts, flags, loaded)
     plain = view_for(loaded.model)
     for layer in layers:
-        adapter = make_exit_adapter(plain, flags.exit_adapter, layer, shortlist)
+        adapter = make_exit_adapter(plain, flags.exit_adapter, layer, shortlist, kv_layer)
         attach_exit_adapter(loaded.model, adapter)
         views[layer] = cast(LayeredView, view_for(loaded.model))
     return views

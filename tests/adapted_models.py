@@ -33,10 +33,10 @@ def decode_by_hugging_face(model, inputs, **options):
     return model.generate(**inputs, do_sample=False, **options)
 
 
-def adapted(shape, kind="layer", shortlist=None):
+def adapted(shape, kind="layer", shortlist=None, kv_layer=None):
     """A model with an exit adapter whose weights are nobody else's."""
     model = make_model(shape)
-    adapter = make_exit_adapter(view_for(model), kind, SHALLOW, shortlist)
+    adapter = make_exit_adapter(view_for(model), kind, SHALLOW, shortlist, kv_layer)
     torch.manual_seed(5)
     with torch.no_grad():
         for weight in adapter.parameters():

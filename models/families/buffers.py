@@ -36,31 +36,51 @@ class BufferLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append (B, H, Q, W) keys/values; return all that count."""
         start = self.lengths[self.index]
-        stop = start + key_states.shape[-2]
+        made = self.put(key_states, value_states, start)
+        self.lengths[self.index] = start + key_states.shape[-2]
+        return made
+
+    def put(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write (B, H, Q, W) keys/values after the first `start`; return them all."""
+        stop = start + keys.shape[-2]
         if not self.is_initialized or stop > self.keys.shape[-2]:
-            self._grow(key_states, value_states, stop)
-        self.keys[:, :, start:stop] = key_states
-        self.values[:, :, start:stop] = value_states
-        self.lengths[self.index] = stop
+            self._grow(keys, values, start, stop)
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def get_seq_length(self) -> int:
         return self.lengths[self.index]
 
-    def _grow(self, keys: Tensor, values: Tensor, needed: int) -> None:
-        """Make room for `needed` tokens, and as many again."""
+    def _grow(self, keys: Tensor, values: Tensor, held: int, needed: int) -> None:
+        """Make room for `needed` tokens, of which `held` are there, and as many again."""
         old, capacity = (self.keys, self.values), max(INITIAL_CAPACITY, 2 * needed)
         self.keys = keys.new_empty(*keys.shape[:2], capacity, keys.shape[3])
         self.values = values.new_empty(*values.shape[:2], capacity, values.shape[3])
-        length = self.lengths[self.index] if self.is_initialized else 0
-        for buffer, before in zip((self.keys, self.values), old if length else (), strict=False):
-            buffer[:, :, :length] = before[:, :, :length]
+        for buffer, before in zip((self.keys, self.values), old if held else (), strict=False):
+            buffer[:, :, :held] = before[:, :, :held]
         self.device, self.is_initialized = keys.device, True
 
 
-def make_buffers(lengths: list[int], cache: Cache | None = None) -> Cache:
-    """Buffers of all layers, with what the layers of a given cache hold."""
+class LodgerLayer(BufferLayer):
+    """One whose keys/values lie in the buffer of another, which overwrites those beyond its own length."""
+
+    def __init__(self, lengths: list[int], index: int, host: BufferLayer) -> None:
+        super().__init__(lengths, index)
+        self.host = host
+
+    def put(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        return self.host.put(keys, values, start)
+
+
+def make_buffers(
+    lengths: list[int], cache: Cache | None = None, lodgers: dict[int, int] | None = None
+) -> Cache:
+    """Buffers of all layers, with what the layers of a given cache hold. `lodgers`: layers that have none of
+    their own, and the ones with whom they lodge."""
     layers = [BufferLayer(lengths, index) for index in range(len(lengths))]
+    for index, host in (lodgers or {}).items():
+        layers[index] = LodgerLayer(lengths, index, layers[host])
     for index, layer in enumerate(cache.layers if cache is not None else ()):
         if index < len(layers) and layer.get_seq_length() > 0:
             layers[index].update(layer.keys, layer.values)

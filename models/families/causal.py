@@ -36,10 +36,11 @@ class CausalState(DecoderState):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        lodgers: dict[int, int],
     ) -> None:
         super().__init__(num_layers, attention_mask)
         refuse_other_caches(cache)
-        self.cache = make_buffers(self.lengths, cache)
+        self.cache = make_buffers(self.lengths, cache, lodgers)
         refuse_uneven(self.lengths)
         self.like = like  # of the type and device of masks
         self.prompt_embeds = inputs_embeds
@@ -81,7 +82,7 @@ class CausalView(StackView):
         self.kinds = layer_kinds(config, self.num_layers)
         if len(self.layers) > self.num_layers:
             assert self.exit_adapter is not None
-            self.kinds.append(self.kinds[self.exit_adapter.layer])  # of which it was a copy
+            self.kinds.append(self.kinds[self.exit_adapter.origin])  # of which it was a copy
         window = getattr(config, "sliding_window", None)
         self.windows = {kind: window if kind == SLIDING else None for kind in sorted(set(self.kinds))}
         self.output_bias = getattr(model.get_output_embeddings(), "bias", None)
@@ -99,7 +100,8 @@ class CausalView(StackView):
     ) -> CausalState:
         like = self.model.get_input_embeddings().weight
         self.check_cache(cache)
-        return CausalState(len(self.layers), like, cache, attention_mask, position_ids, inputs_embeds)
+        given = attention_mask, position_ids, inputs_embeds
+        return CausalState(len(self.layers), like, cache, *given, self.lodgers)
 
     def embed(self, state: CausalState, token_ids: Tensor) -> Tensor:
         """Embed the token ids that follow those of layer 0, or what was given in their place: (B, Q) ->

@@ -29,12 +29,13 @@ class EncoderDecoderState(DecoderState):
         encoder_hidden: Tensor,
         attention_mask: Tensor | None,
         decoder_attention_mask: Tensor | None,
+        lodgers: dict[int, int],
     ) -> None:
         super().__init__(num_layers, decoder_attention_mask)
         refuse_other_caches(cache)
         given = cache if cache is not None and cache.get_seq_length() > 0 else None
         self.cache = EncoderDecoderCache(
-            make_buffers(self.lengths, None if given is None else given.self_attention_cache),
+            make_buffers(self.lengths, None if given is None else given.self_attention_cache, lodgers),
             # An empty one that was built from a config is sized by the encoder's depth.
             DynamicCache() if given is None else given.cross_attention_cache,
         )
@@ -73,9 +74,8 @@ class EncoderDecoderView(StackView):
         decoder_attention_mask: Tensor | None = None,
     ) -> EncoderDecoderState:
         self.check_cache(cache)
-        state = EncoderDecoderState(
-            len(self.layers), cache, encoder_outputs[0], attention_mask, decoder_attention_mask
-        )
+        given = encoder_outputs[0], attention_mask, decoder_attention_mask
+        state = EncoderDecoderState(len(self.layers), cache, *given, self.lodgers)
         refuse_uneven(state.lengths)
         return state
 

@@ -21,6 +21,7 @@ class StackView:
     """Layers of an unmodified model between embeddings and LM head; a kind of model adds state and inputs."""
 
     mixes_windows = False
+    takes_biases = True  # whether layers are given the bias of every key, where there are any
     max_positions: int | None = None  # that are learned
     key_value_shape: tuple[int, int]  # heads of keys/values, their width
     cache_argument = "cache"  # under which layers take it
@@ -38,6 +39,7 @@ class StackView:
         self.exit_adapter = exit_adapter_of(model)
         if self.exit_adapter is not None and self.exit_adapter.block is not None:
             self.layers.append(self.exit_adapter.block)  # with keys/values as layers have them
+        self.lodgers = lodgers_of(self.exit_adapter, self.num_layers)
         self.final_norm = final_norm
         self.width = model.config.hidden_size
 
@@ -64,7 +66,7 @@ class StackView:
         adapter = self.adapter_of(layer)
         if adapter is None or adapter.block is None:
             return hidden
-        return self.run_layers(state, hidden, self.num_layers, self.num_layers + 1)
+        return self.run_layers(state, adapter.enter(hidden), self.num_layers, self.num_layers + 1)
 
     def apply_layers(
         self, hidden: Tensor, inputs: dict[str, Any], cache: Cache | None, start: int, stop: int
@@ -185,6 +187,14 @@ class StackView:
         if dropped:
             self.decoder.layerdrop = 0.0
         return dropped
+
+
+def lodgers_of(adapter: ExitAdapter | None, num_layers: int) -> dict[int, int]:
+    """Layers whose keys/values lie in the buffers of others, and these: what a lodger appends lies beyond
+    what its host holds, until the host overwrites it."""
+    if adapter is None or adapter.kv_layer is None:
+        return {}
+    return {num_layers: adapter.kv_layer - 1}
 
 
 def split_heads(projected: Tensor, head_width: int) -> Tensor:

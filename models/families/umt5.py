@@ -12,6 +12,8 @@ from models.families.t5 import T5View
 
 
 class UMT5View(T5View):
+    takes_biases = False
+
     def layer_inputs(
         self, encoder_hidden: Tensor, mask: Tensor | None, source_mask: Tensor, bias: Tensor | None
     ) -> dict[str, Any]:

@@ -26,11 +26,16 @@ class ExitTrainingArguments:
     exit_adapter_path: str | None = flag(
         None,
         "A taught exit to go on from, folder or hub id: its kind, layer and shortlist take the place of "
-        "--exit_adapter, --exit_layers and --shortlist_size.",
+        "--exit_adapter, --exit_layers, --exit_kv_layer and --shortlist_size.",
     )
     exit_adapter: str = flag("layer", "What is put behind the exit, largest first.", EXIT_ADAPTERS)
     exit_layers: list[int] = list_flag(
         [], "Candidate layers, taught in one pass (default: a third of the depth)."
+    )
+    exit_kv_layer: int | None = flag(
+        None,
+        "The layer, behind the exit, whose keys/values of verified tokens the exit attends to; 0: its own "
+        "keys/values alone (default: the first after two thirds of the depth, where kind and family can).",
     )
     self_generated: bool = flag(True, "Teach on the model's own outputs, else on the targets of the data.")
     generation_batch_size: int = flag(16, "Rows generated at once.")
@@ -79,7 +84,7 @@ class ExitTrainingArguments:
         )
         if self.exit_adapter_path is not None:
             given = non_default_settings(self)
-            for name in ("exit_adapter", "exit_layers", "shortlist_size"):
+            for name in ("exit_adapter", "exit_layers", "exit_kv_layer", "shortlist_size"):
                 require(name not in given, f"--{name}: --exit_adapter_path brings its own; leave one out.")
         size = self.shortlist_size
         require(

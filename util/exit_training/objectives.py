@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.families.causal import CausalView
+from models.families.drafts import read_drafts
 from models.families.encoder_decoder import EncoderDecoderView
 from util.exit_training.states import Batch
 
@@ -43,6 +44,10 @@ def exit_logits(view: LayeredView, batch: Batch) -> Tensor:
     if adapter.block is not None:
         state: Any = view.begin(None, **batch.arguments)
         last = view.num_layers
+        if adapter.kv_layer is not None:
+            with torch.no_grad():
+                view.write_kv(state, batch.hidden[adapter.origin], adapter.origin, adapter.kv_layer)
+            return view.exit_logits(read_drafts(view, state, states, batch.run_starts)[batch.predicting])
         inputs = view.step_inputs(state, last, states.shape[1], True)
         states = view.apply_layers(states, inputs, None, last, last + 1)
     return view.exit_logits(states[batch.predicting])

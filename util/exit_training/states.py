@@ -8,6 +8,7 @@ tokens of its source, D width.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,9 @@ from util.progress import Progress
 
 SHARD_ROWS = 64
 LARGEST = torch.finfo(torch.float16).max
+LONGEST_RUN = 8  # of tokens that wait for the deep layers together
+TYPICAL_RUN = 4
+LONGER_ROWS = 1 / 8  # share of rows with runs of any length, as without a cap, or where all tokens exit
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Start:
 class Row:
     """What one text is taught by."""
 
-    hidden: dict[int, Tensor]  # (T, D) after each candidate layer
+    hidden: dict[int, Tensor]  # (T, D) after each layer that an exit reads
     final: Tensor  # (N, D) that the LM head reads after all layers
     log_sum: Tensor  # (N,) logarithm of the sum of its exponentiated logits
     tokens: Tensor  # (N,) the last layer's own
@@ -152,10 +156,12 @@ class Batch:
     log_sum: Tensor  # (N,)
     tokens: Tensor  # (N,)
     outputs: Tensor  # (N,) bool: whether a token is one of an output
+    run_starts: Tensor  # (B, T) where the run begins in which a token waits
     arguments: dict[str, Any]  # of the view's `begin`
 
 
-def make_batch(view: DecoderView, rows: Sequence[Row]) -> Batch:
+def make_batch(view: DecoderView, rows: Sequence[Row], generator: random.Random | None = None) -> Batch:
+    """`generator`: of the runs' lengths; None: all are typical."""
     device = view.model.device
     lengths = [len(next(iter(row.hidden.values()))) for row in rows]
     predicting = torch.zeros(len(rows), max(lengths), dtype=torch.bool, device=device)
@@ -172,7 +178,23 @@ def make_batch(view: DecoderView, rows: Sequence[Row]) -> Batch:
         mask = pad([torch.ones(len(memory), dtype=torch.long) for memory in memories])
         memory = BaseModelOutput(last_hidden_state=pad(memories).to(device))
         arguments = {"encoder_outputs": memory, "attention_mask": mask.to(device)}
-    return Batch(hidden, predicting, final, log_sum, tokens, outputs.to(device), arguments)
+    starts = run_starts(lengths, generator).to(device)
+    return Batch(hidden, predicting, final, log_sum, tokens, outputs.to(device), starts, arguments)
+
+
+def run_starts(lengths: Sequence[int], generator: random.Random | None) -> Tensor:
+    """Where the run begins that each token of rows of so many tokens belongs to: (B, T)."""
+    starts = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    if generator is None:
+        return starts + torch.arange(max(lengths)) // TYPICAL_RUN * TYPICAL_RUN
+    for row, length in zip(starts, lengths, strict=True):
+        longest = length if generator.random() < LONGER_ROWS else LONGEST_RUN
+        start = 0
+        while start < length:
+            stop = start + generator.randint(1, longest)
+            row[start:stop] = start
+            start = stop
+    return starts
 
 
 def pad(rows: list[Tensor]) -> Tensor:

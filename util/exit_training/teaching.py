@@ -183,8 +183,9 @@ class Teaching:
         for epoch in itertools.count():
             generator = random.Random(f"{self.flags.seed} {epoch}")
             groups = group_rows(self.rows, self.files.sizes, self.flags.batch_tokens, generator)
-            for group in groups[learnt:]:
-                yield make_batch(view, [self.files.row(number) for number in group])
+            for place, group in enumerate(groups[learnt:], learnt):
+                runs = random.Random(f"{self.flags.seed} {epoch} {place}")
+                yield make_batch(view, [self.files.row(number) for number in group], runs)
             learnt = max(0, learnt - len(groups))
 
     def weights(self) -> dict[int, dict[str, Tensor]]:

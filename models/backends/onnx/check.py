@@ -6,7 +6,7 @@ go unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -53,12 +53,16 @@ def check_windows(view: OnnxView) -> None:
     depends on the processor, and lossless decoding is exact on this alone. Tokens are embedded one by one, as
     they are decoded."""
     state, tokens = begin(view, 1)
-    embedded, alone = [], []
-    for token in tokens.split(1, dim=1):
-        embedded.append(view.embed(state, token))
-        alone.append(logits_of_window(view, state, embedded[-1]))
-    together = logits_of_window(view, begin(view, 1)[0], torch.cat(embedded, dim=1))
-    if not all(map(torch.equal, joined(alone), together)):
+    embedded: list[Tensor] = []
+
+    def embed_each() -> Iterator[Tensor]:
+        for token in tokens.split(1, dim=1):
+            embedded.append(view.embed(state, token))
+            yield embedded[-1]
+
+    alone = logits_of_windows(view, state, embed_each())
+    together = logits_of_windows(view, begin(view, 1)[0], [torch.cat(embedded, dim=1)])
+    if not all(map(torch.equal, alone, together)):
         raise UserError(
             f"backend onnx: on this processor a token has other bits alone than in a window, in "
             f"{view.engine.precision}; use another precision."
@@ -70,7 +74,7 @@ def logits_of(view: Any) -> list[Tensor]:
     exit that has an adapter: (2, TOKENS, V) each."""
     state, tokens = begin(view, 2)
     windows = tokens.split([1, TOKENS - 1], dim=1)
-    return joined([logits_of_window(view, state, view.embed(state, window)) for window in windows])
+    return logits_of_windows(view, state, (view.embed(state, window) for window in windows))
 
 
 def begin(view: Any, rows: int) -> tuple[Any, Tensor]:
@@ -84,21 +88,22 @@ def begin(view: Any, rows: int) -> tuple[Any, Tensor]:
     state = view.begin(None, **read.arguments)
     if read.prompt is not None:
         for part in read.prompt.split([SOURCE - 1, 1], dim=1):  # as decoding reads all but the last token
-            logits_of_window(view, state, view.embed(state, part))
+            logits_of_windows(view, state, [view.embed(state, part)])
     targets = view.model.get_output_embeddings().weight.shape[0]
     return state, torch.randint(targets, (2, TOKENS), generator=generator)[:rows]
 
 
-def logits_of_window(view: Any, state: Any, hidden: Tensor) -> list[Tensor]:
-    """Of the exit that has an adapter, if one has, and of full depth: (B, Q, V) each."""
+def logits_of_windows(view: Any, state: Any, windows: Iterable[Tensor]) -> list[Tensor]:
+    """Of the exit that has an adapter, if one has, and of full depth: (B, N, V) each, of embedded windows
+    with N tokens in all. None runs deep layers before all have run the shallow ones, as tokens that wait do:
+    an exit may read what deep layers make of others."""
     adapter, logits = view.exit_adapter, []
     cuts = [0, view.num_layers] if adapter is None else [0, adapter.layer, view.num_layers]
     for start, stop in pairwise(cuts):
-        hidden = view.run_layers(state, hidden, start, stop)
-        logits.append(view.predict(view.read_exit(state, hidden, stop), stop))
+        made, said = [], []
+        for hidden in windows:
+            made.append(view.run_layers(state, hidden, start, stop))
+            said.append(view.predict(view.read_exit(state, made[-1], stop), stop))
+        windows = made
+        logits.append(torch.cat(said, dim=1))
     return logits
-
-
-def joined(windows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Those of each cut, of windows one after the other."""
-    return [torch.cat(parts, dim=1) for parts in zip(*windows, strict=True)]

@@ -14,6 +14,7 @@ from models.backends.onnx.cuts import Cuts
 from models.backends.onnx.pieces import (
     DecoderLayer,
     EncoderLayer,
+    ExitEntry,
     ExitHead,
     Head,
     KeysValues,
@@ -37,6 +38,7 @@ PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "memory": Memory,
     "encoder": EncoderLayer,
     "head": lambda view, index: Head(view),
+    "exit-entry": lambda view, index: ExitEntry(view),
     "exit-head": lambda view, index: ExitHead(view),
 }
 LAYER_KINDS = ("layer", "exact-layer", "prompt-layer")
@@ -79,6 +81,8 @@ class Engine:
         self._piece("head", 0)
         if self.adapted is not None:
             self._piece("exit-head", 0)
+        if self._has_entry:
+            self._piece("exit-entry", 0)
         return self.store.made > before
 
     def layers(self, start: int, stop: int, of_prompt: bool = False) -> Session:
@@ -135,14 +139,26 @@ class Engine:
 
     def _assemble(self, kind: str, indices: range) -> ir.Model:
         pieces = ((index, self._piece(kind, index)) for index in indices)
+        if kind in LAYER_KINDS and indices.start == self.view.num_layers:
+            return chain(self._exit_pieces(kind), self.view.bias_owner)
         if kind in (*LAYER_KINDS, "encoder"):
-            branch = self.view.num_layers if kind in LAYER_KINDS and self.fuses(indices.stop) else None
-            aside = None if branch is None else (branch, self._piece(kind, branch))
+            aside = self._exit_pieces(kind) if kind in LAYER_KINDS and self.fuses(indices.stop) else []
             return chain(pieces, self.view.bias_owner, aside)
         return bundle(pieces, self.view.bias_owner)
 
+    @property
+    def _has_entry(self) -> bool:
+        adapter = self.view.exit_adapter
+        return adapter is not None and adapter.entry is not None
+
+    def _exit_pieces(self, kind: str) -> list[tuple[int, ir.Model]]:
+        """The exit adapter's layer, and what comes before it."""
+        last = self.view.num_layers
+        entry = [(last + 1, self._piece("exit-entry", 0))] if self._has_entry else []
+        return [*entry, (last, self._piece(kind, last))]
+
     def _piece(self, kind: str, index: int) -> ir.Model:
-        own = index < self.view.num_layers and kind != "exit-head"
+        own = index < self.view.num_layers and not kind.startswith("exit")
         name = f"{kind}-{index}" if own or kind == "encoder" else f"{kind}-{self.adapted}"
         return self.store.piece(name, lambda: self._export(kind, index))
 

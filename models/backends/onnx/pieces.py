@@ -178,6 +178,20 @@ class KeysValues(Piece):
         return self.view.traced_keys_values(self.index, hidden, rows)
 
 
+class ExitEntry(Piece):
+    """What an exit adapter's layer reads, of states after the exit's own."""
+
+    outputs = ("hidden_out",)
+
+    def __init__(self, view: StackView) -> None:
+        assert view.exit_adapter is not None and view.exit_adapter.entry is not None
+        super().__init__(view, view.exit_adapter.entry)
+        self.inputs = {"hidden": hidden_example(view.width)}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.layer(hidden)
+
+
 class ExitHead(Piece):
     """Logits of an exit with an adapter, (..., K + 1): of the tokens on its shortlist, and the one that all
     others share; or (..., V) of all tokens."""

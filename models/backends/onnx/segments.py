@@ -16,16 +16,16 @@ OwnerOf = Callable[[int], int]  # the layer whose biases and rotation a layer us
 
 
 def chain(
-    pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf, aside: tuple[int, ir.Model] | None = None
+    pieces: Iterable[tuple[int, ir.Model]], owner: OwnerOf, aside: Iterable[tuple[int, ir.Model]] = ()
 ) -> ir.Model:
-    """One graph in which each piece's `hidden` is what the one before made: layers (index, piece). What a
-    piece `aside` makes of the last one's is a further output, `exit_out`."""
+    """One graph in which each piece's `hidden` is what the one before made: layers (index, piece). What the
+    pieces `aside` make of the last one's, one after the other, is a further output, `exit_out`."""
     assembly = Assembly(owner)
     for index, piece in pieces:
         assembly.hidden = assembly.add(index, piece).pop("hidden_out")
     outputs = {"hidden_out": assembly.hidden}
-    if aside is not None:
-        outputs["exit_out"] = assembly.add(*aside).pop("hidden_out")
+    for index, piece in aside:
+        assembly.hidden = outputs["exit_out"] = assembly.add(index, piece).pop("hidden_out")
     return assembly.finish(outputs)
 
 

@@ -49,14 +49,18 @@ class Buffers:
     """Keys/values of every layer, (B, H, N, W) each, and what is bound to them: they outlive a generation, as
     binding them anew takes longer than a token of a small model."""
 
-    def __init__(self, batch: int, capacity: int, layers: int, heads: int, width: int) -> None:
+    def __init__(
+        self, batch: int, capacity: int, layers: int, heads: int, width: int, lodgers: dict[int, int]
+    ) -> None:
+        """`lodgers`: which of the last layers have none of their own, and with which others they lodge."""
         self.capacity = capacity
         self.bound_capacity = shared(np.array(capacity, np.int32))
-        arrays = np.zeros((layers, 2, batch, heads, capacity, width), np.float32)
-        self.pairs: list[Pair] = [
-            (torch.from_numpy(keys), torch.from_numpy(values)) for keys, values in arrays
-        ]
-        self.bound = [(shared(keys), shared(values)) for keys, values in arrays]
+        arrays = np.zeros((layers - len(lodgers), 2, batch, heads, capacity, width), np.float32)
+        pairs = [(torch.from_numpy(keys), torch.from_numpy(values)) for keys, values in arrays]
+        bound = [(shared(keys), shared(values)) for keys, values in arrays]
+        hosts = [lodgers.get(index, index) for index in range(layers)]
+        self.pairs: list[Pair] = [pairs[host] for host in hosts]
+        self.bound = [bound[host] for host in hosts]
         self.numbering = Numbering()  # of prompts without padding
         # By first layer, the one after the last, and whether it is for prompts.
         self.segments: dict[tuple[int, int, bool], BoundSegment] = {}

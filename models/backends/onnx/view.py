@@ -110,7 +110,8 @@ class OnnxView(BackendView):
         return logits.view(*hidden.shape[:-1], -1)
 
     def _make_buffers(self, batch: int, capacity: int) -> Buffers:
-        return Buffers(batch, capacity, len(self.eager.layers), *self.eager.key_value_shape)
+        heads, width = self.eager.key_value_shape
+        return Buffers(batch, capacity, len(self.eager.layers), heads, width, self.eager.lodgers)
 
     def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
         """That of new tokens (B, Q, D) after `past` others."""
