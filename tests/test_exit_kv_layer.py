@@ -167,6 +167,20 @@ def test_tokens_are_torchs_on_onnx(family):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+@pytest.mark.parametrize("kv_layer", [None, KV_LAYER])
+def test_behind_proposals_that_it_was_not_asked_about_the_exit_says_the_same_on_both_backends(kv_layer):
+    """Its keys/values of them are there all the same, in ONNX Runtime by the graph that ran them."""
+    modules, inputs = adapted("llama-tied", kv_layer=kv_layer), make_inputs("llama-tied")
+    said = []
+    for loaded in (modules, prepare(modules, "onnx")):
+        stats, lookup = DecodeStats(), PromptLookup(4, shortest=1)
+        policy = Free(SHALLOW, SoftmaxGap(), 0.05, lossless=True, lookup=lookup)
+        decode(loaded, inputs, policy, stats, max_new_tokens=40)
+        assert stats.proposed_tokens > 4
+        said.append(torch.tensor([value for row in stats.confidences for value in row]))
+    torch.testing.assert_close(said[1], said[0], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["w8", "w8+int8"])
 def test_lossless_is_full_depth_of_the_same_precision(precision):
     for family in ("llama-tied", "t5-tied"):
