@@ -42,6 +42,9 @@ class Free:
     With several rows, any unsure row makes all rows catch up; sure rows keep their shallow token, unless it
     is a draft. The first draft that any row rejects makes all rows go on from there.
 
+    An exit adapter with a `kv_layer` may say something else to a token, the longer those before it wait: what
+    is decoded, unless lossless, then depends on `max_pending`, a lookup and the other rows, too.
+
     Raises:
         UserError: options that contradict each other.
     """
