@@ -94,8 +94,10 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
             f"model, or teach one for this."
         )
     shortlist = None if config.shortlist_size is None else torch.arange(config.shortlist_size)
-    view = view_for(model)
-    adapter = make_exit_adapter(view, config.kind, config.layer, shortlist, config.kv_layer)
+    try:
+        adapter = make_exit_adapter(view_for(model), config.kind, config.layer, shortlist, config.kv_layer)
+    except UserError as error:
+        raise UserError(f"exit_adapter {name_or_path}: {CONFIG_NAME}: {error}") from error
     fit_weights(adapter, weights, weights_path)
     attach_exit_adapter(model, adapter)
     return adapter

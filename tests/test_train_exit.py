@@ -343,7 +343,11 @@ def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
         load_exit_adapter(load_model(LLAMA, dtype=torch.float16).model, str(exit_of_llama))
     shutil.copytree(exit_of_llama, tmp_path / "damaged")
     content = json.loads((tmp_path / "damaged" / CONFIG_NAME).read_text())
-    (tmp_path / "damaged" / CONFIG_NAME).write_text(json.dumps(content | {"kind": "norm"}))
+    damaged = tmp_path / "damaged" / CONFIG_NAME
+    damaged.write_text(json.dumps(content | {"kind": "norm"}))
+    with pytest.raises(UserError, match=rf"damaged: {CONFIG_NAME}: kv_layer: .* kind norm attends to"):
+        load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
+    damaged.write_text(json.dumps(content | {"kind": "norm", "kv_layer": None}))
     with pytest.raises(UserError, match=r"does not fit its configuration.*block"):
         load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
     (tmp_path / "damaged" / WEIGHTS_NAME).unlink()
