@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 
 import pytest
 import torch
-from adapted_models import SHALLOW, adapted, decode_by_hugging_face, make_inputs
+from adapted_models import SHALLOW, SHORTLIST, adapted, decode_by_hugging_face, make_inputs
 from pairs import slow_but
+from test_train_exit import texts_of
 from tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
@@ -29,6 +32,8 @@ from models import (
     view_for,
 )
 from models.families.drafts import read_drafts
+from util.exit_training.objectives import exit_logits
+from util.exit_training.states import LONGEST_RUN, Start, compute_states, make_batch, run_starts
 
 LAYERS, KV_LAYER = 6, 4
 TOKENS = 12
@@ -227,6 +232,35 @@ def test_it_is_saved_and_loaded_with_the_adapter(tmp_path):
     expected = decode(loaded, inputs, policy)
     options = {"custom_generate": early_exit_decode, "exit_policy": policy, "max_new_tokens": TOKENS}
     assert torch.equal(again.generate(**inputs, **options, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2-tied", "t5-tied", "bart-tied"])
+def test_a_row_of_a_batch_waits_in_runs_of_its_own(family, tmp_path):
+    """As what the exit is taught on; above, there is one row."""
+    loaded = adapted(family, shortlist=SHORTLIST, kv_layer=4)
+    texts, causal = texts_of(family), not loaded.model.config.is_encoder_decoder
+    start = Start(None if causal else 0, with_prompt=causal)
+    files = compute_states(loaded.view, texts, [SHALLOW, 3], tmp_path, start)
+    rows = [files.row(number) for number in range(len(texts))]
+    batch, alone = make_batch(loaded.view, rows, random.Random(5)), []
+    assert not torch.equal(batch.run_starts[0], batch.run_starts[1])
+    for place, row in enumerate(rows):
+        one = make_batch(loaded.view, [row])
+        one.run_starts = batch.run_starts[place : place + 1, : one.run_starts.shape[1]]
+        alone.append(exit_logits(loaded.view, one))
+    torch.testing.assert_close(exit_logits(loaded.view, batch), torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_runs_are_as_long_as_tokens_wait():
+    lengths = [50, 7, 31] * 40
+    starts, longer = run_starts(lengths, random.Random(0)), 0
+    for row, length in zip(starts.tolist(), lengths, strict=True):
+        runs = [len(list(run)) for _, run in itertools.groupby(row[:length])]
+        begins = [0, *itertools.accumulate(runs)]
+        assert row[:length] == [begin for begin, run in zip(begins, runs, strict=False) for _ in range(run)]
+        longer += max(runs) > LONGEST_RUN
+    assert 0 < longer < len(lengths) / 4
+    assert run_starts([6], None).tolist() == [[0, 0, 0, 0, 4, 4]]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,11 +33,8 @@ from scripts import sweep, train_exit
 from util.exit_training import forecast, teaching
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts
-from util.exit_training.objectives import (
-    exit_logits,
-    teacher_of,
-)
-from util.exit_training.states import LONGEST_RUN, Start, compute_states, make_batch, read_text, run_starts
+from util.exit_training.objectives import exit_logits, teacher_of
+from util.exit_training.states import Start, compute_states, make_batch, read_text
 from util.exit_training.texts import Text, group_alike, until_end
 
 LLAMA, T5, BART = (str(ROOT / "checkpoints" / f"debian-{name}-free") for name in ("llama", "t5", "bart"))
@@ -105,35 +101,6 @@ def test_the_exit_in_a_padded_batch_says_what_it_says_alone(taught):
         logits = exit_logits(loaded.view, batch)[:, :-1]
     shift = (logits - expected).abs().max() / expected.abs().max()
     assert shift < 0.01  # states are stored as halves
-
-
-@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2-tied", "t5-tied", "bart-tied"])
-def test_a_row_of_a_batch_waits_in_runs_of_its_own(family, tmp_path):
-    """What an exit with a deep layer's keys/values is taught on: tests/test_exit_kv_layer.py has one row."""
-    loaded = adapted(family, shortlist=SHORTLIST, kv_layer=4)
-    texts, causal = texts_of(family), not loaded.model.config.is_encoder_decoder
-    start = Start(None if causal else 0, with_prompt=causal)
-    files = compute_states(loaded.view, texts, [SHALLOW, 3], tmp_path, start)
-    rows = [files.row(number) for number in range(len(texts))]
-    batch, alone = make_batch(loaded.view, rows, random.Random(5)), []
-    assert not torch.equal(batch.run_starts[0], batch.run_starts[1])
-    for place, row in enumerate(rows):
-        one = make_batch(loaded.view, [row])
-        one.run_starts = batch.run_starts[place : place + 1, : one.run_starts.shape[1]]
-        alone.append(exit_logits(loaded.view, one))
-    torch.testing.assert_close(exit_logits(loaded.view, batch), torch.cat(alone), atol=1e-4, rtol=1e-4)
-
-
-def test_runs_are_as_long_as_tokens_wait():
-    lengths = [50, 7, 31] * 40
-    starts, longer = run_starts(lengths, random.Random(0)), 0
-    for row, length in zip(starts.tolist(), lengths, strict=True):
-        runs = [len(list(run)) for _, run in itertools.groupby(row[:length])]
-        begins = [0, *itertools.accumulate(runs)]
-        assert row[:length] == [begin for begin, run in zip(begins, runs, strict=False) for _ in range(run)]
-        longer += max(runs) > LONGEST_RUN
-    assert 0 < longer < len(lengths) / 4
-    assert run_starts([6], None).tolist() == [[0, 0, 0, 0, 4, 4]]
 
 
 def test_states_are_read_in_the_same_order_that_they_are_written(tmp_path):
