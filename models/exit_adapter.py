@@ -154,19 +154,18 @@ def make_exit_adapter(
     return adapter.to(view.model.device, view.model.dtype).eval()
 
 
-def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int) -> None:
+def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int, name: str = "kv_layer") -> None:
     """Raise UserError for a layer whose keys/values an exit after `layer` cannot read."""
     if kind not in KEEPING_EXIT_ADAPTERS:
-        raise UserError(
-            f"kv_layer: an exit adapter of kind {kind} attends to nothing; take {KEEPING_EXIT_ADAPTERS[0]}."
-        )
+        kinds = ", ".join(KEEPING_EXIT_ADAPTERS)
+        raise UserError(f"{name}: an exit adapter of kind {kind} attends to nothing; these do: {kinds}.")
     if not layer < kv_layer <= view.num_layers:
         raise UserError(
-            f"kv_layer must lie in {layer + 1}..{view.num_layers}, behind the exit, got {kv_layer}."
+            f"{name} must lie in {layer + 1}..{view.num_layers}, behind the exit, got {kv_layer}."
         )
     if not view.takes_biases:
         family = view.model.config.model_type
-        raise UserError(f"kv_layer: layers of {family} compute relative biases themselves; leave it out.")
+        raise UserError(f"{name}: layers of {family} compute relative biases themselves; leave it out.")
 
 
 def copy_layer(layer: Any, index: int) -> nn.Module:

@@ -100,6 +100,7 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     loaded = open_checkpoint(flags.model_name_or_path, data)
     loaded.model.requires_grad_(False)
     layers = candidate_layers(flags, loaded)
+    kv_layer = choose_kv_layer(flags, loaded, layers)
     all_examples = read_split(data, flags.split, loaded, data.max_train_samples)
     examples = own_share(all_examples)
     require(
@@ -113,7 +114,6 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     has_encoder = loaded.model.config.is_encoder_decoder
     first = loaded.model.generation_config.decoder_start_token_id if has_encoder else None
     start = Start(first, with_prompt=flags.prompt_weight > 0)
-    kv_layer = choose_kv_layer(flags, loaded, layers)
     depths = layers if kv_layer is None else sorted({*layers, kv_layer - 1})
     files = compute_states(frozen.view, texts, depths, in_folder(flags, "states"), start)
     views = make_views(flags, loaded, layers, kv_layer, texts)
@@ -155,8 +155,9 @@ def choose_kv_layer(flags: ExitTrainingArguments, loaded: LoadedModel, layers: l
     if flags.exit_kv_layer == 0:
         return None
     if flags.exit_kv_layer is not None:
-        check_kv_layer(view, flags.exit_adapter, max(layers), flags.exit_kv_layer)
-        return flags.exit_kv_layer
+        kv_layer = flags.exit_kv_layer
+        check_kv_layer(view, flags.exit_adapter, max(layers), kv_layer, name="--exit_kv_layer")
+        return kv_layer
     if flags.exit_adapter not in KEEPING_EXIT_ADAPTERS or not view.takes_biases:
         return None
     return max(2 * view.num_layers // 3 + 1, max(layers) + 1)

@@ -353,6 +353,8 @@ def test_a_model_is_saved_without_its_exit(exit_of_llama, tmp_path):
     [
         (["--exit_layers", "9"], "--exit_layers must lie in 1..7"),
         (["--bf16", "True", "--generation_precision", "w8"], "--generation_precision is of onnx's weights"),
+        (["--exit_layers", "3", "--exit_kv_layer", "3"], "--exit_kv_layer must lie in 4..8"),
+        (["--exit_adapter", "norm", "--exit_kv_layer", "5"], "--exit_kv_layer: an exit adapter of kind norm"),
         (["--held_out", "24"], "--held_out 24: there are only 24 rows"),
         (["--exit_loss", "mse"], "invalid choice: 'mse'"),
         (["--exit_adapter_path", "docs"], "--shortlist_size: --exit_adapter_path brings its own"),
