@@ -223,6 +223,9 @@ def test_the_exits_own_products_are_quantized():
     engine = model_of("llama-tied", "layer", "onnx", "w8", listed=True).view.engine
     operators = [node.op_type for node in engine._piece("exit-head", 0).graph]
     assert operators.count("MatMulNBits") == 2 and "MatMul" not in operators  # map and projection
+    engine = prepare(adapted("llama-tied", kv_layer=4), "onnx", "w8").view.engine
+    operators = [node.op_type for node in engine._piece("exit-entry", 0).graph]
+    assert operators.count("MatMulNBits") == 1 and "MatMul" not in operators
 
 
 def test_an_untaught_exit_starts_from_the_layer_that_follows():
