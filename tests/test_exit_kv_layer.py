@@ -33,7 +33,8 @@ from models import (
 )
 from models.families.drafts import read_drafts
 from util.exit_training.objectives import exit_logits
-from util.exit_training.states import LONGEST_RUN, Start, compute_states, make_batch, run_starts
+from util.exit_training.runs import LONGEST, draw_runs, typical_runs
+from util.exit_training.states import Start, compute_states, make_batch
 
 LAYERS, KV_LAYER = 6, 4
 TOKENS = 12
@@ -253,14 +254,14 @@ def test_a_row_of_a_batch_waits_in_runs_of_its_own(family, tmp_path):
 
 def test_runs_are_as_long_as_tokens_wait():
     lengths = [50, 7, 31] * 40
-    starts, longer = run_starts(lengths, random.Random(0)), 0
+    starts, longer = draw_runs(lengths, random.Random(0)), 0
     for row, length in zip(starts.tolist(), lengths, strict=True):
         runs = [len(list(run)) for _, run in itertools.groupby(row[:length])]
         begins = [0, *itertools.accumulate(runs)]
         assert row[:length] == [begin for begin, run in zip(begins, runs, strict=False) for _ in range(run)]
-        longer += max(runs) > LONGEST_RUN
+        longer += max(runs) > LONGEST
     assert 0 < longer < len(lengths) / 4
-    assert run_starts([6], None).tolist() == [[0, 0, 0, 0, 4, 4]]
+    assert typical_runs([6, 3]).tolist() == [[0, 0, 0, 0, 4, 4]] * 2
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,10 @@ def test_lossless_is_full_depth_after_any_cut(precision):
     assert layers_held(fast) == [*range(6)]
 
 
+@pytest.mark.parametrize("kv_layer", [None, 4])
 @pytest.mark.parametrize("family", ["llama-tied", "t5-tied"])
-def test_an_exit_adapter_runs_where_it_is_asked_for_alone(family):
-    torch_model = adapted(family)
+def test_an_exit_adapter_runs_where_it_is_asked_for_alone(family, kv_layer):
+    torch_model = adapted(family, kv_layer=kv_layer)
     fast, inputs = prepare(torch_model), make_inputs(family)
     for policy in (Free(SHALLOW, SoftmaxGap(), 0.2), FullDepth(), StaticExit(SHALLOW)):
         options = {"max_new_tokens": 8, "do_sample": False, "exit_policy": policy}

@@ -38,19 +38,23 @@ def teacher_of(view: LayeredView, batch: Batch) -> Teacher:
 
 def exit_logits(view: LayeredView, batch: Batch) -> Tensor:
     """What the exit says to the N predicted tokens, with gradients of its adapter: (N, K + 1) or (N, V)."""
-    adapter = view.exit_adapter
+    return view.exit_logits(exit_states(view, batch)[batch.predicting])
+
+
+def exit_states(view: LayeredView, batch: Batch) -> Tensor:
+    """What the exit reads of all tokens of a batch: (B, T, D)."""
+    adapter, last = view.exit_adapter, view.num_layers
     assert adapter is not None
-    states = batch.hidden[adapter.layer]  # (B, T, D)
-    if adapter.block is not None:
-        state: Any = view.begin(None, **batch.arguments)
-        last = view.num_layers
-        if adapter.kv_layer is not None:
-            with torch.no_grad():
-                view.write_kv(state, batch.hidden[adapter.origin], adapter.origin, adapter.kv_layer)
-            return view.exit_logits(read_drafts(view, state, states, batch.run_starts)[batch.predicting])
-        inputs = view.step_inputs(state, last, states.shape[1], True)
-        states = view.apply_layers(states, inputs, None, last, last + 1)
-    return view.exit_logits(states[batch.predicting])
+    hidden = batch.hidden[adapter.layer]
+    if adapter.block is None:
+        return hidden
+    state: Any = view.begin(None, **batch.arguments)
+    if adapter.kv_layer is None:
+        inputs = view.step_inputs(state, last, hidden.shape[1], True)
+        return view.apply_layers(hidden, inputs, None, last, last + 1)
+    with torch.no_grad():
+        view.write_kv(state, batch.hidden[adapter.origin], adapter.origin, adapter.kv_layer)
+    return read_drafts(view, state, hidden, batch.run_starts)
 
 
 def distillation_loss(logits: Tensor, teacher: Teacher) -> Tensor:

@@ -23,14 +23,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from models.decoder_view import DecoderView
 from models.families.encoder_decoder import EncoderDecoderView
+from util.exit_training.runs import draw_runs, typical_runs
 from util.exit_training.texts import Text
 from util.progress import Progress
 
 SHARD_ROWS = 64
 LARGEST = torch.finfo(torch.float16).max
-LONGEST_RUN = 8  # of tokens that wait for the deep layers together
-TYPICAL_RUN = 4
-LONGER_ROWS = 1 / 8  # share of rows with runs of any length, as without a cap, or where all tokens exit
 
 
 @dataclass
@@ -178,23 +176,8 @@ def make_batch(view: DecoderView, rows: Sequence[Row], generator: random.Random 
         mask = pad([torch.ones(len(memory), dtype=torch.long) for memory in memories])
         memory = BaseModelOutput(last_hidden_state=pad(memories).to(device))
         arguments = {"encoder_outputs": memory, "attention_mask": mask.to(device)}
-    starts = run_starts(lengths, generator).to(device)
-    return Batch(hidden, predicting, final, log_sum, tokens, outputs.to(device), starts, arguments)
-
-
-def run_starts(lengths: Sequence[int], generator: random.Random | None) -> Tensor:
-    """Where the run begins that each token of rows of so many tokens belongs to: (B, T)."""
-    starts = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    if generator is None:
-        return starts + torch.arange(max(lengths)) // TYPICAL_RUN * TYPICAL_RUN
-    for row, length in zip(starts, lengths, strict=True):
-        longest = length if generator.random() < LONGER_ROWS else LONGEST_RUN
-        start = 0
-        while start < length:
-            stop = start + generator.randint(1, longest)
-            row[start:stop] = start
-            start = stop
-    return starts
+    starts = typical_runs(lengths) if generator is None else draw_runs(lengths, generator)
+    return Batch(hidden, predicting, final, log_sum, tokens, outputs.to(device), starts.to(device), arguments)
 
 
 def pad(rows: list[Tensor]) -> Tensor:
