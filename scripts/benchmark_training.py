@@ -31,8 +31,8 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForC
 from models.errors import one_line_errors
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples, tokenize
+from util.data_arguments import DataArguments
 from util.flags import parse_groups
 from util.tables import comparison_table, print_report
 

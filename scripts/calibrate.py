@@ -33,12 +33,13 @@ from datasets import Dataset
 from models.errors import one_line_errors
 from models.loading import LoadedModel
 from run import evaluation_dtype, evaluation_settings, open_model
-from util.arguments import LEAVE_IT_OUT, OF_RUN_ALONE, Arguments, parse_with_run, require_split
+from util.arguments import Arguments, parse_with_run
 from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
+from util.data_arguments import LEAVE_IT_OUT, OF_RUN_ALONE, require_split
 from util.device import move_model
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare_speed, decode_comparison

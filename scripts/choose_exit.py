@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
+from util.data_arguments import DataArguments
 from util.flag_help import answer_help
 from util.script_arguments import ChooserArguments
 
@@ -34,9 +34,9 @@ from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import FixedThreshold
-from util.arguments import DataArguments, refuse_flags_of_run, require_split
 from util.backend import limit_threads
 from util.console import prepare_console
+from util.data_arguments import DataArguments, refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend

@@ -28,9 +28,9 @@ from transformers import set_seed
 
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
-from util.arguments import DataArguments
 from util.data.encoding import encoder_for
 from util.data.preparation import prepare
+from util.data_arguments import DataArguments
 from util.device import move_model
 from util.files import json_line, locked_output_file, written_aside
 from util.flags import parse_groups

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments, refuse_flags_of_run
+from util.data_arguments import DataArguments, refuse_flags_of_run
 from util.flag_help import answer_help
 from util.script_arguments import ShortlistArguments
 

@@ -24,9 +24,9 @@ if __name__ == "__main__":
     answer_help((ExitPromptArguments,), __doc__)  # before datasets is imported
 
 from models.errors import one_line_errors
-from util.arguments import DataArguments
 from util.console import prepare_console
 from util.data.sources import load_rows
+from util.data_arguments import DataArguments
 from util.files import locked_output_file, write_json_lines
 from util.flags import parse_groups
 from util.tasks import DATASETS, TASKS

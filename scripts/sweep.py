@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
+from util.data_arguments import DataArguments
 from util.flag_help import answer_help
 from util.shard_arguments import ShardArguments
 from util.sweep_arguments import SweepArguments, expand_preset
@@ -41,9 +41,9 @@ from models.free import Free
 from models.loading import LoadedModel
 from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, FixedThreshold
-from util.arguments import DataArguments, refuse_flags_of_run, require_split
 from util.backend import limit_threads
 from util.console import prepare_console
+from util.data_arguments import DataArguments, refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import (
     LiveSetting,

@@ -21,8 +21,8 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
+from util.data_arguments import DataArguments
 from util.exit_training.flags import ExitTrainingArguments
 from util.flag_help import answer_help
 
@@ -44,10 +44,10 @@ from models.families.causal import CausalView
 from models.families.encoder_decoder import EncoderDecoderView
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.arguments import refuse_flags_of_run, require_split
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.encoding import Encoder, encoder_for
+from util.data_arguments import refuse_flags_of_run, require_split
 from util.device import best_device
 from util.environment import environment
 from util.evaluation.identity import hash_rows, identify_model
@@ -127,6 +127,8 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
         "exit_layers": layers,
         "--exit_kv_layer": kv_layer,
         "loss": flags.exit_loss,
+        "--lr_schedule": flags.lr_schedule,
+        "--max_steps": flags.max_steps if flags.lr_schedule == "cosine" else None,
         "--prompt_weight": flags.prompt_weight,
     }
     teaching = Teaching(

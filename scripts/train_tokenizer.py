@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import LEAVE_IT_OUT, DataArguments, refuse_flags_of_run
+from util.data_arguments import LEAVE_IT_OUT, DataArguments, refuse_flags_of_run
 from util.flag_help import answer_help
 from util.script_arguments import TokenizerArguments
 

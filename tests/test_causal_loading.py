@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 from models import UserError, create_model, load_model
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.lora import add_lora
-from util.arguments import DataArguments
 from util.data.preparation import prepare
+from util.data_arguments import DataArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("llama-untied", "gemma3", "gpt2-tied", "pythia", "opt-350m")  # one of each view

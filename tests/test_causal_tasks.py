@@ -14,10 +14,10 @@ import run
 from models.errors import UserError
 from models.loading import load_model
 from models.prompts import Prompt
-from util.arguments import DataArguments
 from util.data.encoding import PromptEncoder, encoder_for
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data.preparation import prepare
+from util.data_arguments import DataArguments
 from util.evaluation.comparison import LiveSetting, trace_output
 from util.evaluation.decode import decode_batch, describe_batch
 from util.evaluation.records import EvaluationSettings

@@ -14,9 +14,9 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.loading import load_model
 from scripts import calibrate, choose_exit, distill_targets, learn_shortlist, report, sweep
-from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
 from util.data.preparation import prepare
+from util.data_arguments import DataArguments
 from util.script_arguments import DistillationArguments
 from util.sweep_arguments import SweepArguments
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, T5Tokenizer
 
 from models.errors import UserError
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data.streaming import stream_training_rows
+from util.data_arguments import DataArguments
 from util.tasks import DATASETS, PARQUET, DatasetRecord
 
 ROWS = [{"text": "ein paket", "title": "a package"}, {"text": "zwei", "title": "two"}]

@@ -19,8 +19,9 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel
 from util import script_arguments
-from util.arguments import OUR_GROUPS, DataArguments, parse_arguments
+from util.arguments import OUR_GROUPS, parse_arguments
 from util.calibration.certificate import decoding_settings
+from util.data_arguments import DataArguments
 from util.exit_arguments import ExitArguments
 from util.exit_training.flags import ExitPromptArguments, ExitTrainingArguments
 from util.flags import non_default_settings

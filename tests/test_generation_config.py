@@ -25,7 +25,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def examples(loaded):
-    from util.arguments import DataArguments
+    from util.data_arguments import DataArguments
 
     flags = DataArguments(dataset_name="debian_de_en")
     return load_examples(DATASETS["debian_de_en"], flags, "test", loaded.tokenizer, 8)

@@ -20,9 +20,9 @@ from models.exit_policy import FullDepth
 from models.languages import find_code, mark_target, set_languages, target_token_ids
 from models.loading import LoadedModel, load_model, load_tokenizer
 from scripts import learn_shortlist, sweep
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data.streaming import stream_training_rows
+from util.data_arguments import DataArguments
 
 CODES = {"mbart": ("de_DE", "en_XX"), "mbart50": ("de_DE", "en_XX"), "nllb": ("deu_Latn", "eng_Latn")}
 SHORT_RUN = {

@@ -21,11 +21,12 @@ from models import UserError, load_model
 from models.exit_heads import ExitConfig, attach_exit_heads
 from scripts import calibrate, check_requirements, choose_exit, learn_shortlist, sweep, train_tokenizer
 from util import script_arguments
-from util.arguments import OUR_GROUPS, DataArguments, require_split
+from util.arguments import OUR_GROUPS
 from util.backend_arguments import BackendArguments
 from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
+from util.data_arguments import DataArguments, require_split
 from util.flag_help import TRAINING_FLAGS
 from util.presets import expand_scratch_settings
 from util.sweep_arguments import SweepArguments

@@ -14,8 +14,8 @@ from real_rows import ROOT
 from models.errors import UserError
 from scripts import export_checkpoint, learn_shortlist, sweep
 from util import device
-from util.arguments import DataArguments
 from util.backend_arguments import BackendArguments
+from util.data_arguments import DataArguments
 from util.flags import expand_argument_file, parse_groups
 from util.report.folders import read_folders
 from util.setup import open_checkpoint

@@ -41,6 +41,15 @@ BAD_FLAGS = {
         {"use_early_exit": True, "exit_decay_form": "paper"},
         "--exit_decay_form paper has no effect here: add --exit_position_temp",
     ),
+    "a loss without training": (
+        {"intermediate_loss_fn": "shallowdeep_ce"},
+        "--intermediate_loss_fn has no effect here: add --do_train",
+    ),
+    "dropout without training": (
+        {"layer_dropout": 0.1},
+        "--layer_dropout has no effect here: add --do_train",
+    ),
+    "a stream without training": ({"streaming": True}, "--streaming has no effect here: add --do_train"),
     "nothing is distilled": (
         {"intermediate_loss_fn": "shallowdeep_ce", "distill_layer_alpha": 0.3},
         "--distill_layer_alpha",

@@ -14,10 +14,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from models.errors import UserError
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data.sources import load_cells, load_file
 from util.data.streaming import stream_training_rows
+from util.data_arguments import DataArguments
 
 # What spreadsheets, pandas and JSON readers change: id, source, target.
 VALUES = [

@@ -15,9 +15,9 @@ import run
 from models.errors import UserError
 from models.loading import load_tokenizer
 from scripts import choose_exit, distill_targets, train_tokenizer
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples
 from util.data.windows import split_text
+from util.data_arguments import DataArguments
 
 LIMITED = [family for family in FAMILIES if "T5" not in SHAPES[family][0]]  # the others know distances alone
 CONTEXT = " ".join(f"Straße {number} führt nach Süden." for number in range(40))

@@ -11,8 +11,8 @@ from training_runs import DATA, save_base, train
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import TrackioCallback, WandbCallback
 
-from util.arguments import DataArguments
 from util.data.examples import dataset_record, load_examples
+from util.data_arguments import DataArguments
 from util.training.tracking import SampleTables, as_markdown, send_table, shown_depths
 
 STEPS = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "logging_steps": 1}

@@ -180,6 +180,33 @@ def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
     assert after["acceptance"] > before["acceptance"] + 0.1
 
 
+@pytest.mark.parametrize("loss", ["kl", "both"])
+def test_along_a_cosine_the_learning_rate_falls_to_nothing_whatever_is_gained(loss, tmp_path, monkeypatch):
+    loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=6)
+    files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, Start(None))
+    flags = ExitTrainingArguments(
+        "", exit_loss=loss, lr_schedule="cosine", max_steps=100, eval_steps=2, output_dir=str(tmp_path)
+    )
+    costs = {SHALLOW: ExitCosts(1.0, 10.0, 4.0, (7.0,) * 5, (6.0,) * 5)}
+    one = teaching.Teaching({SHALLOW: loaded.view}, files, range(6), range(6), costs, flags, {})
+    monkeypatch.setattr(one, "score", lambda forecasts: 1.0)  # it never improves
+    rates, objectives = [], []
+
+    def learn(batch):
+        objective, share = one.pace()
+        objectives.append(objective)
+        rates.append(share)
+        one.standing.step += 1
+        return 0.0
+
+    monkeypatch.setattr(one, "learn", learn)
+    one.run()
+    assert len(rates) == 100 and rates == sorted(rates, reverse=True)
+    assert rates[0] == 1 and rates[50] == pytest.approx(0.5) and rates[25] == pytest.approx(0.5 + 0.5**1.5)
+    assert rates[99] < 0.001
+    assert objectives == ["kl"] * 100 if loss == "kl" else ["kl"] * 50 + ["acceptance"] * 50
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
     killed = tmp_path / "killed"

@@ -22,8 +22,8 @@ from models.json_files import fits, read_mapping
 from models.loading import LoadedModel
 from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
-from util.arguments import DataArguments
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
+from util.data_arguments import DataArguments
 from util.evaluation.identity import fingerprint
 from util.exit_arguments import ExitArguments
 from util.flags import require

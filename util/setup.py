@@ -7,11 +7,11 @@ from pathlib import Path
 from datasets import Dataset
 
 from models.loading import LoadedModel, load_model
-from util.arguments import DataArguments
 from util.backend import run_by_backend
 from util.backend_arguments import BackendArguments
 from util.data.examples import dataset_record, load_examples, target_language
 from util.data.preparation import prepare
+from util.data_arguments import DataArguments
 from util.device import move_model
 from util.evaluation.records import EvaluationSettings
 

@@ -16,7 +16,7 @@ from models.checkpoint_files import LOADING_ERRORS, first_line
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel, check_config, load_model
-from util.arguments import DataArguments
+from util.data_arguments import DataArguments
 from util.flags import require
 from util.methods import CALM, FREE, FREE_LOSSLESS, STATIC
 from util.script_arguments import BENCHMARK_SHAPES, BenchmarkArguments

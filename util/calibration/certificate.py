@@ -17,8 +17,8 @@ from models.choices import EXACT_PRECISIONS
 from models.errors import UserError
 from models.json_files import check_fields, read_mapping
 from models.loading import LoadedModel
-from util.arguments import DataArguments
 from util.data.examples import dataset_record
+from util.data_arguments import DataArguments
 from util.exit_arguments import ExitArguments
 from util.files import content_hash, file_hash, write_json
 

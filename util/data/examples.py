@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from models.errors import UserError
 from models.languages import mark_target
 from models.prompts import Prompt
-from util.arguments import DataArguments
 from util.data.encoding import Encoder, make_encoder
 from util.data.rows import QUESTION, RowReader, check_columns, read_examples
 from util.data.sources import columns_of, load_rows, peek
 from util.data.sources import load_file as load_file  # read from here by gpt_eval
 from util.data.windows import split_text
+from util.data_arguments import DataArguments
 from util.files import write_json_lines
 from util.tasks import DATASETS, DatasetRecord
 

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 from models.errors import UserError
 from models.languages import set_languages
 from models.loading import LoadedModel
-from util.arguments import DataArguments
 from util.data.examples import dataset_record
 from util.data.prompts import build_prompt
+from util.data_arguments import DataArguments
 
 LABEL_MULTIPLE = 8  # training pads to it
 

@@ -10,9 +10,9 @@ import re
 from models.errors import UserError
 from models.loading import LoadedModel
 from models.prompts import SOURCE, Prompt, join, require_chat_template
-from util.arguments import DataArguments
 from util.data.encoding import PromptEncoder
 from util.data.examples import dataset_record, load_examples
+from util.data_arguments import DataArguments
 from util.flags import require
 from util.tasks import TASKS
 

@@ -33,7 +33,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 
 from models.errors import UserError
-from util.arguments import DataArguments
+from util.data_arguments import DataArguments
 from util.tasks import PARQUET, DatasetRecord
 
 SPLIT_FILES = {"train": "train_file", "validation": "validation_file", "test": "test_file"}

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
 from models.prompts import Prompt
-from util.arguments import DataArguments
 from util.data.encoding import make_encoder
 from util.data.examples import skipped_entry, skipped_rows_file, split_contexts, with_prefix_for
 from util.data.rows import RowReader, check_columns
 from util.data.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
+from util.data_arguments import DataArguments
 from util.files import json_line
 from util.tasks import DatasetRecord
 

@@ -16,6 +16,7 @@ from util.flags import (
 )
 
 EXIT_LOSSES = ("kl", "acceptance", "both")
+LR_SCHEDULES = ("plateau", "cosine")
 
 
 @dataclass
@@ -61,9 +62,15 @@ class ExitTrainingArguments:
     prompt_weight: float = flag(
         0.1, "Weight of a prompt's tokens beside 1 of an output's, of models without an encoder."
     )
-    learning_rate: float = flag(6e-4, "Of AdamW, after a warm-up; lowered when the forecast stops improving.")
+    learning_rate: float = flag(6e-4, "Of AdamW, after a warm-up.")
+    lr_schedule: str = flag(
+        "plateau",
+        "The learning rate falls whenever the forecast stops improving, and then teaching ends; or it falls "
+        "along a cosine over --max_steps, for runs whose length is planned.",
+        LR_SCHEDULES,
+    )
     batch_tokens: int = flag(1024, "Predicted tokens a step and process.")
-    max_steps: int = flag(20_000, "Steps at most; it stops when the forecast no longer improves.")
+    max_steps: int = flag(20_000, "Steps, with --lr_schedule plateau at most.")
     eval_steps: int = flag(100, "Steps between two forecasts.")
     held_out: int = flag(48, "Rows, the last ones, that forecasts are made on.")
     min_agreement: float = flag(0.99, "Least share of tokens that FREE's forecast leaves as they are.")

@@ -31,11 +31,12 @@ from util.files import write_json
 from util.progress import Progress
 
 CHECKPOINT, CURVE = "teaching.pt", "curve.json"
-PHASES = {  # the objective and its share of the learning rate, one after the other
+PHASES = {  # the objective and its share of the learning rate, one after the other: plateau
     "kl": (("kl", 1.0), ("kl", 0.3), ("kl", 0.1)),
     "acceptance": (("acceptance", 1.0), ("acceptance", 0.3), ("acceptance", 0.1)),
     "both": (("kl", 1.0), ("kl", 0.3), ("acceptance", 0.3), ("acceptance", 0.1)),
 }
+OBJECTIVES = {"kl": ("kl",), "acceptance": ("acceptance",), "both": ("kl", "acceptance")}  # cosine: in turn
 WARM_UP = 50  # steps
 GAIN = 1.003  # of the objective, below which an evaluation brought nothing
 PATIENCE = 3  # evaluations
@@ -79,6 +80,7 @@ class Teaching:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=flags.learning_rate, weight_decay=0.0)
         self.best_weights = self.weights()
         self.phases = PHASES[flags.exit_loss]
+        self.waits = flags.lr_schedule == "plateau"
 
     def run(self) -> dict[int, list[Forecast]]:
         """Teach until the forecast stops improving or `--max_steps`; the forecasts of the best weights."""
@@ -100,7 +102,7 @@ class Teaching:
 
     def learn(self, batch: Batch) -> float:
         """One step of all adapters: the loss, averaged over them."""
-        standing, (objective, share) = self.standing, self.phases[self.standing.phase]
+        standing, (objective, share) = self.standing, self.pace()
         warm = min(1.0, (standing.step + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.flags.learning_rate * share * warm
@@ -120,6 +122,13 @@ class Teaching:
         standing.step += 1
         return sum(losses) / len(losses)
 
+    def pace(self) -> tuple[str, float]:
+        """The objective of this step and its share of the learning rate."""
+        if self.waits:
+            return self.phases[self.standing.phase]
+        done, objectives = self.standing.step / self.flags.max_steps, OBJECTIVES[self.flags.exit_loss]
+        return objectives[int(done * len(objectives))], (1 + math.cos(math.pi * done)) / 2
+
     def judge(self, loss: float) -> None:
         """Forecast what the exits bring by now; end a phase that brings nothing more."""
         standing = self.standing
@@ -130,7 +139,7 @@ class Teaching:
         standing.waited = 0 if gained else standing.waited + 1
         if score > standing.best_score:
             standing.best_score, self.best_weights = score, self.weights()
-        if standing.waited >= PATIENCE:
+        if self.waits and standing.waited >= PATIENCE:
             standing.phase, standing.waited = standing.phase + 1, 0
             self.restore(self.best_weights)
         self.report(loss, said)

@@ -36,11 +36,12 @@ from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
 from models.prompts import Prompt
-from util.arguments import Arguments, DataArguments, LossArguments
+from util.arguments import Arguments, LossArguments
 from util.data.examples import dataset_record, load_examples, target_language, tokenize
 from util.data.preparation import LABEL_MULTIPLE
 from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
+from util.data_arguments import DataArguments
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch
 from util.evaluation.identity import fingerprint, hash_rows, hash_tokenizer
 from util.evaluation.records import EvaluationSettings, best_windows
