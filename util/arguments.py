@@ -209,8 +209,8 @@ def parse_arguments(argv: Sequence[str] | None = None, description: str = "") ->
 
 
 def refuse_flags_of_training(arguments: Arguments) -> None:
-    """Raise UserError for a flag that training alone reads. Limits on its rows may be said without it: one file
-    of flags serves all stages."""
+    """Raise UserError for a flag that training alone reads; limits on its rows are left, as one file of flags
+    serves all stages."""
     way = f"add --do_train, or {LEAVE_IT_OUT}"
     refuse_unread_flags(arguments.data, {"streaming": way})
     losses = (spec.name for spec in flags_in(arguments.loss) if spec.name != "paper_settings")  # of both
