@@ -6,6 +6,7 @@ BACKENDS = ("torch", "onnx", "compile")  # what runs the layers: see models.back
 MIXED = "w8+int8"  # int8 for sources and prompts, w8 for what is decoded
 PRECISIONS = ("fp32", "w8", "w4", "int8", MIXED)  # of exported weights
 EXACT_PRECISIONS = ("fp32", "w8", "int8", MIXED)  # in which a token has the same bits in every window
+EXIT_PRECISIONS = tuple(name for name in PRECISIONS if name != MIXED)  # of an exit adapter's own weights
 PER_EXIT_HEADS = ("norm", "projection")
 KEEPING_EXIT_ADAPTERS = ("layer", "attention")  # with keys/values of their own
 EXIT_ADAPTERS = (*KEEPING_EXIT_ADAPTERS, "projection", "norm")

@@ -74,6 +74,7 @@ class LoadedModel:
     exit_config: ExitConfig
     backend: str = "torch"  # what runs it: see models.backends.prepare
     precision: str = "fp32"  # of its weights, where that is not the model's dtype
+    exit_precision: str | None = None  # of its exit adapter's, where it is another
     _view: DecoderView | None = field(default=None, repr=False)
     prompt: Prompt | None = None  # around sources, of a model without an encoder that tasks are prepared for
     _generation: Generation | None = field(default=None, init=False, repr=False)
@@ -91,6 +92,12 @@ class LoadedModel:
                 )
             view = self._view = view_for(base)
         return view
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """That of the weights, and that of the exit adapter's where it is another, as records name them."""
+        own = {} if self.exit_precision is None else {"exit_precision": self.exit_precision}
+        return {"precision": self.precision, **own}
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Output:
         """`model.generate(inputs, custom_generate=early_exit_decode, **options)`, which prepares a call only

@@ -161,6 +161,13 @@ def test_lossless_is_full_depth_of_the_same_precision(family, precision):
             assert torch.equal(decode(loaded, inputs, policy, max_new_tokens=20), full)
 
 
+def test_an_exit_that_has_decoded_can_be_taught():
+    loaded = adapted("llama-tied", "layer", SHORTLIST)
+    decode(loaded, make_inputs("llama-tied"), gap(0.05, lossless=True))
+    loaded.view.predict(torch.randn(3, 32), SHALLOW).logsumexp(-1).sum().backward()
+    assert loaded.model.exit_adapter.projection.weight.grad.count_nonzero()
+
+
 def test_sampling_with_drafts_off_a_shortlist_has_the_distribution_of_full_depth():
     """Of the second token, over many samples: its frequencies under lossless drafts are the model's own."""
     loaded = model_of("llama-tied", listed=True)

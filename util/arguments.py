@@ -91,6 +91,10 @@ class Arguments:
             "--exit_adapter_path is for a frozen model: leave --do_train out, or the exit.",
         )
         require(
+            not (training.do_train and self.backend.exit_precision),
+            "--exit_precision is of a frozen model's exit adapter: leave --do_train out, or the precision.",
+        )
+        require(
             training.do_train or not self.lora.use_lora,
             "--use_lora is for training: a saved adapter is recognised where it is loaded.",
         )

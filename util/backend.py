@@ -25,6 +25,7 @@ def run_by_backend(loaded: LoadedModel, flags: BackendArguments) -> LoadedModel:
     """
     backend = flags.backend
     if backend == AUTOMATIC:
-        backend = "torch" if flags.precision == "fp32" and why_not_onnx(loaded) else "onnx"
-    options: dict[str, Any] = {"cache_dir": flags.onnx_cache_dir} if backend == "onnx" else {}
-    return prepare(loaded, backend, flags.precision, **options)
+        asked = flags.precision != "fp32" or flags.exit_precision is not None
+        backend = "onnx" if asked or not why_not_onnx(loaded) else "torch"
+    own: dict[str, Any] = {"cache_dir": flags.onnx_cache_dir, "exit_precision": flags.exit_precision}
+    return prepare(loaded, backend, flags.precision, **(own if backend == "onnx" else {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from models.choices import BACKENDS, EXACT_PRECISIONS, MIXED, PRECISIONS
+from models.choices import BACKENDS, EXACT_PRECISIONS, EXIT_PRECISIONS, MIXED, PRECISIONS
 from util.exit_arguments import ExitArguments
 from util.flags import flag, require, require_positive
 
@@ -28,6 +28,12 @@ class BackendArguments:
         f"{MIXED} reads sources and prompts as int8 and decodes as w8. Lossless decoding refuses w4.",
         PRECISIONS,
     )
+    exit_precision: str | None = flag(
+        None,
+        "Of an exit adapter's own weights (default: --precision): lossless decoding is as exact, and faster, "
+        "where they have fewer bits.",
+        EXIT_PRECISIONS,
+    )
     threads: int | None = flag(None, "CPU threads (default: PyTorch's choice).")
     onnx_cache_dir: str | None = flag(
         None, "Where exported graphs are kept (default: ~/.cache/exitlm/onnx).", changes_outputs=False
@@ -38,6 +44,10 @@ class BackendArguments:
         require(
             self.precision == "fp32" or self.backend != "torch",
             f"--precision {self.precision} is for exported graphs: leave --backend torch out.",
+        )
+        require(
+            self.exit_precision is None or self.backend in (AUTOMATIC, "onnx"),
+            f"--exit_precision is for exported graphs: leave --backend {self.backend} out.",
         )
 
     def for_evaluation(self, exits: ExitArguments, num_beams: int) -> BackendArguments:
@@ -65,4 +75,5 @@ class BackendArguments:
             return self
         plain = self.backend in (AUTOMATIC, "torch") and self.precision == "fp32"
         require(plain, f"{reason} needs --backend torch and --precision fp32.")
+        require(self.exit_precision is None, f"{reason} needs --backend torch: leave --exit_precision out.")
         return replace(self, backend="torch")

@@ -23,7 +23,7 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "backend": loaded.backend,
-        "precision": loaded.precision,
+        **loaded.precisions,
         "threads": torch.get_num_threads(),
     }
 

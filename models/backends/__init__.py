@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.choices import BACKENDS, PRECISIONS
+from models.choices import BACKENDS, EXIT_PRECISIONS, PRECISIONS
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.families.causal import CausalView
@@ -35,6 +35,7 @@ def prepare(
     backend: str = "onnx",
     precision: str = "fp32",
     *,
+    exit_precision: str | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> LoadedModel:
@@ -47,6 +48,8 @@ def prepare(
             activations to 8 bits, with a scale for each 64 or for a column and a row; w8+int8 reads sources
             and prompts as int8 does and decodes as w8; w4 has weights of 4 bits. All but w4 decode the same
             bits alone, in windows and in batches, as `lossless` needs.
+        exit_precision: of an exit adapter's own weights, where it is another, w8+int8 aside. What an exit
+            drafts need not be exact: in fewer bits, `lossless` decodes the same, faster.
         threads: that onnx uses; default: as many as torch.
         cache_dir: where onnx keeps what it has exported; default: ~/.cache/exitlm/onnx.
 
@@ -60,8 +63,10 @@ def prepare(
             raise UserError(
                 f"precision {precision} needs backend onnx; {backend} computes in the model's dtype."
             )
-        if threads is not None or cache_dir is not None:
-            raise UserError(f"threads and cache_dir are options of backend onnx, not of {backend}.")
+        if any(option is not None for option in (exit_precision, threads, cache_dir)):
+            raise UserError(
+                f"exit_precision, threads and cache_dir are options of backend onnx, not of {backend}."
+            )
         compiled = open_compiled(loaded) if backend == "compile" else None
         return replace(loaded, backend=backend, precision=precision, _view=compiled)
     if precision not in PRECISIONS:
@@ -69,8 +74,18 @@ def prepare(
     reason = why_not_onnx(loaded)
     if reason is not None:
         raise UserError(f"backend onnx: {reason}; use backend torch.")
-    view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir)
-    return replace(loaded, backend=backend, precision=precision, _view=view)
+    check_exit_precision(loaded, exit_precision)
+    view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir, exit_precision)
+    return replace(loaded, backend=backend, precision=precision, exit_precision=exit_precision, _view=view)
+
+
+def check_exit_precision(loaded: LoadedModel, exit_precision: str | None) -> None:
+    if exit_precision is None:
+        return
+    if exit_precision not in EXIT_PRECISIONS:
+        raise UserError(f"exit_precision: {exit_precision!r} is none of {', '.join(EXIT_PRECISIONS)}.")
+    if loaded.view.exit_adapter is None:
+        raise UserError("exit_precision is of an exit adapter, and this model has none: leave it out.")
 
 
 def why_not_onnx(loaded: LoadedModel) -> str | None:
@@ -103,7 +118,11 @@ def open_compiled(loaded: LoadedModel) -> CompiledView:
 
 
 def open_onnx(
-    loaded: LoadedModel, precision: str, threads: int, cache_dir: str | Path | None
+    loaded: LoadedModel,
+    precision: str,
+    threads: int,
+    cache_dir: str | Path | None,
+    exit_precision: str | None,
 ) -> OnnxCausalView | OnnxEncoderDecoderView:
     try:
         from models.backends.onnx.causal import OnnxCausalView
@@ -118,7 +137,7 @@ def open_onnx(
     view = modules_of(loaded)
     assert isinstance(view, EncoderDecoderView | CausalView)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    engine = Engine(view, folder, precision, threads)
+    engine = Engine(view, folder, precision, threads, exit_precision)
     exported = OnnxCausalView(engine) if isinstance(view, CausalView) else OnnxEncoderDecoderView(engine)
     if engine.export_all() or not engine.checked.exists():
         engine.checked.unlink(missing_ok=True)  # what is not checked to the end is checked again

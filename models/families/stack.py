@@ -133,7 +133,8 @@ class StackView:
     def project_listed(self) -> Callable[[Tensor], Tensor]:
         """`project` for the tokens on the exit adapter's shortlist."""
         assert self.exit_adapter is not None and self.exit_adapter.shortlist is not None
-        return self.projection_onto(self.exit_adapter.shortlist)
+        with torch.inference_mode(False):  # it is kept: an exit that decoded may be taught
+            return self.projection_onto(self.exit_adapter.shortlist)
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         adapter = self.adapter_of(layer)

@@ -108,7 +108,7 @@ def decoding_settings(
         "max_source_length": data.max_source_length,
         "max_length": max_length,
         "backend": loaded.backend,
-        "precision": loaded.precision,
+        **loaded.precisions,
         "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
     }
     if loaded.prompt is not None:

@@ -38,7 +38,7 @@ def identify_model(loaded: LoadedModel) -> dict[str, str]:
         "configuration": hash_configuration(loaded),
         "tokenizer": hash_tokenizer(loaded.tokenizer),
         "backend": loaded.backend,
-        "precision": loaded.precision,
+        **loaded.precisions,
         "device": loaded.model.device.type,
     }
 

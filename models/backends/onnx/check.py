@@ -7,14 +7,14 @@ go unnoticed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.backends.onnx.view import OnnxView
-from models.choices import MIXED
+from models.choices import EXACT_PRECISIONS, MIXED
 from models.errors import UserError
 
 TOLERANCE = {
@@ -35,17 +35,24 @@ def check_export(view: OnnxView) -> None:
         UserError: they are others.
     """
     ours, theirs = logits_of(view), logits_of(view.eager)
-    for our_logits, their_logits in zip(ours, theirs, strict=True):
+    for our_logits, their_logits, precisions in zip(ours, theirs, precisions_of(view), strict=True):
         error = ((our_logits - their_logits).norm() / their_logits.norm()).item()
-        if error <= TOLERANCE[view.engine.precision]:
+        if error <= max(TOLERANCE[precision] for precision in precisions):
             continue
         family = view.model.config.model_type
         raise UserError(
             f"backend onnx: what was exported of this {family} model differs from its modules "
-            f"(by {error:.0%} in {view.engine.precision}); use backend torch, or another precision."
+            f"(by {error:.0%} in {' and '.join(precisions)}); use backend torch, or another precision."
         )
     if view.engine.exact:
         check_windows(view)
+
+
+def precisions_of(view: OnnxView) -> list[set[str]]:
+    """Those that take part in each of `logits_of`."""
+    engine = view.engine
+    full = {engine.precision}
+    return [full] if view.exit_adapter is None else [full | {engine.exit_precision}, full]
 
 
 def check_windows(view: OnnxView) -> None:
@@ -62,7 +69,8 @@ def check_windows(view: OnnxView) -> None:
 
     alone = logits_of_windows(view, state, embed_each())
     together = logits_of_windows(view, begin(view, 1)[0], [torch.cat(embedded, dim=1)])
-    if not all(map(torch.equal, alone, together)):
+    exact = [precisions <= {*EXACT_PRECISIONS} for precisions in precisions_of(view)]
+    if not all(map(torch.equal, compress(alone, exact), compress(together, exact))):
         raise UserError(
             f"backend onnx: on this processor a token has other bits alone than in a window, in "
             f"{view.engine.precision}; use another precision."

@@ -49,10 +49,19 @@ ERRORS_ONLY = 3  # of ONNX Runtime's severities
 class Engine:
     """Graphs of `view`'s model in one precision, run by `threads` threads."""
 
-    def __init__(self, view: StackView, cache_dir: Path, precision: str, threads: int) -> None:
+    def __init__(
+        self,
+        view: StackView,
+        cache_dir: Path,
+        precision: str,
+        threads: int,
+        exit_precision: str | None = None,
+    ) -> None:
+        """`exit_precision`: of the exit adapter, where it is another."""
         self.view = view
         self.store = Store(cache_dir / fingerprint(view.model, graphs_of(precision)))
         self.precision = precision
+        self.exit_precision = exit_precision or precision
         self.threads = threads
         self.exact = precision in EXACT_PRECISIONS
         self.layer_kind = "exact-layer" if self.exact else "layer"
@@ -60,7 +69,8 @@ class Engine:
         self.prompt_kind = "prompt-layer" if reads_prompts else self.layer_kind
         self.kinds = Kinds(Store(cache_dir / KINDS))
         adapter = view.exit_adapter
-        self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
+        own = () if exit_precision is None else (graphs_of(exit_precision),)
+        self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter), *own)
         self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
         self.cuts = Cuts.of(view, precision)
         self.sessions: dict[tuple[str, int, int], Session] = {}
@@ -158,13 +168,16 @@ class Engine:
         return [*entry, (last, self._piece(kind, last))]
 
     def _piece(self, kind: str, index: int) -> ir.Model:
-        own = index < self.view.num_layers and not kind.startswith("exit")
-        name = f"{kind}-{index}" if own or kind == "encoder" else f"{kind}-{self.adapted}"
+        name = f"{kind}-{self.adapted if self._is_exits(kind, index) else index}"
         return self.store.piece(name, lambda: self._export(kind, index))
 
     def _export(self, kind: str, index: int) -> ir.Model:
-        piece = self.kinds.model(PIECES[kind](self.view, index))
-        return quantize(piece, precision_of(kind, self.precision))
+        precision = self.exit_precision if self._is_exits(kind, index) else self.precision
+        return quantize(self.kinds.model(PIECES[kind](self.view, index)), precision_of(kind, precision))
+
+    def _is_exits(self, kind: str, index: int) -> bool:
+        """Whether a piece is a part of the exit adapter."""
+        return kind.startswith("exit") or (kind != "encoder" and index == self.view.num_layers)
 
     def _open(self, model: ir.Model) -> Session:
         options = onnxruntime.SessionOptions()
