@@ -115,7 +115,7 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
     loaded = open_model(name, flags.shallow_exit_layer)
     prompts = [Prompt(text, encode(loaded, text)) for text in texts]
     print(f"Preparing {backend.backend} {backend.precision}: the first time takes a minute", file=sys.stderr)
-    fast = run_by_backend(loaded, backend)
+    fast = run_by_backend(loaded, backend.without_exit())
     decode = ours(fast, FullDepth())
     decode(prompts[0], WARM_UP_TOKENS)
     answers = [decode(prompt, flags.max_new_tokens) for prompt in prompts]

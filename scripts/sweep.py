@@ -119,10 +119,8 @@ def sweep(
     require_split(data, flags.split)
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
-    exits = {"free": flags.exit_adapter_path, "calm": None}
-    checkpoints = {
-        name: open_checkpoint(path, data, backend, exits[name]) for name, path in paths.items() if path
-    }
+    runs = {"free": (backend, flags.exit_adapter_path), "calm": (backend.without_exit(), None)}
+    checkpoints = {name: open_checkpoint(path, data, *runs[name]) for name, path in paths.items() if path}
     check_checkpoints(flags, checkpoints)
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)
     folder, settings = Path(flags.output_dir), build_settings(flags, checkpoints)

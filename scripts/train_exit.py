@@ -228,8 +228,8 @@ def read_texts(
     write_json(settings, identity)
     if not flags.self_generated:
         return given_targets(encoder, examples)
-    without_exit = replace(backend, precision=generation_precision(flags, backend), exit_precision=None)
-    writer = loaded if flags.bf16 else run_by_backend(loaded, without_exit)
+    plain = replace(backend.without_exit(), precision=generation_precision(flags, backend))
+    writer = loaded if flags.bf16 else run_by_backend(loaded, plain)
     length = data.val_max_target_length
     groups = group_alike(list(examples["source"]), flags.generation_batch_size, flags.held_out)
     return answer_prompts(writer, encoder, examples, path, groups, length)

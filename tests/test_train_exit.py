@@ -399,23 +399,21 @@ def test_bad_flags_are_named(more, complaint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_sweep_shows_the_exit_beside_full_depth(exit_of_llama, tmp_path):
-    flags = ["--free", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--dataset_name", "debian_de_en"]
-    flags += [
-        "--methods",
-        "FREE",
-        "FREE lossless",
-        "--free_thresholds",
-        "0.3",
-        "--lossless_thresholds",
-        "0.3",
-    ]
-    flags += ["--max_pending_tokens", "3", "--num_samples", "3", "--max_source_length", "60"]
-    sweep.main([*flags, "--val_max_target_length", "12", "--output_dir", str(tmp_path), "--backend", "torch"])
+def test_a_sweep_shows_the_exit_beside_full_depth_and_models_that_have_none(exit_of_llama, tmp_path):
+    flags = [
+        "--free", LLAMA, "--calm", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--exit_precision", "w8",
+        "--methods", "FREE", "FREE lossless", "Static", "--static_layers", "3",
+        "--dataset_name", "debian_de_en",
+        "--free_thresholds", "0.3", "--lossless_thresholds", "0.3", "--max_pending_tokens", "3",
+        "--num_samples", "3", "--max_source_length", "60", "--val_max_target_length", "12",
+    ]  # fmt: skip
+    sweep.main([*flags, "--output_dir", str(tmp_path), "--backend", "onnx"])
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     texts = {name: [row["prediction"] for row in records if row["setting"] == name] for name in
              {row["setting"] for row in records}}  # fmt: skip
-    assert texts["FREE lossless 0.3"] == texts["Full depth"] and len(texts["FREE 0.3"]) == 3
+    assert texts["FREE lossless 0.3 (free)"] == texts["Full depth (free)"]
+    assert len(texts["FREE 0.3 (free)"]) == len(texts["Static 3 (calm)"]) == 3
+    assert json.loads((tmp_path / "settings.json").read_text())["environment"]["exit_precision"] == "w8"
 
 
 @pytest.mark.slow

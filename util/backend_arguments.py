@@ -50,6 +50,10 @@ class BackendArguments:
             f"--exit_precision is for exported graphs: leave --backend {self.backend} out.",
         )
 
+    def without_exit(self) -> BackendArguments:
+        """These flags for a model that has no exit adapter, where another has."""
+        return replace(self, exit_precision=None)
+
     def for_evaluation(self, exits: ExitArguments, num_beams: int) -> BackendArguments:
         """These flags, with the modules themselves where only they can decode so.
 
