@@ -50,6 +50,7 @@ TOOLKIT_ONLY = (  # what the toolkit offers besides
     "decoder_view",
     "backend",
     "precision",
+    "exit_precision",
     "auto_exit",
     "use_adapt_threshold",
     "calibrated_threshold_file",
