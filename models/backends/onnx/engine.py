@@ -60,7 +60,9 @@ class Engine:
         self.prompt_kind = "prompt-layer" if reads_prompts else self.layer_kind
         self.kinds = Kinds(Store(cache_dir / KINDS))
         adapter = view.exit_adapter
-        self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter))
+        self.adapted = None
+        if adapter is not None:  # whose layer may do by its place what no weight tells, as SmolLM3's rotate
+            self.adapted = hash_weights(adapter.state_dict(), repr(adapter), str(adapter.origin))
         self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
         self.cuts = Cuts.of(view, precision)
         self.sessions: dict[tuple[str, int, int], Session] = {}
