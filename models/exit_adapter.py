@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -137,8 +138,8 @@ def make_exit_adapter(
     """
     if kind not in EXIT_ADAPTERS:
         raise UserError(f"exit_adapter: {kind!r} is none of {', '.join(EXIT_ADAPTERS)}.")
-    if not 1 <= layer < view.num_layers:
-        raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer}.")
+    if not isinstance(layer, Integral) or not 1 <= layer < view.num_layers:
+        raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer!r}.")
     if kv_layer is not None:
         check_kv_layer(view, kind, layer, kv_layer)
     norm, block = copy.deepcopy(view.final_norm), None
@@ -159,9 +160,9 @@ def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int, name: str = 
     if kind not in KEEPING_EXIT_ADAPTERS:
         kinds = ", ".join(KEEPING_EXIT_ADAPTERS)
         raise UserError(f"{name}: an exit adapter of kind {kind} attends to nothing; these do: {kinds}.")
-    if not layer < kv_layer <= view.num_layers:
+    if not isinstance(kv_layer, Integral) or not layer < kv_layer <= view.num_layers:
         raise UserError(
-            f"{name} must lie in {layer + 1}..{view.num_layers}, behind the exit, got {kv_layer}."
+            f"{name} must lie in {layer + 1}..{view.num_layers}, behind the exit, got {kv_layer!r}."
         )
     if not view.takes_biases:
         family = view.model.config.model_type

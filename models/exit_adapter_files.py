@@ -93,9 +93,13 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
             f"those of {model.name_or_path}: {half if model.dtype == torch.float16 else ''}load it with that "
             f"model, or teach one for this."
         )
-    shortlist = None if config.shortlist_size is None else torch.arange(config.shortlist_size)
+    view: Any = view_for(model)
+    size, most = config.shortlist_size, view.vocabulary
     try:
-        adapter = make_exit_adapter(view_for(model), config.kind, config.layer, shortlist, config.kv_layer)
+        if size is not None and not 1 <= size <= most:
+            raise UserError(f"shortlist_size must lie in 1..{most}, got {size}.")
+        shortlist = None if size is None else torch.arange(size)
+        adapter = make_exit_adapter(view, config.kind, config.layer, shortlist, config.kv_layer)
     except UserError as error:
         raise UserError(f"exit_adapter {name_or_path}: {CONFIG_NAME}: {error}") from error
     fit_weights(adapter, weights, weights_path)

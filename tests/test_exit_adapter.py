@@ -258,3 +258,5 @@ def test_what_cannot_be_made_is_refused(kind):
         make_exit_adapter(view_for(tiny_model("bart-tied")), kind, 1)
     with pytest.raises(UserError, match=r"must lie in 1\.\.5, got 6"):
         make_exit_adapter(view_for(tiny_causal()), "layer", 6)
+    with pytest.raises(UserError, match=r"must lie in 1\.\.5, got '2'"):
+        make_exit_adapter(view_for(tiny_causal()), "layer", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -173,6 +174,18 @@ def test_tokens_are_torchs_on_onnx(family):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+def test_graphs_of_one_exit_do_not_serve_its_weights_behind_another_layer(tmp_path):
+    """SmolLM3's third layer rotates nothing, the fourth does, whichever weights they have."""
+    tokens, weights = torch.randint(2, 97, (1, len(RUNS)), generator=torch.Generator().manual_seed(3)), None
+    for kv_layer in (3, 4):
+        loaded = adapted("smollm3", kv_layer=kv_layer)
+        weights = weights or copy.deepcopy(loaded.model.exit_adapter.state_dict())
+        loaded.model.exit_adapter.load_state_dict(weights)
+        graphs = prepare(loaded, "onnx", cache_dir=tmp_path)
+        expected = in_decoding(loaded, tokens)
+        torch.testing.assert_close(in_decoding(graphs, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kv_layer", [None, KV_LAYER])
 def test_behind_proposals_that_it_was_not_asked_about_the_exit_says_the_same_on_both_backends(kv_layer):
     """Its keys/values of them are there all the same, in ONNX Runtime by the graph that ran them."""
@@ -271,6 +284,8 @@ def test_runs_are_as_long_as_tokens_wait():
         ("llama-tied", "layer", SHALLOW, "must lie in 3..6"),
         ("t5-tied", "attention", 7, "must lie in 3..6"),
         ("umt5", "layer", 4, "relative biases"),
+        ("llama-tied", "layer", 4.0, "must lie in 3..6.* got 4.0"),
+        ("llama-tied", "layer", "4", "must lie in 3..6.* got '4'"),
     ],
 )
 def test_what_no_exit_can_read_is_refused(family, kind, kv_layer, message):

@@ -344,6 +344,9 @@ def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
     damaged.write_text(json.dumps(content | {"kind": "norm", "kv_layer": None}))
     with pytest.raises(UserError, match=r"does not fit its configuration.*block"):
         load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
+    damaged.write_text(json.dumps(content | {"shortlist_size": -1}))
+    with pytest.raises(UserError, match=rf"damaged: {CONFIG_NAME}: shortlist_size must lie in 1"):
+        load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))
     (tmp_path / "damaged" / WEIGHTS_NAME).unlink()
     with pytest.raises(UserError, match=f"has no {WEIGHTS_NAME}"):
         load_model(LLAMA, exit_adapter=str(tmp_path / "damaged"))

@@ -69,8 +69,10 @@ class Engine:
         self.prompt_kind = "prompt-layer" if reads_prompts else self.layer_kind
         self.kinds = Kinds(Store(cache_dir / KINDS))
         adapter = view.exit_adapter
-        own = () if exit_precision is None else (graphs_of(exit_precision),)
-        self.adapted = None if adapter is None else hash_weights(adapter.state_dict(), repr(adapter), *own)
+        self.adapted = None
+        if adapter is not None:  # whose layer may do by its place what no weight tells, as SmolLM3's rotate
+            context = [repr(adapter), str(adapter.origin), graphs_of(self.exit_precision)]
+            self.adapted = hash_weights(adapter.state_dict(), *context)
         self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
         self.cuts = Cuts.of(view, precision)
         self.sessions: dict[tuple[str, int, int], Session] = {}
