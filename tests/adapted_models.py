@@ -13,6 +13,7 @@ from models.exit_adapter import attach_exit_adapter, make_exit_adapter
 from models.exit_heads import ExitConfig
 from models.families import view_for
 from models.loading import LoadedModel
+from util.exit_training.texts import Text
 
 SHALLOW = 2
 SHORTLIST = torch.tensor([1, 3, 4, 7, 8, 11, 12, 20, 21, 30, 33, 40, 41, 42, 50, 60, 61, 77, 80, 96])
@@ -43,6 +44,16 @@ def adapted(shape, kind="layer", shortlist=None, kv_layer=None):
             weight.add_(0.1 * torch.randn_like(weight))
     attach_exit_adapter(model, adapter)
     return LoadedModel(model, None, ExitConfig(shallow_exit_layer=SHALLOW))
+
+
+def texts_of(shape, rows=3):
+    """Texts of different lengths, with tokens that are anything."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(count):
+        return torch.randint(2, 97, (count,), generator=generator).tolist()
+
+    return [Text(draw(5 + row), draw(3 + 2 * row)) for row in range(rows)]
 
 
 def first_of(module, names):

@@ -9,9 +9,8 @@ import random
 
 import pytest
 import torch
-from adapted_models import SHALLOW, SHORTLIST, adapted, decode_by_hugging_face, make_inputs
+from adapted_models import SHALLOW, SHORTLIST, adapted, decode_by_hugging_face, make_inputs, texts_of
 from pairs import slow_but
-from test_train_exit import texts_of
 from tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache

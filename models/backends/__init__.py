@@ -59,14 +59,7 @@ def prepare(
     if backend not in BACKENDS:
         raise UserError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}.")
     if backend != "onnx":
-        if precision != "fp32":
-            raise UserError(
-                f"precision {precision} needs backend onnx; {backend} computes in the model's dtype."
-            )
-        if any(option is not None for option in (exit_precision, threads, cache_dir)):
-            raise UserError(
-                f"exit_precision, threads and cache_dir are options of backend onnx, not of {backend}."
-            )
+        refuse_options_of_onnx(backend, precision, exit_precision, threads, cache_dir)
         compiled = open_compiled(loaded) if backend == "compile" else None
         return replace(loaded, backend=backend, precision=precision, _view=compiled)
     if precision not in PRECISIONS:
@@ -77,6 +70,15 @@ def prepare(
     check_exit_precision(loaded, exit_precision)
     view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir, exit_precision)
     return replace(loaded, backend=backend, precision=precision, exit_precision=exit_precision, _view=view)
+
+
+def refuse_options_of_onnx(backend: str, precision: str, *others: object) -> None:
+    if precision != "fp32":
+        raise UserError(f"precision {precision} needs backend onnx; {backend} computes in the model's dtype.")
+    if any(option is not None for option in others):
+        raise UserError(
+            f"exit_precision, threads and cache_dir are options of backend onnx, not of {backend}."
+        )
 
 
 def check_exit_precision(loaded: LoadedModel, exit_precision: str | None) -> None:

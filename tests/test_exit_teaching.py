@@ -1,0 +1,125 @@
+"""What exits of frozen models are taught by: states on disk, the teacher, steps and their pace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, texts_of
+
+from util.exit_training import teaching
+from util.exit_training.flags import ExitTrainingArguments
+from util.exit_training.forecast import ExitCosts
+from util.exit_training.objectives import exit_logits, teacher_of
+from util.exit_training.states import Start, compute_states, make_batch, read_text
+from util.exit_training.texts import group_alike, until_end
+
+
+@pytest.fixture(params=["llama-tied", "gpt2-tied", "t5-tied", "bart-tied"])
+def taught(request, tmp_path):
+    """A model with an exit, texts, and a batch of their states as read from disk."""
+    loaded = adapted(request.param, shortlist=SHORTLIST)
+    texts, causal = texts_of(request.param), not loaded.model.config.is_encoder_decoder
+    start = Start(None if causal else 0, with_prompt=causal)
+    files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, start)
+    batch = make_batch(loaded.view, [files.row(number) for number in range(len(texts))])
+    return loaded, texts, start, batch
+
+
+def logits_by_hugging_face(model, text, start):
+    """Of the tokens that are predicted: (N, V)."""
+    ids = torch.tensor([text.input_ids])
+    with torch.no_grad():
+        if start.token is None:
+            whole = torch.tensor([[*text.input_ids, *text.output_ids[:-1]]])
+            return model(input_ids=whole).logits[0]
+        before = torch.tensor([[start.token, *text.output_ids[:-1]]])
+        return model(input_ids=ids, decoder_input_ids=before).logits[0]
+
+
+def test_the_teacher_is_the_last_layer(taught):
+    loaded, texts, start, batch = taught
+    expected = torch.cat([logits_by_hugging_face(loaded.model, text, start) for text in texts])
+    shares = expected.softmax(-1)
+    teacher = teacher_of(loaded.view, batch)
+    torch.testing.assert_close(teacher.listed, shares[:, SHORTLIST], atol=3e-3, rtol=3e-2)  # stored as halves
+    torch.testing.assert_close(teacher.others[:, 0], 1 - teacher.listed.sum(-1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(batch.tokens, expected.argmax(-1))
+    outputs = [len(text.output_ids) for text in texts]
+    assert int(batch.outputs.sum()) == sum(outputs)
+
+
+def test_the_exit_in_a_padded_batch_says_what_it_says_alone(taught):
+    loaded, texts, start, batch = taught
+    model = as_plain_model(loaded)
+    expected = torch.cat([logits_by_hugging_face(model, text, start) for text in texts])[:, SHORTLIST]
+    with torch.no_grad():
+        logits = exit_logits(loaded.view, batch)[:, :-1]
+    shift = (logits - expected).abs().max() / expected.abs().max()
+    assert shift < 0.01  # states are stored as halves
+
+
+def test_states_are_read_in_the_same_order_that_they_are_written(tmp_path):
+    loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=70)  # two shards
+    files = compute_states(loaded.view, texts, [1, SHALLOW], tmp_path, Start(None))
+    for number in (0, 63, 64, 69):
+        row = read_text(loaded.view, texts[number], [1, SHALLOW], Start(None))
+        stored = files.row(number)
+        assert torch.equal(stored.tokens, row.tokens) and len(row.tokens) == files.outputs[number]
+        for layer in (1, SHALLOW):
+            torch.testing.assert_close(stored.hidden[layer], row.hidden[layer], atol=1e-2, rtol=1e-2)
+
+
+def test_texts_end_with_their_end_and_lie_beside_others_as_long():
+    assert until_end(torch.tensor([5, 6, 1, 0, 0]), {1}) == [5, 6, 1]
+    assert until_end(torch.tensor([5, 6, 7]), {1}) == [5, 6, 7]
+    sources = ["x" * length for length in (9, 1, 8, 2, 7, 3)]
+    groups = group_alike(sources, 2, held_out=0)
+    assert sorted(map(sorted, groups)) == [[0, 2], [1, 3], [4, 5]]
+    *taught, last, second_last = group_alike(sources, 2, held_out=3)
+    assert sorted(map(sorted, taught)) == [[0], [1, 2]]
+    assert sorted(map(sorted, (last, second_last))) == [[3, 5], [4]]
+
+
+@pytest.mark.parametrize("loss", ["kl", "acceptance"])
+def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
+    """On the texts that it is taught on: a tiny random model has nothing in common to learn."""
+    loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=6)
+    files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, Start(None))
+    flags = ExitTrainingArguments("", exit_loss=loss, learning_rate=1e-2, output_dir=str(tmp_path))
+    costs = {SHALLOW: ExitCosts(1.0, 10.0, 4.0, (7.0,) * 5, (6.0,) * 5)}
+    one = teaching.Teaching({SHALLOW: loaded.view}, files, range(6), range(6), costs, flags, {})
+    for weight in one.parameters:
+        weight.requires_grad_(True)
+    before = one.forecasts()[1][SHALLOW]
+    batch = make_batch(loaded.view, [files.row(number) for number in range(6)])
+    losses = [one.learn(batch) for _ in range(80)]
+    after = one.forecasts()[1][SHALLOW]
+    assert losses[-1] < 0.5 * losses[0]
+    assert after["acceptance"] > before["acceptance"] + 0.1
+
+
+@pytest.mark.parametrize("loss", ["kl", "both"])
+def test_along_a_cosine_the_learning_rate_falls_to_nothing_whatever_is_gained(loss, tmp_path, monkeypatch):
+    loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=6)
+    files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, Start(None))
+    flags = ExitTrainingArguments(
+        "", exit_loss=loss, lr_schedule="cosine", max_steps=100, eval_steps=2, output_dir=str(tmp_path)
+    )
+    costs = {SHALLOW: ExitCosts(1.0, 10.0, 4.0, (7.0,) * 5, (6.0,) * 5)}
+    one = teaching.Teaching({SHALLOW: loaded.view}, files, range(6), range(6), costs, flags, {})
+    monkeypatch.setattr(one, "score", lambda forecasts: 1.0)  # it never improves
+    rates, objectives = [], []
+
+    def learn(batch):
+        objective, share = one.pace()
+        objectives.append(objective)
+        rates.append(share)
+        one.standing.step += 1
+        return 0.0
+
+    monkeypatch.setattr(one, "learn", learn)
+    one.run()
+    assert len(rates) == 100 and rates == sorted(rates, reverse=True)
+    assert rates[0] == 1 and rates[50] == pytest.approx(0.5) and rates[25] == pytest.approx(0.5 + 0.5**1.5)
+    assert rates[99] < 0.001
+    assert objectives == ["kl"] * 100 if loss == "kl" else ["kl"] * 50 + ["acceptance"] * 50
