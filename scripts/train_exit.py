@@ -228,8 +228,10 @@ def read_texts(
     write_json(settings, identity)
     if not flags.self_generated:
         return given_targets(encoder, examples)
-    plain = replace(backend.without_exit(), precision=generation_precision(flags, backend))
-    writer = loaded if flags.bf16 else run_by_backend(loaded, plain)
+    writer = loaded
+    if not flags.bf16:
+        own = replace(backend.without_exit(), precision=generation_precision(flags, backend))
+        writer = run_by_backend(loaded, own)
     length = data.val_max_target_length
     groups = group_alike(list(examples["source"]), flags.generation_batch_size, flags.held_out)
     return answer_prompts(writer, encoder, examples, path, groups, length)
