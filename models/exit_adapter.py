@@ -124,7 +124,7 @@ class ExitAdapter(nn.Module):
 def make_exit_adapter(
     view: Any, kind: str, layer: int, shortlist: Tensor | None = None, kv_layer: int | None = None
 ) -> ExitAdapter:
-    """An untaught exit adapter for the model of `view`, a `models.families.stack.StackView`.
+    """An untaught exit adapter for the model of `view`, a `models.families.stack.StackView` or a backend's.
 
     Args:
         kind: of models.choices.EXIT_ADAPTERS.
@@ -136,6 +136,7 @@ def make_exit_adapter(
     Raises:
         UserError: no such kind or layer, or a model that has no final norm to start from.
     """
+    view = getattr(view, "eager", view)  # what a backend's sees the modules through
     if kind not in EXIT_ADAPTERS:
         raise UserError(f"exit_adapter: {kind!r} is none of {', '.join(EXIT_ADAPTERS)}.")
     if not isinstance(layer, Integral) or not 1 <= layer < view.num_layers:

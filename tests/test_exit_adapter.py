@@ -251,6 +251,18 @@ def test_an_untaught_exit_starts_from_the_layer_that_follows():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_an_exit_is_made_for_a_prepared_model_which_is_prepared_again():
+    modules = adapted("llama-tied")
+    del modules.model.exit_adapter
+    fast = prepare(modules)
+    attach_exit_adapter(fast.model, make_exit_adapter(fast.view, "layer", SHALLOW, kv_layer=4))
+    with pytest.raises(UserError, match="prepare it again"):
+        decode(fast, make_inputs("llama-tied"), gap(0.1))
+    inputs, fast = make_inputs("llama-tied"), prepare(fast)
+    expected = decode_by_hugging_face(modules.model, inputs, max_new_tokens=TOKENS)
+    assert torch.equal(decode(fast, inputs, gap(0.1, lossless=True)), expected)
+
+
 @pytest.mark.parametrize("kind", ["lora", "norm"])
 def test_what_cannot_be_made_is_refused(kind):
     complaint = "is none of layer, attention, projection, norm" if kind == "lora" else "has no final norm"

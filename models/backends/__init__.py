@@ -86,7 +86,7 @@ def check_exit_precision(loaded: LoadedModel, exit_precision: str | None) -> Non
         return
     if exit_precision not in EXIT_PRECISIONS:
         raise UserError(f"exit_precision: {exit_precision!r} is none of {', '.join(EXIT_PRECISIONS)}.")
-    if loaded.view.exit_adapter is None:
+    if modules_of(loaded).exit_adapter is None:
         raise UserError("exit_precision is of an exit adapter, and this model has none: leave it out.")
 
 
@@ -104,8 +104,10 @@ def why_not_onnx(loaded: LoadedModel) -> str | None:
 
 
 def modules_of(loaded: LoadedModel) -> DecoderView:
-    """The view of the modules themselves, also of a model that another backend runs."""
-    return getattr(loaded.view, "eager", loaded.view)
+    """The view of the modules themselves, as they are now, also of a model that another backend runs."""
+    if loaded.backend == "torch":
+        return loaded.view
+    return replace(loaded, backend="torch", _view=getattr(loaded._view, "eager", None)).view
 
 
 def open_compiled(loaded: LoadedModel) -> CompiledView:
