@@ -36,7 +36,6 @@ PHASES = {  # the objective and its share of the learning rate, one after the ot
     "acceptance": (("acceptance", 1.0), ("acceptance", 0.3), ("acceptance", 0.1)),
     "both": (("kl", 1.0), ("kl", 0.3), ("acceptance", 0.3), ("acceptance", 0.1)),
 }
-OBJECTIVES = {"kl": ("kl",), "acceptance": ("acceptance",), "both": ("kl", "acceptance")}  # cosine: in turn
 WARM_UP = 50  # steps
 GAIN = 1.003  # of the objective, below which an evaluation brought nothing
 PATIENCE = 3  # evaluations
@@ -80,7 +79,7 @@ class Teaching:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=flags.learning_rate, weight_decay=0.0)
         self.best_weights = self.weights()
         self.phases = PHASES[flags.exit_loss]
-        self.waits = flags.lr_schedule == "plateau"
+        self.to_plateau = flags.lr_schedule == "plateau"
 
     def run(self) -> dict[int, list[Forecast]]:
         """Teach until the forecast stops improving or `--max_steps`; the forecasts of the best weights."""
@@ -124,9 +123,10 @@ class Teaching:
 
     def pace(self) -> tuple[str, float]:
         """The objective of this step and its share of the learning rate."""
-        if self.waits:
+        if self.to_plateau:
             return self.phases[self.standing.phase]
-        done, objectives = self.standing.step / self.flags.max_steps, OBJECTIVES[self.flags.exit_loss]
+        objectives = [*dict.fromkeys(objective for objective, _ in self.phases)]  # in turn, for as many steps
+        done = self.standing.step / self.flags.max_steps
         return objectives[int(done * len(objectives))], (1 + math.cos(math.pi * done)) / 2
 
     def judge(self, loss: float) -> None:
@@ -139,7 +139,7 @@ class Teaching:
         standing.waited = 0 if gained else standing.waited + 1
         if score > standing.best_score:
             standing.best_score, self.best_weights = score, self.weights()
-        if self.waits and standing.waited >= PATIENCE:
+        if self.to_plateau and standing.waited >= PATIENCE:
             standing.phase, standing.waited = standing.phase + 1, 0
             self.restore(self.best_weights)
         self.report(loss, said)
