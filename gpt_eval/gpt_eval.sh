@@ -21,6 +21,13 @@ answers=(--answers "$OUTPUT_DIR/answers.jsonl")
 
 python -m gpt_eval make "${requests[@]}" --predictions "${predictions[@]}" --dataset_name "$DATASET" \
   --split "${SPLIT:-test}" ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"}
-python -m gpt_eval run "${requests[@]}" "${answers[@]}" --model "$MODEL" ${BASE_URL:+--base_url "$BASE_URL"} "$@"
-for flag in "$@"; do [ "$flag" != --dry_run ] || exit 0; done
+status=0
+python -m gpt_eval run "${requests[@]}" "${answers[@]}" --model "$MODEL" ${BASE_URL:+--base_url "$BASE_URL"} "$@" ||
+  status=$?
+[ $status -le 1 ] || exit $status # 1: some requests failed for good; the others' answers are scored
+case " ${*//dry-run/dry_run} " in
+  *" --dry_run False "* | *" --dry_run=False "*) ;;
+  *" --dry_run"*) exit 0 ;;
+esac
 python -m gpt_eval score "${requests[@]}" "${answers[@]}" --output_dir "$OUTPUT_DIR"
+exit $status

@@ -19,12 +19,11 @@ HOPELESS_CODES = {
     "permission_error",
     "model_not_found",
 }
-FINAL_CODES = {  # of errors without a status that the same request meets again
+CONTENT_CODES = {"content_filter", "content_policy_violation"}  # another request may pass, whatever the status
+FINAL_CODES = CONTENT_CODES | {  # of errors without a status that the same request meets again
     "invalid_request_error",
     "BadRequestError",
     "context_length_exceeded",
-    "content_filter",
-    "content_policy_violation",
 }
 TEXT_PARTS = {"text", "output_text", None}
 EXCERPT = 200  # characters of a response that is not understood
@@ -56,7 +55,7 @@ class ResponseError(Exception):
 
 def is_hopeless(status: int | None, codes: frozenset[str]) -> bool:
     """Whether no request can succeed any more."""
-    return status in HOPELESS_STATUSES or bool(codes & HOPELESS_CODES)
+    return not codes & CONTENT_CODES and (status in HOPELESS_STATUSES or bool(codes & HOPELESS_CODES))
 
 
 def is_transient(status: int | None, codes: frozenset[str]) -> bool:
@@ -124,6 +123,9 @@ def raise_error(error: Any, usage: dict[str, Any] | None) -> NoReturn:
     named = [error.get(name) for name in ("code", "type", "status")]
     numbers = [int(text) for text in map(str, named) if text.isdecimal() and 400 <= int(text) < 600]
     codes = frozenset(value for value in named if isinstance(value, str))
+    metadata = error.get("metadata")
+    if isinstance(metadata, dict) and "flagged_input" in metadata:  # OpenRouter's moderation, status 403
+        codes |= {"content_filter"}
     reason = str(error.get("message") or json.dumps(error))
     raise ResponseError(reason, numbers[0] if numbers else None, codes, usage)
 

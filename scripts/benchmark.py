@@ -79,9 +79,10 @@ def benchmark(flags: BenchmarkArguments) -> None:
         records.append(record)
         title = f"{name}: {record['samples']} samples, {record['bytes_per_second'] / 1e9:.1f} GB/s"
         print_report(comparison_table(title, COLUMNS, record["rows"]))
-    if flags.figure_file is not None:
-        draw_speeds(records, flags.figure_file)
     print(json.dumps(records, default=str))
+    if flags.figure_file is not None:
+        flags.figure_file.parent.mkdir(parents=True, exist_ok=True)
+        draw_speeds(records, flags.figure_file)
 
 
 def run_model(name: str, flags: BenchmarkArguments) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python scripts/benchmark_training.py --train_file samsum.train.json.gz --source_column dialogue \
         --target_column summary
 
-The model has T5-small's shape and random weights; the last row is as wide as its vocabulary is large: 24
-layers of it, where the logits of all layers at once would not fit.
+The model has T5-small's shape and random weights; in the last two rows it has 24 layers, whose logits would
+not fit into memory all at once.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data_arguments import DataArguments
-from util.flags import parse_groups
+from util.flags import parse_groups, require
 from util.tables import comparison_table, print_report
 
-SMALL = {"num_layers": 6, "d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
-DEEP = SMALL | {"num_layers": 24}
+SHAPE = {"d_model": 512, "d_ff": 2048, "num_heads": 8, "vocab_size": 32128}
+EARLY = 10  # steps
 COLUMNS = {
     "loss": "loss",
     "layers": "layers",
     "steps": "steps",
     "steps_per_second": "steps/s",
-    "memory_early": "MiB after 10 steps",
+    "memory_early": f"MiB after {EARLY} steps",
     "memory_peak": "MiB at the end",
 }
 
@@ -66,8 +66,10 @@ def benchmark(flags: TrainingBenchmarkArguments) -> None:
     rows = []
     for case in cases:
         command = [sys.executable, *sys.argv, "--only", case]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append(json.loads(output.splitlines()[-1]))
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if finished.returncode:  # it has said why
+            sys.exit(finished.returncode)
+        rows.append(json.loads(finished.stdout.splitlines()[-1]))
         print(f"{case} done", file=sys.stderr)
     print_report(comparison_table("Training", COLUMNS, rows))
     print(json.dumps(rows))
@@ -76,8 +78,8 @@ def benchmark(flags: TrainingBenchmarkArguments) -> None:
 def measure(name: str, layers: int, flags: TrainingBenchmarkArguments) -> dict[str, float | str]:
     """Train some steps; median speed, and the largest resident set early and at the end."""
     torch.manual_seed(0)
-    settings = (SMALL if layers == 6 else DEEP) | {"decoder_start_token_id": 0}
-    model = T5ForConditionalGeneration(T5Config(**settings)).train()
+    config = T5Config(**SHAPE, num_layers=layers, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).train()
     loss = None
     if name != "none":
         loss = build_exit_loss(view_for(model), name, layers // 3 if name.startswith("shallow") else None)
@@ -89,7 +91,7 @@ def measure(name: str, layers: int, flags: TrainingBenchmarkArguments) -> dict[s
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-        early = peak_memory() if step == 9 else early
+        early = peak_memory() if step < EARLY else early
     return {
         "loss": name,
         "layers": layers,
@@ -122,7 +124,8 @@ def make_batches(
     rows = load_examples(dataset_record(data), data, "train", None, 400)
     encoded = list(tokenize(rows, tokenizer, data, data.max_target_length))
     collate = DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)
-    starts = range(0, len(encoded) - flags.batch_size, flags.batch_size)
+    starts = range(0, len(encoded) - flags.batch_size + 1, flags.batch_size)
+    require(bool(starts), f"--batch_size {flags.batch_size}: there are {len(encoded)} rows only.")
     return [dict(collate(encoded[start : start + flags.batch_size])) for start in starts]
 
 

@@ -116,10 +116,11 @@ def measure_cost(full: LiveSetting) -> CostModel:
 
 
 def choose_tested(predictions: list[Prediction], chosen: Prediction | None, count: int) -> list[Prediction]:
-    """The recommended candidate and others spread evenly over the predicted speed-ups."""
+    """`count` of the candidates: the recommended one, and others spread evenly over the predicted speed-ups."""
+    first = [] if chosen is None else [chosen][:count]
     rest = sorted((one for one in predictions if one is not chosen), key=lambda one: one.speedup)
-    places = np.linspace(0, len(rest) - 1, max(0, min(count, len(rest)) - (chosen is not None)))
-    return ([] if chosen is None else [chosen]) + [rest[round(place)] for place in places]
+    places = np.linspace(0, len(rest) - 1, min(count - len(first), len(rest)))
+    return first + [rest[round(place)] for place in places]
 
 
 def measure(

@@ -1,6 +1,6 @@
 # Sourced by the scripts: takes the active environment if it has what requirements.txt asks for, else .venv, which
 # it makes, and brings up to date whenever requirements.txt or constraints.txt has changed; and defines `launch`,
-# which starts a Python script on every GPU, or on every CPU core where there is none.
+# which starts a Python script on every GPU that is for this process, or on every CPU core where there is none.
 
 is_other_environment() { # whether one is active that is not .venv
   [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ ! "${VIRTUAL_ENV:-}" -ef .venv ]
@@ -28,15 +28,24 @@ if ! is_other_environment || ! python scripts/check_requirements.py; then
 fi
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 
-GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-# nproc knows of cores that are not for this process, but takes OMP_NUM_THREADS for its answer; macOS has none
-CORES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-PROCESSES=$((GPUS > 0 ? GPUS : CORES))
+count_processes() { # sets GPUS and PROCESSES
+  GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') # CUDA_VISIBLE_DEVICES, ROCm
+  # nproc knows of cores that are not for this process, but takes OMP_NUM_THREADS for its answer; macOS has none
+  PROCESSES=$GPUS
+  [ "$GPUS" -gt 0 ] || PROCESSES=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+}
+
+divide_batch() { # ROWS over as many processes as divide them, so that a step is the same anywhere: sets ROWS_EACH
+  [ -n "${PROCESSES:-}" ] || count_processes
+  while [ $(($1 % PROCESSES)) -ne 0 ]; do PROCESSES=$((PROCESSES - 1)); done
+  ROWS_EACH=$(($1 / PROCESSES))
+}
 
 launch() { # with RENDEZVOUS=host:port, as one of NODES nodes that meet there
   local meeting=(--standalone)
   [ -z "${RENDEZVOUS:-}" ] || meeting=(--nnodes "${NODES:?}" --rdzv_backend c10d --rdzv_endpoint "$RENDEZVOUS"
     --rdzv_id "${RENDEZVOUS_ID:-exitlm}")
+  [ -n "${PROCESSES:-}" ] || count_processes
   if [ "$GPUS" -gt 0 ]; then
     torchrun "${meeting[@]}" --nproc_per_node "$PROCESSES" "$@"
   else # one thread a process: small models scale better over processes than over threads

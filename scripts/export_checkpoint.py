@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def export(flags: ExportArguments) -> None:
     """Write weights, tokenizer, exit settings and the card."""
     states = [read_state(folder) for folder in (*flags.earlier_runs, flags.run)]
+    scores = "\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else ""
     loaded = load_model(str(flags.run))
     loaded.model.to(torch.bfloat16).save_pretrained(flags.output_dir)
     loaded.tokenizer.save_pretrained(flags.output_dir)
@@ -67,7 +68,6 @@ def export(flags: ExportArguments) -> None:
         loss=loaded.exit_config.intermediate_loss_fn,
         shallow=loaded.exit_config.shallow_exit_layer or "all",
     )
-    scores = "\n".join(score_rows(flags.sweep, flags.model)) if flags.sweep else ""
     use = usage(str(flags.output_dir), loaded, EXAMPLE)
     about = ABOUT.format(size=describe_size(loaded))
     card = Card(flags.title, METADATA, [about, training, loss_curve(states), scores, use])
@@ -82,12 +82,17 @@ def read_state(run: Path) -> dict[str, Any]:
 
 
 def score_rows(sweep: Path, checkpoint: str) -> list[str]:
-    """Test scores of each setting on this checkpoint, from a sweep; full depth comes first."""
+    """Test scores of each setting on this checkpoint, from a sweep; full depth comes first.
+
+    Raises:
+        UserError: the sweep is of other checkpoints.
+    """
     content = json.loads((sweep / "sweep.json").read_text(encoding="utf8"))
     rows = [row for row in content["rows"] if row["checkpoint"] == checkpoint]
+    require(bool(rows), f"--model {checkpoint}: {sweep} has no such checkpoint.")
     header = [
-        f'Test split, {rows[0]["samples"]} sentences (`bash scripts/quickstart.sh`; "unseen" leaves out',
-        "targets that also occur in train):",
+        f"Test split, {rows[0]['samples']} sentences (`scripts/sweep.py --preset quickstart` on this checkpoint;",
+        '"unseen" leaves out targets that also occur in train):',
         "",
         "| setting | BLEU | chrF | BLEU unseen | layers per token |",
         "|---|---|---|---|---|",

@@ -32,7 +32,6 @@ from util.flags import parse_groups
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "models.custom_generate"  # becomes generate.py, whose `generate` transformers calls
 REQUIRED = {"torch": "", "transformers": ">=", "numpy": "", "scipy": ""}  # the version here is the least
-BUNDLED = {"huggingface_hub", "safetensors"}  # come with transformers
 CARD = """\
 ---
 library_name: transformers

@@ -28,7 +28,7 @@ from util.console import prepare_console
 from util.data.sources import load_rows
 from util.data_arguments import DataArguments
 from util.files import locked_output_file, write_json_lines
-from util.flags import parse_groups
+from util.flags import parse_groups, require
 from util.tasks import DATASETS, TASKS
 
 LONGEST = {"dialogue": 1000, "part": 900, "sentence": 300, "passage": 500}  # characters
@@ -141,7 +141,13 @@ def held_out(flags: ExitPromptArguments) -> list[str]:
     """Of another split, its first rows left to evaluations."""
     found = dialogues(flags, "validation")
     chosen = islice(found, flags.held_out_from, flags.held_out_from + flags.held_out)
-    return [sum_up(dialogue) for dialogue in chosen]
+    prompts = [sum_up(dialogue) for dialogue in chosen]
+    require(
+        len(prompts) == flags.held_out,
+        f"--held_out {flags.held_out}: SAMSum's validation split has {len(prompts)} dialogues after the first "
+        f"{flags.held_out_from} (--held_out_from).",
+    )
+    return prompts
 
 
 if __name__ == "__main__":

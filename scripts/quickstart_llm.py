@@ -64,7 +64,7 @@ from util.evaluation.cost_model import CostModel, Prediction, predict_free, reco
 from util.evaluation.records import Trace
 from util.evaluation.timing_doubts import untrusted_timing
 from util.flags import parse_groups, require
-from util.methods import BASELINE, FREE, HF_GENERATE
+from util.methods import BASELINE, HF_GENERATE
 from util.policies import require_exits
 from util.progress import track
 from util.tables import WholeTable, comparison_table, depth_legend, print_report
@@ -110,6 +110,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> None:
     limit_threads(backend)
+    taught_path = find_taught_exit(flags)
+    require(
+        taught_path is not None or backend.exit_precision is None,
+        "--exit_precision is of a taught exit's weights: name one with --exit_adapter_path.",
+    )
     texts = choose_texts(flags)
     name = flags.model or str(fetch(SMOLLM2))
     loaded = open_model(name, flags.shallow_exit_layer)
@@ -126,16 +131,15 @@ def show(flags: QuickstartArguments, backend: QuickstartBackendArguments) -> Non
     print_report(title_of(prompts[0]), trace_table(loaded, answers[0], traces[0]))
     chosen = choose_exit(fast, prompts, answers, traces, flags)
     print_report(describe_choice(chosen))
-    taught = open_taught_exit(loaded, flags, backend)
+    taught = None if taught_path is None else open_taught_exit(loaded, taught_path, backend)
     contestants = enter_contestants(fast, taught, chosen)
     contestants += llama_cpp_contestants(name, loaded, prompts, flags.max_new_tokens)
     answer_in_turn(contestants, prompts, flags.max_new_tokens)
     report(make_rows(contestants), fast, traces, chosen.shallow_layer)
-    policy = Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold)
     if taught is None:
-        stream(fast, policy, prompts[-1], flags)
+        stream(fast, Free(chosen.shallow_layer, SoftmaxGap(), chosen.threshold), prompts[-1], flags)
     else:
-        stream(taught.fast, taught.policies[FREE], prompts[-1], flags)
+        stream(taught.fast, taught.shown, prompts[-1], flags)
 
 
 # Prompts and model
@@ -185,14 +189,14 @@ def open_model(name: str, layer: int | None) -> LoadedModel:
     return loaded
 
 
-def open_taught_exit(
-    loaded: LoadedModel, flags: QuickstartArguments, backend: QuickstartBackendArguments
-) -> TaughtExit | None:
-    """The exit that was taught for this model, with the settings that it was best with."""
-    released = str(RELEASED_EXIT) if flags.model is None and RELEASED_EXIT.is_dir() else ""
-    path = released if flags.exit_adapter_path is None else flags.exit_adapter_path
-    if not path:
-        return None
+def find_taught_exit(flags: QuickstartArguments) -> str | None:
+    """Where the exit is that was taught for this model."""
+    released = str(RELEASED_EXIT) if flags.model is None and RELEASED_EXIT.is_dir() else None
+    return released if flags.exit_adapter_path is None else flags.exit_adapter_path or None
+
+
+def open_taught_exit(loaded: LoadedModel, path: str, backend: QuickstartBackendArguments) -> TaughtExit:
+    """A taught exit, with the settings that it was best with."""
     twin = replace(loaded, model=with_exit_adapter(loaded.model, path), _view=None)
     return TaughtExit(run_by_backend(twin, backend), read_settings(Path(path, "train_exit.json")))
 

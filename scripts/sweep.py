@@ -119,7 +119,8 @@ def sweep(
     require_split(data, flags.split)
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
-    runs = {"free": (backend, flags.exit_adapter_path), "calm": (backend.without_exit(), None)}
+    of_calm = backend if flags.free is None else backend.without_exit()
+    runs = {"free": (backend, flags.exit_adapter_path), "calm": (of_calm, None)}
     checkpoints = {name: open_checkpoint(path, data, *runs[name]) for name, path in paths.items() if path}
     check_checkpoints(flags, checkpoints)
     examples = read_split(data, flags.split, next(iter(checkpoints.values())), flags.num_samples)

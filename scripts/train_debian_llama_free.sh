@@ -4,13 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/debian_training.sh
+divide_batch 64
 
 TEACHER=checkpoints/debian-t5-free
 TARGETS=save/debian-distilled/predictions_test.jsonl
 FLAGS=(
   --task translation --dataset_name debian_de_en --train_file "$TARGETS" --source_column source --target_column prediction
   --drop_long_samples True --max_source_length 36 --max_target_length 28
-  --do_train --per_device_train_batch_size $((64 / PROCESSES)) --train_sampling_strategy group_by_length
+  --do_train --per_device_train_batch_size "$ROWS_EACH" --train_sampling_strategy group_by_length
   --weight_decay 0.01 --adam_beta2 0.98 --save_steps 50 --save_total_limit 2 --report_to tensorboard --disable_tqdm True
   "${FREE_LOSS[@]}" --shallow_loss_weight 0.5
 )

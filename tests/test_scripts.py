@@ -110,16 +110,15 @@ def test_training_takes_every_core():
     """Although each process has one thread only."""
     assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
     cores = len(os.sched_getaffinity(0))
-    assert int(in_experiment("echo $PROCESSES")) == (torch.cuda.device_count() or cores)
+    assert int(in_experiment("count_processes; echo $PROCESSES")) == (torch.cuda.device_count() or cores)
 
 
 def test_training_takes_every_core_without_nproc(tmp_path):
     """As on macOS."""
-    missing = dict.fromkeys(("nproc", "nvidia-smi"), "exit 127")
-    for name, text in (missing | {"getconf": '[ "$*" = _NPROCESSORS_ONLN ] && echo 7'}).items():
+    for name, text in {"nproc": "exit 127", "getconf": '[ "$*" = _NPROCESSORS_ONLN ] && echo 7'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    shown = in_experiment("echo $PROCESSES", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    shown = in_experiment("count_processes; echo $PROCESSES", CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert shown.strip() == "7"
 
 
@@ -175,8 +174,8 @@ def test_eval_decodes_the_embedded_checkpoint(tmp_path):
 def test_training_benchmark_measures(loss, monkeypatch):
     from scripts import benchmark_training
 
-    tiny = {"num_layers": 6, "d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 4096}
-    monkeypatch.setattr(benchmark_training, "SMALL", tiny)
+    tiny = {"d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8, "vocab_size": 4096}
+    monkeypatch.setattr(benchmark_training, "SHAPE", tiny)
     row = benchmark_training.measure(loss, 6, TrainingBenchmarkArguments(steps=12, batch_size=2))
     assert row["steps_per_second"] > 0 and 0 < row["memory_early"] <= row["memory_peak"]
 

@@ -91,6 +91,10 @@ class Arguments:
             "--exit_adapter_path is for a frozen model: leave --do_train out, or the exit.",
         )
         require(
+            self.model.exit_adapter_path is None or bool(exits.methods),
+            "--exit_adapter_path has no effect at full depth: add --use_shallow_deep True.",
+        )
+        require(
             not (training.do_train and self.backend.exit_precision),
             "--exit_precision is of a frozen model's exit adapter: leave --do_train out, or the precision.",
         )

@@ -79,6 +79,11 @@ class TaughtExit:
     fast: LoadedModel
     policies: dict[str, Free]
 
+    @property
+    def shown(self) -> Free:
+        """FREE; lossless where no setting of FREE changed few enough tokens."""
+        return self.policies.get(FREE) or self.policies[FREE_LOSSLESS]
+
 
 def read_settings(path: Path) -> dict[str, Free]:
     """FREE and lossless as scripts/train_exit.py recommends them in a file of its own, and lossless also with
