@@ -19,7 +19,7 @@ HOPELESS_CODES = {
     "permission_error",
     "model_not_found",
 }
-CONTENT_CODES = {"content_filter", "content_policy_violation"}  # another request may pass, whatever the status
+CONTENT_CODES = {"content_filter", "content_policy_violation"}  # of one request, whatever the status
 FINAL_CODES = CONTENT_CODES | {  # of errors without a status that the same request meets again
     "invalid_request_error",
     "BadRequestError",

@@ -116,7 +116,7 @@ def measure_cost(full: LiveSetting) -> CostModel:
 
 
 def choose_tested(predictions: list[Prediction], chosen: Prediction | None, count: int) -> list[Prediction]:
-    """`count` of the candidates: the recommended one, and others spread evenly over the predicted speed-ups."""
+    """`count` of the candidates: the recommended one, and others spread over the predicted speed-ups."""
     first = [] if chosen is None else [chosen][:count]
     rest = sorted((one for one in predictions if one is not chosen), key=lambda one: one.speedup)
     places = np.linspace(0, len(rest) - 1, min(count - len(first), len(rest)))

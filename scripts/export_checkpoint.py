@@ -91,7 +91,7 @@ def score_rows(sweep: Path, checkpoint: str) -> list[str]:
     rows = [row for row in content["rows"] if row["checkpoint"] == checkpoint]
     require(bool(rows), f"--model {checkpoint}: {sweep} has no such checkpoint.")
     header = [
-        f"Test split, {rows[0]['samples']} sentences (`scripts/sweep.py --preset quickstart` on this checkpoint;",
+        f"Test split, {rows[0]['samples']} sentences (`scripts/sweep.py --preset quickstart` on it;",
         '"unseen" leaves out targets that also occur in train):',
         "",
         "| setting | BLEU | chrF | BLEU unseen | layers per token |",

@@ -144,8 +144,8 @@ def held_out(flags: ExitPromptArguments) -> list[str]:
     prompts = [sum_up(dialogue) for dialogue in chosen]
     require(
         len(prompts) == flags.held_out,
-        f"--held_out {flags.held_out}: SAMSum's validation split has {len(prompts)} dialogues after the first "
-        f"{flags.held_out_from} (--held_out_from).",
+        f"--held_out {flags.held_out}: the validation split has {len(prompts)} dialogues after those "
+        f"of --held_out_from {flags.held_out_from}.",
     )
     return prompts
 

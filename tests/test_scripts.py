@@ -118,7 +118,8 @@ def test_training_takes_every_core_without_nproc(tmp_path):
     for name, text in {"nproc": "exit 127", "getconf": '[ "$*" = _NPROCESSORS_ONLN ] && echo 7'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    shown = in_experiment("count_processes; echo $PROCESSES", CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    found = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    shown = in_experiment("count_processes; echo $PROCESSES", **found)
     assert shown.strip() == "7"
 
 
