@@ -26,7 +26,7 @@ from gpt_eval.answer_log import AnswerLog
 from gpt_eval.cost import add_usage, estimate_tokens
 from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.redaction import Redactor, redacted_logs
-from gpt_eval.responses import ResponseError, is_hopeless, is_transient, read_completion
+from gpt_eval.responses import ResponseError, codes_in, is_hopeless, is_transient, read_completion
 from models.errors import UserError
 from util.progress import Progress
 
@@ -206,7 +206,7 @@ def may_succeed_later(error: BaseException) -> bool:
 def status_and_codes(error: openai.APIStatusError | ResponseError) -> tuple[int | None, frozenset[str]]:
     if isinstance(error, ResponseError):
         return error.status, error.codes
-    return error.status_code, frozenset(name for name in (error.code, error.type) if isinstance(name, str))
+    return error.status_code, codes_in(error.body)
 
 
 def retry_after(error: BaseException | None) -> float | None:

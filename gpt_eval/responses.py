@@ -25,6 +25,7 @@ FINAL_CODES = CONTENT_CODES | {  # of errors without a status that the same requ
     "BadRequestError",
     "context_length_exceeded",
 }
+NAMED = ("code", "type", "status")  # by which an error object says what it is
 TEXT_PARTS = {"text", "output_text", None}
 EXCERPT = 200  # characters of a response that is not understood
 
@@ -120,14 +121,21 @@ def raise_error(error: Any, usage: dict[str, Any] | None) -> NoReturn:
     """Raise what an error object, or a text in its place, says."""
     if not isinstance(error, dict):
         raise ResponseError(str(error), usage=usage)
-    named = [error.get(name) for name in ("code", "type", "status")]
-    numbers = [int(text) for text in map(str, named) if text.isdecimal() and 400 <= int(text) < 600]
-    codes = frozenset(value for value in named if isinstance(value, str))
-    metadata = error.get("metadata")
-    if isinstance(metadata, dict) and "flagged_input" in metadata:  # OpenRouter's moderation, status 403
-        codes |= {"content_filter"}
+    named = [str(error.get(name)) for name in NAMED]
+    numbers = [int(text) for text in named if text.isdecimal() and 400 <= int(text) < 600]
     reason = str(error.get("message") or json.dumps(error))
-    raise ResponseError(reason, numbers[0] if numbers else None, codes, usage)
+    raise ResponseError(reason, numbers[0] if numbers else None, codes_in(error), usage)
+
+
+def codes_in(error: Any) -> frozenset[str]:
+    """What an error object calls itself."""
+    if not isinstance(error, dict):
+        return frozenset()
+    codes = {error[name] for name in NAMED if isinstance(error.get(name), str)}
+    metadata = error.get("metadata")
+    if isinstance(metadata, dict) and "flagged_input" in metadata:  # OpenRouter's moderation: a bare 403
+        codes.add("content_filter")
+    return frozenset(codes)
 
 
 def text_of(content: Any) -> str:

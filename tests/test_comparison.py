@@ -323,6 +323,15 @@ def test_recommended_candidate_is_the_fastest_that_agrees():
     assert recommend([wrong], 0.98) is None
 
 
+def test_as_many_candidates_are_measured_as_asked_for():
+    candidates = [Prediction(2, 0.5, 1 + number / 10, 0.5, 0.99, 0.9) for number in range(3)]
+    for chosen in (None, candidates[1]):
+        for count in range(5):
+            tested = choose_exit.choose_tested(candidates, chosen, count)
+            assert len({*map(id, tested)}) == len(tested) == min(count, 3)
+            assert chosen is None or count == 0 or tested[0] is chosen
+
+
 @pytest.mark.slow
 def test_chooser_compares_its_predictions_with_measurements(tmp_path):
     flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--num_samples", "4", "--measured", "2"]

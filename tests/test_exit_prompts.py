@@ -45,6 +45,14 @@ def test_parts_are_runs_of_turns_and_held_out_rows_stand_last(folder):
     assert len(prompts) == 7 + 4 + 2 + 2 + 150 + 3 and len(set(prompts)) == len(prompts)
 
 
+def test_fewer_dialogues_than_are_to_be_held_out_are_refused(folder, capsys):
+    flags = ["--data_dir", str(folder), "--output_file", str(folder / "prompts.jsonl"), "--others", "4"]
+    with pytest.raises(SystemExit):
+        make_exit_prompts.main([*flags, "--held_out", "6", "--held_out_from", "4"])
+    assert "--held_out 6: the validation split has 5 dialogues after" in capsys.readouterr().err
+    assert not (folder / "prompts.jsonl").exists()
+
+
 def test_no_prompt_is_taught_twice_or_held_out_and_taught(folder):
     same = [{"dialogue": "Mia: row 4", "summary": "-"}] * 3 + [{"dialogue": "Mia: once", "summary": "-"}] * 2
     (folder / "samsum.train.json").write_text("\n".join(map(json.dumps, same)))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from judge_runs import RATINGS, SECRET, answers_of, make, make_flags, run_flags, write_rows
-from script_commands import shown_words
+from script_commands import shown_words, write_tool
 
 from gpt_eval.__main__ import main
 from gpt_eval.answer_log import AnswerLog, read_answers
@@ -290,3 +290,17 @@ def test_script_estimates_without_a_key(tmp_path, monkeypatch, capsys):
     for words in commands:
         assert words[:2] == ["-m", "gpt_eval"] and main(words[2:]) == 0
     assert "1 distinct requests, 1 to send" in capsys.readouterr().out
+    for flags, scored in {"--dry-run": 0, "--dry_run=True": 0, "--dry_run False": 1, "--seed 1": 1}.items():
+        _, *commands = shown_words(tmp_path, *script[1:], predictions, *flags.split(), **settings)
+        assert [words[2] for words in commands] == ["make", "run", *["score"] * scored]
+
+
+@pytest.mark.parametrize(("status", "last"), [(1, "score"), (2, "run")])
+def test_script_scores_what_is_answered_where_requests_failed_for_good(tmp_path, status, last):
+    tool = f'#!/bin/sh\necho "$3" >> "{tmp_path}/commands"\n[ "$3" != run ] || exit {status}\n'
+    write_tool(tmp_path / "python", tool)
+    variables = {"DATASET": "debian_synopsis", "MODEL": "judge", "OUTPUT_DIR": str(tmp_path / "out")}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+    script = ["bash", "gpt_eval/gpt_eval.sh", "free=free.jsonl"]
+    finished = subprocess.run(script, cwd=ROOT, env=os.environ | variables)
+    assert finished.returncode == status and (tmp_path / "commands").read_text().split()[-1] == last

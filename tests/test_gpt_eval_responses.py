@@ -8,16 +8,18 @@ import io
 import json
 import logging
 import re
+from types import SimpleNamespace
 from urllib.parse import quote
 
+import openai
 import pytest
 
 from gpt_eval.answer_log import AnswerLog, read_answers
-from gpt_eval.client import Endpoint, ask_all
+from gpt_eval.client import Endpoint, ask_all, status_and_codes
 from gpt_eval.cost import spent
 from gpt_eval.rate_limit import RateLimiter
 from gpt_eval.redaction import Redactor, redacted_logs
-from gpt_eval.responses import ResponseError, read_completion
+from gpt_eval.responses import ResponseError, is_hopeless, is_transient, read_completion
 from gpt_eval.stand_in_server import StandInServer
 from gpt_eval.verdicts import count_states, read_verdicts
 
@@ -95,15 +97,30 @@ def test_transient_responses_are_asked_again_and_leave_their_reason(tmp_path, re
         ({"error": {"message": "no such prompt", "code": "insufficient_quota"}}, True),
         ({"error": {"message": "no such prompt", "code": 429, "type": "insufficient_quota"}}, True),
         (402, True),
+        (403, True),
+        ({"error": {"message": "no such prompt", "code": 403}}, True),
+        ({"error": {"message": "no such prompt", "code": 403, "metadata": {"flagged_input": "x"}}}, False),
+        ({"error": {"message": "no such prompt", "code": "content_filter", "status": 403}}, False),
     ],
 )
 def test_final_errors_are_asked_once(tmp_path, response, stops):
     outcome, record, calls = ask(tmp_path, response, completion())
     assert record is None and calls == 1
-    assert ("no such prompt" in outcome.failures["k"] or response == 402) and bool(outcome.stopped) == stops
+    assert ("no such prompt" in outcome.failures["k"] or response in (402, 403)) and (
+        bool(outcome.stopped) == stops
+    )
 
 
 THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "Summary 0, as ..."}]}
+
+
+@pytest.mark.parametrize("metadata", [None, {"reasons": ["violence"], "flagged_input": "a gun"}])
+def test_a_flagged_text_is_no_reason_to_stop(metadata):
+    """OpenRouter's moderation answers with status 403, as a wrong key does."""
+    response = SimpleNamespace(status_code=403, request=None, headers={})
+    error = openai.PermissionDeniedError("no", response=response, body={"code": 403, "metadata": metadata})
+    status, codes = status_and_codes(error)
+    assert is_hopeless(status, codes) == (metadata is None) and not is_transient(status, codes)
 
 
 @pytest.mark.parametrize(

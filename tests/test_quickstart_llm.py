@@ -28,7 +28,7 @@ from models import (
 )
 from models.decoding import DecodeStats
 from scripts import quickstart_llm
-from scripts.benchmarking.causal import Answer, Contestant, make_rows, our_contestants
+from scripts.benchmarking.causal import Answer, Contestant, make_rows, our_contestants, read_settings
 from util import wheels
 from util.depth_stream import DepthStreamer
 from util.files import write_json
@@ -220,6 +220,12 @@ def test_what_does_not_fit_gets_one_line(saved, capsys, words, line):
     assert stop.value.code == 2 and len(errors) == 1 and line in errors[0]
 
 
+def test_a_precision_of_no_exit_is_refused(saved, capsys):
+    with pytest.raises(SystemExit):
+        quickstart_llm.main(["--model", str(saved), "--exit_precision", "w8"])
+    assert "--exit_precision is of a taught exit's weights: name one" in capsys.readouterr().err
+
+
 def test_rows_without_a_dialogue_are_named(saved, capsys, tmp_path):
     data = tmp_path / "rows.csv"
     data.write_text("dialogue,talk\nAnn: hello,x\n ,y\n")
@@ -378,6 +384,9 @@ def test_a_taught_exit_stands_beside_the_others(saved, tmp_path):
     _, rows = run_quickstart(saved, "--backend", "torch", "--exit_adapter_path", str(tmp_path))
     assert rows["FREE lossless, taught exit 3"]["= full"] == rows["Full depth"]["= HF"] == "1.00"
     assert "FREE, taught exit 3" in rows
+    write_json(tmp_path / "train_exit.json", {"recommended": settings[:1]})
+    assert read_settings(tmp_path / "train_exit.json").keys() == {"FREE lossless", "FREE lossless, lookup 6"}
+    run_quickstart(saved, "--backend", "torch", "--exit_adapter_path", str(tmp_path))  # shows lossless
     (tmp_path / "train_exit.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_quickstart(saved, "--backend", "torch", "--exit_adapter_path", str(tmp_path))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_rows import REAL_ROWS
-from script_commands import words_for_run
+from script_commands import words_for_run, write_tool
 
 import run
 from util.script_arguments import TrainingBenchmarkArguments
@@ -121,6 +121,19 @@ def test_training_takes_every_core_without_nproc(tmp_path):
     found = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     shown = in_experiment("count_processes; echo $PROCESSES", **found)
     assert shown.strip() == "7"
+
+
+def test_only_devices_of_this_process_count(tmp_path):
+    """Not all that the machine has."""
+    write_tool(tmp_path / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: B\\n'\n")
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert in_experiment("count_processes; echo $GPUS", **hidden).strip() == "0"
+
+
+@pytest.mark.parametrize(("rows", "cores", "shared"), [(96, 2, "2 48"), (64, 6, "4 16"), (96, 128, "96 1")])
+def test_a_step_has_the_same_rows_on_any_machine(rows, cores, shared):
+    shown = in_experiment(f"PROCESSES={cores}; divide_batch {rows}; echo $PROCESSES $ROWS_EACH")
+    assert shown.strip() == shared
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda path: path.name)
