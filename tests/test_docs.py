@@ -71,6 +71,13 @@ def test_your_own_data_from_a_csv_to_a_report(tmp_path, monkeypatch, capsys):
     assert log["logging_steps"] == 10
 
 
+def test_the_map_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
+    modules = {path.name for part in ("models", "util") for path in ROOT.glob(f"{part}/*.py")}
+    unnamed = {name for name in modules - {"__init__.py"} if name not in text}
+    assert all(name.endswith("_arguments.py") for name in unnamed), unnamed
+
+
 def test_the_index_names_every_page():
     pages = {path.name for path in ROOT.glob("docs/*.md")} - {INDEX.name}
     linked = set(re.findall(r"\]\(([^)]+\.md)\)", INDEX.read_text(encoding="utf8")))
