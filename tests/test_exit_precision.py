@@ -11,6 +11,7 @@ from pairs import covering, slow_but, thin
 
 from models import DecodeStats, FixedThreshold, Free, FullDepth, PromptLookup, SoftmaxGap, UserError, prepare
 from models.choices import EXACT_PRECISIONS, EXIT_PRECISIONS, MIXED
+from scripts import sweep
 from util.backend import run_by_backend
 from util.backend_arguments import BackendArguments
 from util.environment import environment
@@ -129,6 +130,13 @@ def test_what_has_no_exit_of_its_own_precision_is_refused():
             prepare(model, **options)
     with pytest.raises(UserError, match="leave --backend torch out"):
         BackendArguments(backend="torch", exit_precision="w8")
+
+
+def test_a_sweep_of_models_without_an_exit_refuses_it(tmp_path, capsys):
+    flags = ["--calm", "checkpoints/debian-t5-calm", "--methods", "CALM", "--dataset_name", "debian_de_en"]
+    with pytest.raises(SystemExit):
+        sweep.main([*flags, "--backend", "onnx", "--exit_precision", "w8", "--output_dir", str(tmp_path)])
+    assert "this model has none" in capsys.readouterr().err
 
 
 def test_a_flag_asks_for_it_and_for_onnx():

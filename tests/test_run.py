@@ -49,6 +49,14 @@ BAD_FLAGS = {
         {"layer_dropout": 0.1},
         "--layer_dropout has no effect here: add --do_train",
     ),
+    "an exit that nothing reads": (
+        {"exit_adapter_path": "save/exit"},
+        "--exit_adapter_path has no effect at full depth: add --use_shallow_deep True",
+    ),
+    "an exit in training": (
+        {"exit_adapter_path": "x", "do_train": True},
+        "leave --do_train out, or the exit",
+    ),
     "a stream without training": ({"streaming": True}, "--streaming has no effect here: add --do_train"),
     "nothing is distilled": (
         {"intermediate_loss_fn": "shallowdeep_ce", "distill_layer_alpha": 0.3},
