@@ -4,6 +4,7 @@
 #   DATASET=debian_synopsis MODEL=gpt-4o-mini bash gpt_eval/gpt_eval.sh NAME=FILE [NAME=FILE] [flags of `run`]
 # Also from the environment: BASE_URL, SPLIT, NUM_SAMPLES, OUTPUT_DIR. The same command continues after an
 # interruption. Try `--dry_run` first: it prints what the rest would cost. More flags: python -m gpt_eval make -h
+# Paths are relative to the caller's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,6 +15,8 @@ if [ ${#predictions[@]} -eq 0 ] || [ -z "${DATASET:-}" ] || [ -z "${MODEL:-}" ];
   exit 2
 fi
 source scripts/environment.sh
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+cd "$OLDPWD"
 
 OUTPUT_DIR=${OUTPUT_DIR:-save/gpt_eval}
 requests=(--requests "$OUTPUT_DIR/requests.jsonl")

@@ -36,7 +36,7 @@ from models.loading import LoadedModel
 from models.threshold import FixedThreshold
 from util.backend import limit_threads
 from util.console import prepare_console
-from util.data_arguments import DataArguments, refuse_flags_of_run, require_split
+from util.data_arguments import refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
 from util.evaluation.cost_model import CostModel, Prediction, predict_free, recommend

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Release the trained Debian runs: write checkpoints/, compare the methods on them, write the model cards.
+# Release the trained Debian runs of T5 and BART: write checkpoints/, compare the methods on them, write the model cards.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -43,7 +43,7 @@ from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.backend import limit_threads
 from util.console import prepare_console
-from util.data_arguments import DataArguments, refuse_flags_of_run, require_split
+from util.data_arguments import refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import (
     LiveSetting,
