@@ -44,13 +44,13 @@ class Watch:
     pairs: list[tuple[float, bool]] = field(default_factory=list)  # (confidence, agrees with the last layer)
     shallow: list[float] = field(default_factory=list)  # seconds of steps without a deep pass
     deep: list[tuple[int, float]] = field(default_factory=list)  # tokens of a step with one, its seconds
-    drafts: bool = False  # tokens after a wrong one follow another text
+    lossless: bool = False  # tokens after a wrong one follow another text
     window: int = 0  # tokens of the newest deep pass
 
     def observe(self, confidences: list[float], agrees: list[bool]) -> None:
         """Take note of the tokens of one deep pass."""
         self.window = on_path = len(agrees)
-        if self.drafts and False in agrees:
+        if self.lossless and False in agrees:
             on_path = agrees.index(False) + 1
         self.pairs += list(zip(confidences[:on_path], agrees[:on_path], strict=True))
 
@@ -163,7 +163,7 @@ class AutoExit:
             return self._free(choice.layer, choice.threshold, choice.max_pending)
         free = self._free(choice.layer, choice.threshold, choice.max_pending, WatchedFree)
         assert isinstance(free, WatchedFree)
-        free.watch = Watch(choice.layer, drafts=self.lossless)
+        free.watch = Watch(choice.layer, lossless=self.lossless)
         return free
 
     def _free(self, layer: int, threshold: float, cap: int | None, kind: type[Free] = Free) -> Free:

@@ -17,7 +17,7 @@ from models.exit_policy import StepResult, check_layer, check_windows, choose_ro
 from models.host import argmax
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
-from models.verification import Drafting, Rollback, Verification, WaitingToken
+from models.verification import Drafting, Rollback, Verification, WindowToken
 
 
 class Free:
@@ -79,7 +79,7 @@ class Free:
         self.causal_catch_up = causal_catch_up
         self.max_pending = None if max_pending is None else as_count("Free: max_pending", max_pending)
         self.lookup = as_lookup("Free: lookup", lookup)
-        self.drafts = lossless  # whether shallow tokens are only proposals
+        self.lossless = lossless  # whether shallow tokens are only proposals
         self.verification: Verification | None = None
         if lossless or lookup is not None:
             self.verification = Drafting(None if lossless else self.shallow_layer)
@@ -102,7 +102,7 @@ class Free:
         return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        if self.drafts:
+        if self.lossless:
             check_windows("Free: lossless", view)
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers - 1)
         adapter = view.exit_adapter
@@ -130,9 +130,10 @@ class Free:
         # Step 1. Run the shallow layers and test their predictions, behind what the lookup proposed, too; but
         # lossless, a proposal goes on anyway: drafts behind it seldom stand.
         hidden = view.run_layers(state, view.embed(state, token_ids), 0, self.shallow_layer)  # (B, W, D)
-        if self.drafts and hidden.shape[1] > 1 and self.learner is None:
+        if self.lossless and hidden.shape[1] > 1 and self.learner is None:
             view.read_exit(state, hidden, self.shallow_layer)  # whose keys/values later tokens see
-            tokens = [WaitingToken(part, [], [False], active, None) for part in hidden.split(1, dim=1)]
+            parts = hidden.split(1, dim=1)
+            tokens = [WindowToken(one, [], sure=[False], active=active, logits=None) for one in parts]
         else:
             tokens = self._test(view, state, hidden, position, active)
         if len(tokens) > 1:
@@ -146,7 +147,7 @@ class Free:
         result.proposed_layers = [
             self.shallow_layer if token.exits else view.num_layers for token in tokens[:-1]
         ]
-        if result.deep_pass and any(newest.sure) and not self.drafts:
+        if result.deep_pass and any(newest.sure) and not self.lossless:
             assert newest.logits is not None
             result.logits = choose_rows(newest.sure, newest.logits, result.logits)
             result.exit_layers = [self.shallow_layer if row else view.num_layers for row in newest.sure]
@@ -157,13 +158,13 @@ class Free:
         learner = self.learner
         learns = learner is not None and not learner.as_released
         proposed = any(token.proposed for token in state.waiting)
-        if not state.waiting or not (learns or self.drafts or proposed):
+        if not state.waiting or not (learns or self.lossless or proposed):
             return None
         return self._catch_up(view, state, [])
 
     def _test(
         self, view: DecoderView, state: DecoderState, hidden: Tensor, position: int, active: list[bool]
-    ) -> list[WaitingToken]:
+    ) -> list[WindowToken]:
         """What the exit says to the newest W tokens, (B, W, D) of which B or W is 1."""
         width = hidden.shape[1]
         states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
@@ -177,10 +178,10 @@ class Free:
         if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
             logits = view.predict(states, self.shallow_layer)
         if width == 1:  # nearly always, and as fast as it can be
-            return [WaitingToken(hidden, confidence[0], sure[0], active, logits)]
+            return [WindowToken(hidden, confidence[0], sure[0], active, logits)]
         assert logits is not None
         parts = enumerate(zip(hidden.split(1, dim=1), logits.split(1), strict=True))
-        return [WaitingToken(part, confidence[i], sure[i], active, said) for i, (part, said) in parts]
+        return [WindowToken(part, confidence[i], sure[i], active, said) for i, (part, said) in parts]
 
     def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
         """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
@@ -188,21 +189,21 @@ class Free:
         not the text."""
         if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
             return True
-        if self.drafts and width > 1:
+        if self.lossless and width > 1:
             return True
-        return self.drafts and view.max_positions is not None and state.lengths[0] >= view.max_positions
+        return self.lossless and view.max_positions is not None and state.lengths[0] >= view.max_positions
 
-    def _count_overruled(self, tokens: list[WaitingToken]) -> int:
+    def _count_overruled(self, tokens: list[WindowToken]) -> int:
         """How many of the newest proposals go at once: from the first on where the exit is sure of another
         token. Lossless, where its word is no more than the lookup's, none does."""
-        if not self.drafts:
+        if not self.lossless:
             for index, token in enumerate(tokens[:-1]):
                 if token.sure[0] and not token.exits:
                     return len(tokens) - 1 - index
         return 0
 
     def _stop(
-        self, view: DecoderView, state: DecoderState, tokens: list[WaitingToken], overruled: int
+        self, view: DecoderView, state: DecoderState, tokens: list[WindowToken], overruled: int
     ) -> StepResult:
         """Let those tokens wait that are not overruled; what the exit says to the last of them comes next."""
         layer, ran = self.shallow_layer, layers_run(view, self.shallow_layer)
@@ -218,10 +219,10 @@ class Free:
         result = StepResult(newest.logits, [layer] * len(newest.active), ran, ran * len(tokens))
         result.confidences, result.retract = [token.confidence for token in tokens], overruled
         in_question = self.lookup is None or any(token.proposed for token in state.waiting)
-        result.stands = not (self.drafts or in_question)
+        result.stands = not (self.lossless or in_question)
         return result
 
-    def _catch_up(self, view: DecoderView, state: DecoderState, tokens: list[WaitingToken]) -> StepResult:
+    def _catch_up(self, view: DecoderView, state: DecoderState, tokens: list[WindowToken]) -> StepResult:
         """Run layers S+1..L in parallel on a window of W tokens: those that wait and this step's, the newest
         of which is not sure; none once the sequence is closing."""
         window, closing, learner = [*state.waiting, *tokens], not tokens, self.learner
@@ -247,7 +248,7 @@ class Free:
             self.verification.judge(window if closing else window[:-1], logits, result, closing=closing)
         return result
 
-    def _run_deep_layers(self, view: DecoderView, state: DecoderState, window: list[WaitingToken]) -> Tensor:
+    def _run_deep_layers(self, view: DecoderView, state: DecoderState, window: list[WindowToken]) -> Tensor:
         """Layers S+1..L on a parallel window: (B, W, D). Under `copy_skipped`, where W is 1, sure rows keep
         their shallow state, as they would alone."""
         hidden = torch.cat([token.hidden for token in window], dim=1)
@@ -259,7 +260,7 @@ class Free:
         )
 
     def _teach(
-        self, learner: AdaptiveThreshold, window: list[WaitingToken], deep_logits: Tensor
+        self, learner: AdaptiveThreshold, window: list[WindowToken], deep_logits: Tensor
     ) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
         alone = len(window) == 1 and not self.copy_skipped
@@ -277,7 +278,7 @@ class Free:
         return pairs
 
 
-def mark_proposed(tokens: list[WaitingToken], token_ids: Tensor) -> list[WaitingToken]:
+def mark_proposed(tokens: list[WindowToken], token_ids: Tensor) -> list[WindowToken]:
     """The tokens of (1, W) ids; all but the newest are followed by what a lookup proposed."""
     *before, newest = tokens
     marked = (

@@ -17,8 +17,9 @@ from models.exit_policy import Drafts, StepResult
 from models.host import argmax
 
 
-class WaitingToken(NamedTuple):
-    """A token that exited and still lacks deep keys/values."""
+class WindowToken(NamedTuple):
+    """A token of the parallel window: one that exited or that a lookup follows, and waits for its deep
+    keys/values, or the newest, which does not exit."""
 
     hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
     confidence: list[float]  # (B,)
@@ -37,7 +38,7 @@ class WaitingToken(NamedTuple):
 
 class Verification(Protocol):
     def judge(
-        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+        self, exited: list[WindowToken], deep_logits: Tensor, result: StepResult, *, closing: bool
     ) -> None:
         """Note in `result` what becomes of the n tokens that exited; `deep_logits` (B, W, V), W >= n.
 
@@ -53,7 +54,7 @@ class Drafting:
         self.trusted = trusted
 
     def judge(
-        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+        self, exited: list[WindowToken], deep_logits: Tensor, result: StepResult, *, closing: bool
     ) -> None:
         if not exited or (self.trusted is not None and not any(token.proposed for token in exited)):
             return
@@ -75,7 +76,7 @@ class Rollback:
         self.threshold = threshold  # of the cross-entropy, in nats
 
     def judge(
-        self, exited: list[WaitingToken], deep_logits: Tensor, result: StepResult, *, closing: bool
+        self, exited: list[WindowToken], deep_logits: Tensor, result: StepResult, *, closing: bool
     ) -> None:
         if not exited or closing:  # a finished sequence stands
             return

@@ -20,7 +20,7 @@ from util.policies import build_policy
 
 
 def watched(layer, pairs, shallow=1.0, deep=((1, 5.0), (3, 7.0))):
-    return Watch(layer, list(pairs), [shallow] * 3, list(deep), drafts=True)
+    return Watch(layer, list(pairs), [shallow] * 3, list(deep), lossless=True)
 
 
 def auto(**options):
@@ -90,7 +90,7 @@ def test_seconds_of_a_choice_by_hand():
 
 
 def test_tokens_after_a_wrong_draft_are_not_learnt_from():
-    watch = Watch(2, drafts=True)
+    watch = Watch(2, lossless=True)
     watch.observe([0.9, 0.8, 0.7], [True, False, True])
     assert watch.pairs == [(0.9, True), (0.8, False)]
     watch.time(StepResult(torch.zeros(1, 3), [6], 6, 2 + 4 * 3, deep_pass=True), 0.5)

@@ -114,7 +114,7 @@ def taught_contestants(taught: TaughtExit) -> list[Contestant]:
     return [
         Contestant(f"{method}, taught exit {policy.shallow_layer}", BASELINE, ours(taught.fast, policy))
         for method, policy in taught.policies.items()
-        if exact or not policy.drafts
+        if exact or not policy.lossless
     ]
 
 
