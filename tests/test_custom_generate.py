@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairs import thin
 from tiny_causal import CAUSAL_FAMILIES, prompts, tiny_causal
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 from transformers.dynamic_module_utils import get_imports
@@ -57,6 +59,10 @@ METHODS = {  # keywords of the export -> our policy
     "static": ({"method": "static", "shallow_layer": 3}, lambda: StaticExit(3)),
 }
 EXACT = {"lossless": {"shallow_layer": 2, "threshold": 0.2, "lossless": True}, "full": {"method": "full"}}
+CASES = thin(  # families x methods
+    itertools.product(RANDOM, (*METHODS, *EXACT)),
+    [*itertools.product(RANDOM, ("free", *EXACT)), *itertools.product(ALWAYS[:2], [*METHODS][1:])],
+)
 WRONG = {  # keywords -> what the one error names
     "misspelt": ({"shallow_layers": 2}, "UserError: custom_generate has no option shallow_layers: did you"),
     "toolkit": ({"auto_exit": True}, "UserError: custom_generate does not serve auto_exit"),
@@ -129,7 +135,7 @@ def make_folders(path, families):
 def make_jobs_of_slow_tests():
     """(what, how): (model, inputs, keywords) of every family and of trained models."""
     given = {method: keywords for method, (keywords, _) in METHODS.items()} | EXACT
-    jobs = {(family, how): (family, random_inputs(family), given[how]) for family in RANDOM for how in given}
+    jobs = {(family, how): (family, random_inputs(family), given[how]) for family, how in CASES}
     for name in (T5, LLAMA):
         _, inputs = embedded(name)
         jobs |= {(name, how): (name, inputs, given[how]) for how in given}
@@ -211,8 +217,9 @@ def test_embedded_checkpoints_decode_as_here(outputs, name):
 @pytest.mark.parametrize("family", RANDOM)
 def test_every_family_decodes_as_here(outputs, family):
     model, inputs = random_model(family), random_inputs(family)
-    for method, (_, policy) in METHODS.items():
-        assert outputs[family, method]["tokens"] == decode_here(model, inputs, policy()), method
+    for method in [how for one, how in CASES if one == family and how in METHODS]:
+        expected = decode_here(model, inputs, METHODS[method][1]())
+        assert outputs[family, method]["tokens"] == expected, method
     full = decode_here(model, inputs, None)  # which tests over families compare with Hugging Face's
     assert outputs[family, "lossless"]["tokens"] == outputs[family, "full"]["tokens"] == full
 
