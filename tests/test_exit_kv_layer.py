@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, decode_by_hugging_face, make_inputs, texts_of
-from pairs import slow_but
+from pairs import slow_but, thin
 from tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
@@ -31,6 +31,8 @@ from models import (
     trace_layers,
     view_for,
 )
+from models.backends.onnx.engine import KINDS
+from models.backends.onnx.store import default_cache_dir
 from models.families.drafts import read_drafts
 from util.exit_training.objectives import exit_logits
 from util.exit_training.runs import LONGEST, draw_runs, typical_runs
@@ -40,6 +42,8 @@ LAYERS, KV_LAYER = 6, 4
 TOKENS = 12
 READING = [family for family in (*FAMILIES, *CAUSAL_FAMILIES) if family != "umt5"]
 RUNS = [0, 0, 0, 3, 4, 4, 6, 6, 6, 6, 6, 11]  # where those begin that 12 tokens belong to
+DAILY = ("llama-tied", "t5-tied", "gemma3", "bart-tied")
+OTHERS = ("smollm3", "gpt2-tied", "opt-350m")  # that rotate by their place, number positions, project them
 BY_HAND = ("llama-tied", "gpt2-tied", "t5-tied", "bart-tied")  # whose layers the reference below can call
 BACKENDS = ("torch", "onnx")
 
@@ -141,7 +145,7 @@ def test_an_exit_reads_exact_keys_and_values_before_its_run_and_its_own_within(f
     torch.testing.assert_close(at_once, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", slow_but(("llama-tied", "t5-tied", "gemma3", "bart-tied"), READING))
+@pytest.mark.parametrize("family", slow_but(DAILY, thin(READING, [*DAILY, *OTHERS, "mbart"])))
 def test_lossless_decoding_returns_the_frozen_models_output(family):
     loaded, stats = model_of(family), DecodeStats()
     policies = (
@@ -154,13 +158,14 @@ def test_lossless_decoding_returns_the_frozen_models_output(family):
         expected = decode_by_hugging_face(loaded.model, inputs, max_new_tokens=TOKENS)
         for policy in policies:
             assert torch.equal(decode(loaded, inputs, policy, stats), expected), policy
+        assert 0 < stats.deep_passes < stats.steps
     lookup = Free(SHALLOW, SoftmaxGap(), 0.05, lossless=True, lookup=PromptLookup(4, shortest=1))
     inputs = make_inputs(family)
     expected = decode_by_hugging_face(loaded.model, inputs, max_new_tokens=TOKENS)
     assert torch.equal(decode(loaded, inputs, lookup, lookup_ids=inputs["input_ids"]), expected)
 
 
-@pytest.mark.parametrize("family", slow_but(("t5-tied", "gemma3"), READING))
+@pytest.mark.parametrize("family", slow_but(("t5-tied", "gemma3"), thin(READING, [*DAILY, *OTHERS])))
 def test_tokens_are_torchs_on_onnx(family):
     modules, graphs = model_of(family), model_of(family, "onnx")
     policies = [StaticExit(SHALLOW), Free(SHALLOW, SoftmaxGap(), 0.05, max_pending=4)]
@@ -180,6 +185,9 @@ def test_graphs_of_one_exit_do_not_serve_its_weights_behind_another_layer(tmp_pa
         loaded = adapted("smollm3", kv_layer=kv_layer)
         weights = weights or copy.deepcopy(loaded.model.exit_adapter.state_dict())
         loaded.model.exit_adapter.load_state_dict(weights)
+        prepare(loaded, "onnx")  # traces what both share
+        if not (tmp_path / KINDS).exists():
+            (tmp_path / KINDS).symlink_to(default_cache_dir() / KINDS)
         graphs = prepare(loaded, "onnx", cache_dir=tmp_path)
         expected = in_decoding(loaded, tokens)
         torch.testing.assert_close(in_decoding(graphs, tokens), expected, atol=1e-4, rtol=1e-4)
@@ -219,9 +227,8 @@ def test_rows_of_a_batch_decode_as_alone(backend):
     together = decode(loaded, inputs, policy, max_new_tokens=50)
     for row in range(3):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
-        kept = together[row][together[row] != 0]
         said = decode(loaded, alone, policy, max_new_tokens=50)[0]
-        assert torch.equal(said[said != 0][: len(kept)], kept)
+        assert torch.equal(said[said != 0], together[row][together[row] != 0])
 
 
 def test_a_trace_shows_what_the_exit_says_to_a_token_alone():

@@ -40,9 +40,9 @@ def key(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_through_every_fault(tmp_path):
-    requests = make(tmp_path, 250)
-    assert len(requests) == 1000
+def test_many_requests_through_every_fault(tmp_path):
+    requests = make(tmp_path, 100)
+    assert len(requests) == 400
     with StandInServer(fault_rate=0.15, slow_delay=3.0) as server:
         assert main(run_flags(tmp_path, server, "--concurrency", "16", "--timeout", "2.5")) == 0
         outcomes = Counter(call["outcome"] for call in server.calls)
@@ -50,11 +50,11 @@ def test_a_thousand_requests_through_every_fault(tmp_path):
     records = answers_of(tmp_path)
     assert sorted(row["key"] for row in records) == sorted(row["key"] for row in requests)
     assert (
-        outcomes["answer"] >= 1000 and sum(row["attempts"] - 1 for row in records) == len(server.calls) - 1000
+        outcomes["answer"] >= 400 and sum(row["attempts"] - 1 for row in records) == len(server.calls) - 400
     )
     scores = score(requests, {"judge": read_answers(tmp_path / "answers.jsonl")})["judges"]["judge"]
-    assert scores["answers"] == {"strict": 1000, "lenient": 0, "unparsable": 0, "refused": 0, "missing": 0}
-    assert scores["pairwise"]["wins"] == 250  # "good s1" is in its source, "bad s1" half
+    assert scores["answers"] == {"strict": 400, "lenient": 0, "unparsable": 0, "refused": 0, "missing": 0}
+    assert scores["pairwise"]["wins"] == 100  # "good s1" is in its source, "bad s1" half
 
 
 @pytest.mark.slow
@@ -118,13 +118,13 @@ def test_concurrency_is_bounded(tmp_path):
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_holds_everything_back(tmp_path, form):
-    make(tmp_path, 1)
+    make(tmp_path, 1, "--judgements", "likert")
     with StandInServer(fault_rate=1.0, faults=("rate_limit",), retry_after=0.5) as server:
         if form == "date":
             server.retry_after = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
         assert main(run_flags(tmp_path, server, "--concurrency", "1")) == 0
         calls = server.calls
-    assert [call["outcome"] for call in calls] == ["rate_limit", "answer"] * 4
+    assert [call["outcome"] for call in calls] == ["rate_limit", "answer"] * 2
     assert calls[1]["time"] - calls[0]["time"] >= (0.5 if form == "seconds" else 0.9)
 
 

@@ -10,7 +10,7 @@ import torch
 from decoding_cases import ALWAYS, NEVER, DraftRecorder, EveryThirdDeep, decode, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import QUICK, slow_but
+from pairs import QUICK, covering, slow_but
 from scipy.stats import chisquare
 from test_comparison import read_records, run_script
 from test_free_pairs import PROCESSORS, build_measures, build_model, new_processors, quantiles_of
@@ -36,6 +36,7 @@ from scripts import sweep
 
 LOOKUP = PromptLookup(4, longest=2, shortest=1)
 LENGTH, DRAWS = 24, 400
+MEASURES = ("softmax", "shortlist", "meta")
 
 
 def continuation(ids, most, longest, shortest):
@@ -122,14 +123,13 @@ def test_no_setting_changes_a_greedy_sequence(
     if threshold is not None:
         settings = {"lossless": True, "max_pending": max_pending, "lookup": lookup}
         policy = Free(2, SoftmaxGap(), FixedThreshold(threshold), **settings)
-    options = options_for(model, inputs, source_seed, **options)
-    looked_up = options.pop("lookup_ids")
+    options = {"max_length": LENGTH} | options
     expected = decode(model, inputs, **options)
+    looked_up = text_for(expected, source_seed)
     assert torch.equal(decode(model, inputs, policy, **options, lookup_ids=looked_up), expected)
 
 
-@pytest.mark.parametrize("processors", PROCESSORS)
-@pytest.mark.parametrize("confidence", ["softmax", "shortlist", "meta"])
+@pytest.mark.parametrize(("confidence", "processors"), covering(MEASURES, list(PROCESSORS)))
 def test_free_decodes_what_it_does_without(confidence, processors):
     """Also where processors make the exit choose another token than its most probable one."""
     proposed = overruled = 0
@@ -199,7 +199,8 @@ def test_sampling_keeps_the_distribution(kind):
         output = decode(model, inputs, looking, stats, lookup_ids=likely, **options)
         drawn[tuple(output[0].tolist())] += 1
         proposed += stats.proposed_tokens
-    known = Counter(tuple(decode(model, inputs, plain, **options)[0].tolist()) for _ in range(DRAWS))
+    copies = {name: tensor.repeat(DRAWS, 1) for name, tensor in inputs.items()}  # rows are independent
+    known = Counter(map(tuple, decode(model, copies, plain, **options).tolist()))
     outcomes = [outcome for outcome, count in known.items() if count >= 10]
     observed, expected = ([each[outcome] for outcome in outcomes] for each in (drawn, known))
     assert proposed > DRAWS and len(outcomes) >= 4

@@ -7,7 +7,7 @@ import torch
 from pairs import slow_but
 from real_rows import ROOT, read_rows
 
-from models import FixedThreshold, Free, SoftmaxGap, load_model, prepare, trace_layers
+from models import DecodeStats, FixedThreshold, Free, SoftmaxGap, load_model, prepare, trace_layers
 
 EXIT = str(ROOT / "checkpoints" / "debian-bart-exit")
 RUNS = slow_but([("torch", None)], [("torch", None), ("onnx", None), ("onnx", "w8")])
@@ -34,9 +34,13 @@ def test_its_lossless_output_is_its_models(released, translated, backend, exit_p
     options = {} if backend == "torch" else {"exit_precision": exit_precision}
     loaded = prepare(released, backend, **options)
     policy = Free(1, SoftmaxGap(), FixedThreshold(0.3), lossless=True, max_pending=8)
-    for inputs, expected in translated:
-        output = loaded.generate(**inputs, max_new_tokens=32, do_sample=False, exit_policy=policy)
+    shares = []
+    for inputs, expected in translated[:12]:
+        stats, options = DecodeStats(), {"max_new_tokens": 32, "do_sample": False}
+        output = loaded.generate(**inputs, **options, exit_policy=policy, decode_stats=stats)
         assert torch.equal(output, expected)
+        shares.append(stats.exit_share)
+    assert sum(shares) > 0.3 * len(shares)
 
 
 def test_it_says_mostly_what_the_last_layer_says(released, translated):

@@ -35,9 +35,11 @@ SMOKES = sorted({*SMOKES, *(("run_tr_debian.sh", method) for method in METHODS)}
 
 
 def smoke_here(folder, script, method, **variables):
-    """Run what a script starts in this process, which has loaded torch already."""
+    """Run what a script starts in this process, which has loaded torch already. One exports its model, which
+    is the default."""
     words = words_for_run(folder, script, "smoke", method, **variables)
-    run.main([*words, "--output_dir", str(folder / "output")])
+    backend = [] if (script, method) == ("run_tr_debian.sh", "free") else ["--backend", "torch"]
+    run.main([*words, *backend, "--output_dir", str(folder / "output")])
 
 
 @pytest.mark.slow
