@@ -34,8 +34,7 @@ from util.files import locked_output_dir
 from util.flags import parse_groups
 
 OF_PROMPTS = ("prompt_template", "use_chat_template", "num_shots", "shot_seed")
-LENGTHS = ("max_source_length", "max_target_length", "val_max_target_length")
-UNREAD = dict.fromkeys((*OF_PROMPTS, *LENGTHS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
+UNREAD = dict.fromkeys((*OF_PROMPTS, "num_beams", "drop_long_samples"), LEAVE_IT_OUT)
 
 LENGTH = 4192  # bytes of a line beyond which SentencePiece leaves it out unless told otherwise
 RESERVED = "\u2585"  # a line that holds SentencePiece's own mark of the unknown is left out as well
