@@ -128,8 +128,10 @@ def test_json_values_are_the_texts_that_are_written(tmp_path, name):
 
 def test_json_columns_and_broken_documents(tmp_path):
     columns = tmp_path / "columns.json"
-    columns.write_text('{\n"id": ["01", 2.50],\n"text": ["a", 7],\n"title": [false, "b"]\n}')
-    assert triples(load(columns)) == [("01", "a", "false"), ("2.50", "7", "b")]
+    for space in ("\n", "", " "):
+        parts = ["{", '"id": ["01", 2.50],', '"text": ["a", 7],', '"title": [false, "b"]', "}\n"]
+        columns.write_text(space.join(parts))
+        assert triples(load(columns)) == [("01", "a", "false"), ("2.50", "7", "b")]
     for content, complaint in {
         '[\n{"text": "a", "title": "b"},\n{"text": \n]': "line 4: not JSON",
         '[{"text": "a", "title": "b"}, 3]': "row 1: not a JSON object",
@@ -138,6 +140,14 @@ def test_json_columns_and_broken_documents(tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=complaint):
             load(tmp_path / "bad.json")
+
+
+def test_rows_of_lists_stay_rows(tmp_path):
+    """A line of several, of lists of different lengths, or of a .jsonl file, is no object of columns."""
+    one, two = {"question": ["Who?"], "answers": ["Ada"]}, {"question": ["Who?"], "answers": ["Ada", "A."]}
+    for name, rows in (("a.json", [one, one]), ("b.json", [two]), ("c.jsonl", [one])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert list(load_file(tmp_path / name)) == rows
 
 
 def test_parquet_values_become_text_and_gaps_stay_gaps(tmp_path):

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -220,7 +220,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """JSON lines, or one document: a list of rows, an object of columns, or rows under `data`.
+    """JSON lines, or one document: a list of rows, rows under `data`, or, in a file named .json, an object of
+    columns.
 
     Where a row is an article in the layout of SQuAD's files, its questions are the rows.
     """
@@ -233,8 +234,12 @@ def read_json(path: Path) -> Iterator[Row]:
         if is_document(path, first):
             yield from document_rows(path, first + file.read())
             return
+        second = next(lines, None)
+        if second is None and holds_columns(path, first):
+            yield from document_rows(path, first)
+            return
         yield from expand(parse_line(path, number, first), f"{path}, line {number}")
-        for number, line in lines:
+        for number, line in chain(filter(None, [second]), lines):
             yield from expand(parse_line(path, number, line), f"{path}, line {number}")
 
 
@@ -246,6 +251,14 @@ def is_document(path: Path, first: bytes) -> bool:
         return is_wrapped(parse(first))
     except ValueError:  # a value over several lines, or a broken row
         return file_format(path) == "json"
+
+
+def holds_columns(path: Path, line: bytes) -> bool:
+    """Whether the only line of a file is an object of columns: lists of one length."""
+    value = parse(line) if file_format(path) == "json" else None
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return False
+    return len({len(column) for column in value.values()}) == 1
 
 
 def is_wrapped(value: Any) -> bool:
