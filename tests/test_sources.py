@@ -78,6 +78,20 @@ def test_long_cells_and_strange_tables(tmp_path):
     assert triples(load(tmp_path / "short.csv")) == [("1", "a", "b")]
 
 
+def test_quotation_marks_of_parallel_text_are_text(tmp_path):
+    """Nothing is enclosed there: an unmatched mark would swallow the lines that follow."""
+    lines = ["id\ttext\ttitle", '1\t"Hallo" sagte er.\t"Hello," he said.', '2\t"Ja"\t"Yes"', '3\t"a\tb"']
+    path = tmp_path / "plain.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    assert triples(load(path)) == [tuple(line.split("\t")) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("text", ['"Hallo" sagte er.', "two\nlines", "tab\tand\nline", '"', '"a'])
+def test_quoted_cells_of_tables_are_taken_out(tmp_path, text):
+    rows = [("1", text, "a"), ("2", "b", text)]
+    assert triples(load(write_table(tmp_path / "rows.tsv", rows, "\t"))) == rows
+
+
 JSON_ROWS = """\
 {"id": 1.10, "text": 2008, "title": true}
 {"id": "001", "text": "030", "title": 1.10}
