@@ -109,6 +109,20 @@ def test_resume_can_be_switched_on_later(base, tmp_path):
     assert [row["prediction"] for row in ours] == [row["prediction"] for row in theirs]
 
 
+def test_an_evaluation_that_chose_its_settings_by_time_does_not_continue(base, capsys):
+    flags = base | FREE | {"do_eval": True, "auto_exit": True, "per_device_eval_batch_size": 1}
+    run.main(as_argv(flags))
+    log = Path(flags["output_dir"], "predictions.jsonl")
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:5]))
+    line = refused(flags | {"resume_eval": True}, capsys)
+    assert "--auto_exit learn anew after 5 outputs" in line and "--resume_eval False" in line
+    assert log.read_text() == "".join(whole[:5])
+    log.write_text("".join(whole))  # nothing is left to learn for
+    run.main(as_argv(flags | {"resume_eval": True}))
+    assert log.read_text() == "".join(whole)
+
+
 def test_resuming_with_other_weights_is_refused(base, tmp_path, capsys):
     run.main(as_argv(base | {"do_eval": True}))
     other = tmp_path / "other"

@@ -187,6 +187,14 @@ class Arguments:
             not (self.exit.deploy_scenario and launched > 1),
             "--deploy_scenario measures latency in one process: start run.py without torchrun.",
         )
+        decodes = training.do_eval or training.do_predict
+        decodes = decodes or (training.do_train and training.predict_with_generate)
+        learning = [name for name in ("use_adapt_threshold", "auto_exit") if getattr(self.exit, name)]
+        require(
+            not (learning and decodes and launched > 1),
+            f"--{' '.join(learning)} learns from sample to sample, and would not learn the same from a share: start "
+            "run.py without torchrun.",
+        )
         require(
             training.world_size == launched,
             f"{launched} processes were started, but do not work together on {training.device}: leave "

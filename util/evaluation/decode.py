@@ -15,7 +15,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.generation import GenerateEncoderDecoderOutput
 
+from models.auto_exit import AutoExit
 from models.decoding import DecodeStats
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
@@ -69,7 +71,8 @@ def evaluate(
     """Decode all examples as `decode_split` does and sum them up; None where that returns None.
 
     Raises:
-        UserError: asked to continue an evaluation that had other settings, or an unusable baseline.
+        UserError: asked to continue an evaluation that had other settings, or one that learnt what it cannot
+            learn again, or an unusable baseline.
     """
     baseline = read_baseline(settings.baseline_predictions)
     if baseline is not None:  # now, not after hours
@@ -92,7 +95,7 @@ def decode_split(
 ) -> list[Record] | None:
     """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
 
-    Processes share them as `share_out` says. (An adaptive threshold then learns from its own share.)
+    Processes share them as `share_out` says.
     """
 
     def decode(rows: range, log: PredictionLog) -> list[Record]:
@@ -117,6 +120,7 @@ def decode_share(
     """Records of this process's samples, those of an interrupted evaluation first."""
     done = len(log.records)
     if done < len(examples):  # else its last batch may be a short one
+        refuse_forgetful(policy, done)
         log.keep(log.records[: done // settings.batch_size * settings.batch_size])
     replay_calibration(policy, log.records)
     batches = list(batch_indices(len(log.records), len(examples), settings.batch_size))
@@ -219,6 +223,15 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
 def reference_of(example: dict[str, Any]) -> Reference:
     """What a sample's output is judged by."""
     return example.get("references") or example["target"]
+
+
+def refuse_forgetful(policy: ExitPolicy | None, done: int) -> None:
+    """Raise UserError for a policy that learnt from the `done` records and is not told of it again."""
+    if done and isinstance(policy, AutoExit):
+        raise UserError(
+            f"--resume_eval True would let --auto_exit learn anew after {done} outputs, by whose seconds it "
+            "had chosen: start afresh with --resume_eval False."
+        )
 
 
 def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None:
