@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from report_folders import build, make_run, make_sweep, read_csv, write_json
+
+from util.report.folders import read_folders
 
 TIME_RATIOS = {"speedup", "speedup_interval_low", "speedup_interval_high", "real_over_ideal"}
 
@@ -65,6 +68,35 @@ def test_runs_on_other_samples_are_not_compared(tmp_path):
     build(tmp_path, full, free)
     shares = {row["name"]: row["quality_share"] for row in read_csv(tmp_path)}
     assert shares == {"full": "100.0", "free": ""}
+
+
+DIFFERENCES = [  # the group, what differs, whether the runs compare
+    ("arguments", {"shallow2deep_conf_threshold": 0.4, "conf_shortlist": "a.json"}, True),
+    ("arguments", {"exit_adapter_path": "exit", "exit_precision": "w8"}, True),
+    ("arguments", {"validation_file": "copy.jsonl", "max_eval_samples": 4, "threads": 2}, True),
+    ("arguments", {"backend": "onnx"}, True),
+    ("arguments", {"max_length": 8}, False),
+    ("arguments", {"max_source_length": 64}, False),
+    ("arguments", {"prompt_template": "{source}"}, False),
+    ("arguments", {"num_shots": 2}, False),
+    ("arguments", {"source_prefix": "translate: "}, False),
+    ("arguments", {"model_name_or_path": "other"}, False),
+    ("environment", {"threads": 4, "torch": "3"}, True),
+    ("environment", {"backend": "onnx"}, False),
+    ("environment", {"precision": "w4"}, False),
+    ("environment", {"dtype": "bfloat16"}, False),
+]
+
+
+@pytest.mark.parametrize(("group", "change", "compares"), DIFFERENCES)
+def test_runs_compare_where_only_the_method_differs(tmp_path, group, change, compares):
+    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
+    content = json.loads((free / "eval_results.json").read_text())
+    content[group] |= change
+    write_json(free / "eval_results.json", content)
+    _, ours = read_folders([full, free]).sets
+    assert ours.settings[0].figures.get("quality_share") == (95 if compares else None)
 
 
 def test_runs_of_the_same_samples_share_their_cards(tmp_path):

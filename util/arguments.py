@@ -192,8 +192,8 @@ class Arguments:
         learning = [name for name in ("use_adapt_threshold", "auto_exit") if getattr(self.exit, name)]
         require(
             not (learning and decodes and launched > 1),
-            f"--{' '.join(learning)} learns from sample to sample, and would not learn the same from a share: start "
-            "run.py without torchrun.",
+            f"--{' '.join(learning)} learns from sample to sample, and would learn otherwise from a share: "
+            "start run.py without torchrun.",
         )
         require(
             training.world_size == launched,

@@ -15,8 +15,11 @@ from typing import Any, TypeVar
 
 from models.errors import UserError
 from models.json_files import check_fields, fits, read_mapping
+from util.data_arguments import LIMITS
 from util.evaluation.records import SETTING_COLUMNS, Record, Trace, read_records
+from util.exit_arguments import ExitArguments
 from util.files import read_json_lines
+from util.flags import flags_in
 from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.report.results import JudgeScores, Results, ResultSet, SettingResults
 from util.tasks import TASKS
@@ -64,6 +67,16 @@ SHAPES = {  # of what is read from any of the files
     "num_layers": int,
     "shallow_layer": int | None,
     "threshold": float | None,
+}
+SAME_ENVIRONMENT = ("dtype", "backend", "precision")
+APART = {  # arguments in which runs of the same model on the same samples may differ
+    *(spec.name for spec in flags_in(ExitArguments)),
+    "exit_adapter_path",
+    "exit_precision",
+    *("train_file", "validation_file", "test_file", "data_dir"),  # what is in them is compared
+    *LIMITS,
+    *("backend", "precision"),  # the environment says which it was
+    "threads",  # of which time depends
 }
 INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
 
@@ -281,11 +294,12 @@ def compare_runs(runs: list[ResultSet]) -> None:
 
 
 def is_comparable(run: ResultSet, other: ResultSet) -> bool:
-    """Whether only the method differs: same weights, precision and samples."""
+    """Whether only the method differs: same weights, samples, lengths, prompts, backend and precision."""
 
     def identity(result: ResultSet) -> list[Any]:
-        samples = [(record.id, record.reference) for record in result.settings[0].records]
-        return [result.arguments.get("model_name_or_path"), result.environment.get("dtype"), samples]
+        samples = [(record.id, record.source, record.reference) for record in result.settings[0].records]
+        arguments = {name: value for name, value in result.arguments.items() if name not in APART}
+        return [arguments, [result.environment.get(name) for name in SAME_ENVIRONMENT], samples]
 
     return bool(run.settings[0].records) and identity(run) == identity(other)
 
