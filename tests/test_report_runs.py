@@ -137,6 +137,42 @@ def test_data_sets_get_tables_of_their_own(tmp_path):
     assert {row["dataset"] for row in read_csv(tmp_path)} == {"debian_de_en", "iwslt", "a.csv"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "threshold"),
+    [
+        ({"use_shallow_deep": True}, 0.9),
+        ({"use_early_exit": True}, 0.9),
+        ({"use_shallow_deep": True, "shallow2deep_conf_threshold": 0.4}, 0.4),
+        ({"use_early_exit": True, "exit_conf_threshold": 0.0}, 0.0),
+        ({"use_shallow_deep": True, "auto_exit": True}, None),
+        ({"static_exit_layer": 2}, None),
+        ({}, None),
+    ],
+)
+def test_thresholds_that_no_flag_changed_are_shown(tmp_path, flags, threshold):
+    folder = make_run(tmp_path / "run", 20.0, [1.0] * 4, [4] * 4, **flags)
+    (result,) = read_folders([folder]).sets
+    assert result.settings[0].threshold == threshold
+
+
+def test_local_data_of_different_places_get_tables_of_their_own(tmp_path):
+    places = [
+        {"data_dir": "a"},
+        {"data_dir": "b"},
+        {"data_dir": "b", "validation_file": "c.csv"},
+        {"dataset_name": "iwslt", "dataset_config_name": "2017"},
+        {"dataset_name": "iwslt", "source_lang": "de", "target_lang": "en"},
+    ]
+    folders = [
+        make_run(tmp_path / str(number), 20.0, [1.0] * 4, [2, 4, 2, 2], **{"dataset_name": None} | place)
+        for number, place in enumerate(places)
+    ]
+    page = build(tmp_path, *folders)
+    captions = re.findall(r"<caption>(.*?), 4 validation samples", page.source)
+    assert captions == ["a", "b", "c.csv", "iwslt, 2017", "iwslt, de-en"]
+    assert [row["dataset"] for row in read_csv(tmp_path)] == captions
+
+
 def test_both_stages_of_a_run_and_equal_folder_names(tmp_path):
     for parent in ("a", "b"):
         make_run(tmp_path / parent / "run", 20.0, [1.0] * 4, [4] * 4)

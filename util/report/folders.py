@@ -68,6 +68,7 @@ SHAPES = {  # of what is read from any of the files
     "shallow_layer": int | None,
     "threshold": float | None,
 }
+THRESHOLDS = {"use_early_exit": "exit_conf_threshold", "use_shallow_deep": "shallow2deep_conf_threshold"}
 SAME_ENVIRONMENT = ("dtype", "backend", "precision")
 APART = {  # arguments in which runs of the same model on the same samples may differ
     *(spec.name for spec in flags_in(ExitArguments)),
@@ -223,7 +224,7 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
         name=label,
         method=name_method(arguments, figures),
         checkpoint=Path(arguments.get("model_name_or_path") or "").name,
-        threshold=arguments.get("shallow2deep_conf_threshold", arguments.get("exit_conf_threshold")),
+        threshold=find_threshold(arguments),
         shallow_layer=arguments.get("shallow_exit_layer") or arguments.get("static_exit_layer"),
         batch_size=figures["batch_size"],
         num_layers=count_layers(records, figures["batch_size"]),
@@ -266,6 +267,14 @@ def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
         method = FREE_ADAPTIVE if arguments.get("use_adapt_threshold") else FREE
         method = FREE_LOSSLESS if arguments.get("lossless") else method
     return with_lookup(method, arguments.get("lookup_tokens"))
+
+
+def find_threshold(arguments: dict[str, Any]) -> float | None:
+    """The threshold of a run's method, where a flag or its default says it."""
+    switch = next((name for name in THRESHOLDS if arguments.get(name)), None)
+    if switch is None or arguments.get("auto_exit"):
+        return None
+    return arguments.get(THRESHOLDS[switch], getattr(ExitArguments, THRESHOLDS[switch]))
 
 
 def count_layers(records: list[Record], batch_size: int) -> int | None:
