@@ -213,6 +213,17 @@ def test_each_evaluation_while_training_begins_with_the_same_threshold(base, tmp
     assert thresholds[0] != thresholds[1] and thresholds[:3] == thresholds[3:]
 
 
+@pytest.mark.parametrize(
+    ("given", "best", "greater"), [(None, "bleu", True), ("loss", "loss", False), ("chrf", "chrf", True)]
+)
+def test_the_best_model_is_the_one_by_the_metric_that_is_named(base, tmp_path, given, best, greater):
+    flags = train_flags(base, tmp_path, **EVALUATED, metric_for_best_model=given)
+    arguments = parse_arguments(as_argv(**flags))
+    arguments.connect()
+    training = arguments.training
+    assert (training.metric_for_best_model, training.greater_is_better) == (best, greater)
+
+
 def write_questions(path, answers):
     """Long contexts, of several windows each, and the answers to one question on each."""
     words = [" ".join(f"{word} {number}" for number in range(40)) for word in ("alpha", "beta", "gamma")]

@@ -116,7 +116,8 @@ class ExitArguments:
     )
     adapt_threshold_file: str | None = flag(
         None,
-        "FREE: continue from the adaptive_threshold.json of an earlier evaluation.",
+        "FREE: continue from the adaptive_threshold.json of an earlier evaluation (--do_predict: "
+        "adaptive_threshold_test.json).",
         method=FREE_ADAPTIVE,
         file=True,
     )
