@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ class Arguments:
     exit: ExitArguments
     backend: BackendArguments
     training: Seq2SeqTrainingArguments
-    best_by_loss: bool = False  # by --metric_for_best_model; the Trainer says so, too, where no flag does
+    best_by_loss: bool = field(default=False, init=False)  # as a flag says; the Trainer does where none does
 
     @property
     def max_length(self) -> int:
@@ -259,8 +259,9 @@ def parse_with_run(
     argv = cpu_launch_flags() + expand_scratch_settings(argv)
     try:
         built = parser.parse(argv)
-        best_by_loss = given.get("metric_for_best_model") == "loss"
-        return *built[: len(groups)], Arguments(*built[len(groups) :], best_by_loss=best_by_loss)
+        arguments = Arguments(*built[len(groups) :])
+        arguments.best_by_loss = given.get("metric_for_best_model") == "loss"
+        return *built[: len(groups)], arguments
     except UserError:
         raise
     except (ValueError, ImportError) as error:  # from TrainingArguments' own checks
