@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from real_rows import ROOT
 
 import run
 from models.loading import load_model
-from util.evaluation.records import Record, best_windows
+from util.evaluation.records import EvaluationSettings, Record, best_windows
+from util.evaluation.summary import summarize
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
 FLAGS = {
@@ -49,6 +51,17 @@ def test_the_most_probable_window_answers(tmp_path):
     for row in best:
         rivals = [other["sequence_score"] for other in records if other["id"] == row["id"]]
         assert row["sequence_score"] == max(rivals)
+
+
+def test_a_question_takes_as_long_as_its_windows():
+    windows = [("a", 0, 1.0, 2), ("a", 1, 2.0, 4), ("b", 0, 5.0, 3), ("c", 0, 4.0, 3)]
+    records = [
+        Record(name, "x", "x", tokens, [], None, seconds, window=window, sequence_score=-1.0)
+        for name, window, seconds, tokens in windows
+    ]
+    results = summarize(records, EvaluationSettings("question_answering", 8, 8, Path("x")), 4)
+    assert results["seconds_per_sample_median"] == 4.0 and results["tokens_per_sample"] == 4.0
+    assert results["samples"] == 3 and results["ms_per_token"] == pytest.approx(1000)
 
 
 def test_sequence_scores_are_mean_log_probabilities(tmp_path):

@@ -6,6 +6,7 @@ Functions of records alone: they know nothing of models.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,25 @@ def summarize(records: list[Record], settings: EvaluationSettings, num_layers: i
         "samples": len(samples),
         "batch_size": settings.batch_size,
         "seconds": seconds,
-        "seconds_per_sample_median": statistics.median(record.seconds for record in records),
+        "seconds_per_sample_median": statistics.median(seconds_by_sample(records)),
         "tokens": tokens,
-        "tokens_per_sample": tokens / len(records),
+        "tokens_per_sample": tokens / len(samples),
         "tokens_per_second": tokens / seconds,
         "ms_per_token": 1000 * seconds / tokens,
     }
     if exits:
         results |= summarize_depth(records, exits, tokens, num_layers)
     return results | {"arguments": settings.arguments}
+
+
+def seconds_by_sample(records: list[Record]) -> list[float]:
+    """Of each sample, with all windows of its context."""
+    if records[0].window is None:
+        return [record.seconds for record in records]
+    sums: dict[str, float] = defaultdict(float)
+    for record in records:
+        sums[record.id] += record.seconds
+    return list(sums.values())
 
 
 def summarize_depth(records: list[Record], exits: list[int], tokens: int, num_layers: int) -> dict[str, Any]:
