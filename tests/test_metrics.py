@@ -95,6 +95,12 @@ def test_intervals_hold_the_score_and_shrink_with_samples(task):
         assert large[name][1] - large[name][0] <= small[name][1] - small[name][0]
 
 
+def test_statistics_are_scored_by_another_metric_of_the_kind():
+    statistics = make_metric("translation").statistics(PREDICTIONS, REFERENCES)
+    expected = compute_scores("translation", PREDICTIONS, REFERENCES)
+    assert make_metric("translation").scores(statistics) == expected
+
+
 def test_paired_bootstrap_agrees_with_sacrebleu():
     worse = ["The mat.", "A library. It is small.", "tools to build packages"]
     references = REFERENCES * 10

@@ -27,7 +27,7 @@ from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
 from util.evaluation.shards import Shards, share_out
 from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
-from util.evaluation.summary import summarize, texts_of
+from util.evaluation.summary import seconds_by_sample, summarize, texts_of
 from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
 from util.methods import BASELINE, HF_GENERATE
 from util.progress import track
@@ -243,7 +243,7 @@ def share_equal(records: list[Record], baseline: list[Record]) -> float:
 
 def compare_speed(records: list[Record], baseline: list[Record]) -> dict[str, Any]:
     """Speed-up over the baseline: in total time, with its interval, and of the median sample; its doubt."""
-    ours, theirs = ([record.seconds for record in rows] for rows in (records, baseline))
+    ours, theirs = (seconds_by_sample(rows) for rows in (records, baseline))
     speedup, bounds = sum(theirs) / sum(ours), sum_ratio_interval(theirs, ours)
     return {
         "speedup": speedup,

@@ -83,6 +83,7 @@ class CorpusBleu:
         self.sentence_bleu = BLEU(tokenize=tokenizer, effective_order=True)
         for metric in (self.bleu, self.chrf):
             metric.num_refs = 1  # for the signatures
+        self.width = 2 + 2 * self.bleu.max_ngram_order  # BLEU's: two lengths, n-grams that match, and all
 
     @property
     def signatures(self) -> dict[str, str]:
@@ -93,7 +94,6 @@ class CorpusBleu:
         counts = [
             metric._extract_corpus_statistics(predictions, columns) for metric in (self.bleu, self.chrf)
         ]
-        self.width = len(counts[0][0])
         return np.concatenate([np.array(rows, dtype=float) for rows in counts], axis=1)
 
     def scores(self, statistics: np.ndarray) -> dict[str, float]:
