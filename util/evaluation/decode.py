@@ -30,7 +30,14 @@ from util.evaluation.metrics import Reference
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, best_windows
 from util.evaluation.shards import launched_shards, share_out
-from util.evaluation.summary import check_baseline, judge, read_baseline, summarize, write_sample_scores
+from util.evaluation.summary import (
+    check_baseline,
+    judge,
+    measure_samples,
+    read_baseline,
+    summarize,
+    write_sample_scores,
+)
 from util.progress import track
 from util.timing import Stopwatch
 
@@ -81,13 +88,13 @@ def evaluate(
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
-    results = summarize(records, settings, loaded.view.num_layers)
     samples = best_windows(records)
-    scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
-    write_sample_scores(scores_path, samples, settings.task, settings.language)
+    measured = measure_samples(samples, settings.task, settings.language)
+    results = summarize(records, measured, settings, loaded.view.num_layers)
+    write_sample_scores(settings.predictions_file.with_suffix(".scores.jsonl"), samples, measured)
     cut = count_long_sources(examples, encoder_for(loaded, settings.max_source_length))
     extra = {"truncated_sources": cut, "environment": environment(loaded)}
-    return results | judge(samples, settings, baseline) | extra
+    return results | judge(samples, measured, settings, baseline) | extra
 
 
 def decode_split(

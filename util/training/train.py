@@ -45,7 +45,7 @@ from util.evaluation.decode import batch_indices, decode_batch, describe_batch
 from util.evaluation.identity import fingerprint
 from util.evaluation.records import EvaluationSettings, best_windows
 from util.evaluation.shards import launched_shards
-from util.evaluation.summary import score
+from util.evaluation.summary import measure_samples, score
 from util.exit_arguments import ExitArguments
 from util.files import write_json
 from util.flags import differs, flags_in, require
@@ -351,7 +351,8 @@ def generation_score(
         for indices in batch_indices(0, len(share), settings.batch_size):
             batch = share.select(indices)
             records += describe_batch(loaded, batch, decode_batch(loaded, policy, batch, settings))
-        return score(best_windows(gather_object(records)), settings.task, settings.language)
+        samples = best_windows(gather_object(records))
+        return score(samples, measure_samples(samples, settings.task, settings.language))
 
     new_policy()  # now, not after the first hours
     return compute
