@@ -42,6 +42,7 @@ from util.training.sharing import holds_the_model, settle_push, share
 from util.training.train import train
 
 STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
+THRESHOLD_FILES = {"eval": "adaptive_threshold.json", "predict": "adaptive_threshold_test.json"}
 
 TO_CONTINUE = (
     "Run the same command: training goes on from its last checkpoint, evaluation by --resume_eval True."
@@ -124,7 +125,7 @@ def evaluate_stage(
         results[STAMP] = hash_weights(folder)  # by which its card knows what was measured
     write_json(folder / f"{stage}_results.json", results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
-        policy.threshold.save(folder / "adaptive_threshold.json")
+        policy.threshold.save(folder / THRESHOLD_FILES[stage])
     shown = [
         {"name": name, "value": value} for name, value in results.items() if isinstance(value, (int, float))
     ]

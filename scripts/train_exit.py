@@ -50,14 +50,14 @@ from util.data.encoding import Encoder, encoder_for
 from util.data_arguments import refuse_flags_of_run, require_split
 from util.device import best_device
 from util.environment import environment
-from util.evaluation.identity import hash_rows, identify_model
+from util.evaluation.identity import hash_rows, identify_model, total
 from util.exit_training.card import write_exit_card
 from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs
 from util.exit_training.objectives import LayeredView
 from util.exit_training.states import Start, compute_states
-from util.exit_training.teaching import Teaching
+from util.exit_training.teaching import Teaching, adapter_of
 from util.exit_training.texts import Text, answer_prompts, given_targets, group_alike
-from util.files import locked_output_dir, write_json
+from util.files import content_hash, locked_output_dir, write_json
 from util.flags import parse_groups, require
 from util.policies import require_exits
 from util.setup import open_checkpoint, read_split
@@ -120,20 +120,9 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     costs = time_alone(
         lambda: {layer: time_exit(view, loaded, encoder, examples, backend) for layer, view in views.items()}
     )
-    rows = range(len(texts))
-    settings = {
-        "--exit_adapter_path": flags.exit_adapter_path,
-        "exit_adapter": flags.exit_adapter,
-        "exit_layers": layers,
-        "--exit_kv_layer": kv_layer,
-        "loss": flags.exit_loss,
-        "--lr_schedule": flags.lr_schedule,
-        "--max_steps": flags.max_steps if flags.lr_schedule == "cosine" else None,
-        "--prompt_weight": flags.prompt_weight,
-    }
-    teaching = Teaching(
-        views, files, rows[: -flags.held_out], rows[-flags.held_out :], costs, flags, identity | settings
-    )
+    taught, held_out = range(len(texts))[: -flags.held_out], range(len(texts))[-flags.held_out :]
+    identity |= identify_teaching(flags, views, kv_layer)
+    teaching = Teaching(views, files, taught, held_out, costs, flags, identity)
     conclude(flags, loaded, views, costs, teaching.run())
 
 
@@ -205,6 +194,33 @@ def identify(
         "--held_out": flags.held_out,
         "--generation_batch_size": flags.generation_batch_size,  # which texts are written together, in order
     }
+
+
+def identify_teaching(
+    flags: ExitTrainingArguments, views: dict[int, LayeredView], kv_layer: int | None
+) -> dict[str, Any]:
+    """What is taught, from which weights on, and how weights follow. For how long may change, unless it is
+    planned."""
+    return {
+        "weights of --exit_adapter_path": None if flags.exit_adapter_path is None else hash_exits(views),
+        "exit_adapter": flags.exit_adapter,
+        "exit_layers": list(views),
+        "--exit_kv_layer": kv_layer,
+        "loss": flags.exit_loss,
+        "--learning_rate": flags.learning_rate,
+        "--lr_schedule": flags.lr_schedule,
+        "--max_steps": flags.max_steps if flags.lr_schedule == "cosine" else None,
+        "--batch_tokens": flags.batch_tokens,
+        "--prompt_weight": flags.prompt_weight,
+        "--seed": flags.seed,
+    }
+
+
+def hash_exits(views: dict[int, LayeredView]) -> str:
+    adapters = [adapter_of(view) for view in views.values()]
+    return content_hash(
+        [name, total(weight)] for adapter in adapters for name, weight in adapter.state_dict().items()
+    )
 
 
 def read_texts(

@@ -14,6 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from models.errors import UserError
 from models.families import view_for
 from models.loading import load_model
+from util.loss_arguments import LoraArguments
+from util.training.train import with_adapter
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints/debian-t5-free"
 QUERIES = r".*\.(q|q_proj)$"
@@ -142,3 +144,27 @@ def test_damaged_adapters_are_refused_in_a_line(adapter, damage):
     with pytest.raises(UserError) as refusal:
         load_model(str(adapter))
     assert "\n" not in str(refusal.value) and str(adapter) in str(refusal.value)
+
+
+CONTRADICTIONS = {"lora_rank": (64, 8), "lora_alpha": (64, 8), "lora_dropout": (0.5, 0.0)}  # PEFT's defaults
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_flags_that_contradict_the_adapter_to_train_on_are_refused(adapter, name):
+    model = load_model(str(adapter), merge_adapter=False).model
+    given, own = CONTRADICTIONS[name]
+    with pytest.raises(UserError, match=f"--{name} {given} contradicts the adapter .*, which has {own}"):
+        with_adapter(model, LoraArguments(use_lora=True, **{name: given}))
+    assert with_adapter(model, LoraArguments(use_lora=True, **{name: own})) is model
+    assert with_adapter(model, LoraArguments(use_lora=True)) is model
+
+
+def test_targets_that_contradict_the_adapter_to_train_on_are_refused(tmp_path):
+    adapt(CHECKPOINT, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])).save_pretrained(
+        tmp_path
+    )
+    model = load_model(str(tmp_path), merge_adapter=False).model
+    with pytest.raises(UserError, match=r"--lora_target_modules \['q'\] contradicts"):
+        with_adapter(model, LoraArguments(use_lora=True, lora_target_modules=["q"]))
+    flags = LoraArguments(use_lora=True, lora_target_modules=["v", "q"])
+    assert with_adapter(model, flags) is model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from util.data.streaming import stream_training_rows
 from util.data_arguments import DataArguments
 from util.tasks import DATASETS, PARQUET, DatasetRecord
 
+WORDS = " ".join(f"word{number}" for number in range(60))
 ROWS = [{"text": "ein paket", "title": "a package"}, {"text": "zwei", "title": "two"}]
 
 
@@ -74,6 +76,15 @@ def test_repeated_ids_become_row_numbers(tmp_path, caplog):
     flags = arguments(train_file=write(tmp_path / "rows.jsonl", rows))
     assert list(load_examples(dataset_record(flags), flags, "train")["id"]) == ["0", "1"]
     assert "rows 0 and 1 share the id 'x'" in caplog.text
+
+
+def test_row_numbers_are_those_of_the_file(tmp_path, caplog):
+    rows = [{"id": "a", "text": "", "title": "x"}, *({"id": "a", **row} for row in ROWS)]
+    flags = arguments(train_file=write(tmp_path / "rows.jsonl", rows))
+    assert list(load_examples(dataset_record(flags), flags, "train")["id"]) == ["1", "2"]
+    assert "rows 1 and 2 share the id 'a'" in caplog.text
+    write(tmp_path / "rows.jsonl", rows[:2])  # the first cannot be used: nothing shares its id
+    assert list(load_examples(dataset_record(flags), flags, "train")["id"]) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["corpus.test.jsonl.gz", "test.csv"])
@@ -205,6 +216,47 @@ def test_long_contexts_become_overlapping_windows(tmp_path, tokenizer):
     assert sorted(row["input_ids"] for row in streamed) == sorted(
         tokenizer(list(trained["source"])).input_ids
     )
+
+
+QUESTIONS = [  # contexts of several windows, but for the last; of the answers, some are not written there
+    {"id": "held", "context": WORDS, "answers": ["word41", "the 41st"]},
+    {"id": "second", "context": WORDS, "answers": ["the 7th", "word7"]},
+    {"id": "bad", "context": WORDS, "answers": []},
+    {"id": "nowhere", "context": WORDS, "answers": ["the 9th"]},
+    {"id": "short", "context": "word1 word2", "answers": ["two"]},
+]
+
+
+def windows_of(tmp_path, rows, tokenizer, streaming):
+    path = write(tmp_path / "rows.jsonl", [{"question": "Which?", **row} for row in rows])
+    lengths = {"max_source_length": 80, "doc_stride": 20}
+    flags = DataArguments(task="question_answering", train_file=path, **lengths)
+    flags.report_dir = str(tmp_path)
+    record = dataset_record(flags)
+    if streaming:
+        examples = list(stream_training_rows(record, flags, tokenizer, seed=0))
+    else:
+        examples = tokenize(load_examples(record, flags, "train", tokenizer), tokenizer, flags, 8)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return {(decode(row["input_ids"]), decode(row["labels"])) for row in examples}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_questions_are_trained_where_an_answer_is_written(tmp_path, tokenizer, streaming, caplog):
+    found = windows_of(tmp_path, QUESTIONS, tokenizer, streaming)
+    assert {target for _, target in found} == {"word41", "word7", "two"}
+    assert all(target in source.split() for source, target in found if target != "two")
+    listed = [json.loads(line) for line in (tmp_path / "skipped_rows.train.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in listed] == [(2, "bad"), (3, "nowhere")]
+    assert "longer than --max_source_length" in listed[1]["reason"]
+    skipped = "skipped 2 of 5 rows" if streaming else "skipped 1 of 4 rows"
+    assert skipped in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_questions_without_any_written_answer_are_refused(tmp_path, tokenizer, streaming):
+    with pytest.raises(UserError, match="none of 2 rows can be used; row 0: its context is longer"):
+        windows_of(tmp_path, [QUESTIONS[3], QUESTIONS[3] | {"id": "other"}], tokenizer, streaming)
 
 
 def test_missing_split_names_the_flag(tmp_path):

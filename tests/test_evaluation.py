@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from real_rows import ROOT
 
 import run
 from models.loading import load_model
-from util.evaluation.records import Record, best_windows
+from util.evaluation.metrics import SampleMean
+from util.evaluation.records import EvaluationSettings, Record, best_windows
+from util.evaluation.summary import measure_samples, summarize
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
 FLAGS = {
@@ -51,6 +54,18 @@ def test_the_most_probable_window_answers(tmp_path):
         assert row["sequence_score"] == max(rivals)
 
 
+def test_a_question_takes_as_long_as_its_windows():
+    windows = [("a", 0, 1.0, 2), ("a", 1, 2.0, 4), ("b", 0, 5.0, 3), ("c", 0, 4.0, 3)]
+    records = [
+        Record(name, "x", "x", tokens, [], None, seconds, window=window, sequence_score=-1.0)
+        for name, window, seconds, tokens in windows
+    ]
+    settings = EvaluationSettings("question_answering", 8, 8, Path("x"))
+    results = summarize(records, measure_samples(best_windows(records), settings.task, None), settings, 4)
+    assert results["seconds_per_sample_median"] == 4.0 and results["tokens_per_sample"] == 4.0
+    assert results["samples"] == 3 and results["ms_per_token"] == pytest.approx(1000)
+
+
 def test_sequence_scores_are_mean_log_probabilities(tmp_path):
     evaluate(tmp_path, max_eval_samples=2, max_source_length=512)
     loaded = load_model(CHECKPOINT)
@@ -73,6 +88,20 @@ def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
     full = json.loads((tmp_path / "full/eval_results.json").read_text())
     assert early["vs_baseline"]["f1"]["difference"] == pytest.approx(early["f1"] - full["f1"])
     assert set(early["confidence_intervals"]) == {"exact_match", "f1"}
+
+
+def test_a_text_is_compared_with_its_references_once(tmp_path, monkeypatch):
+    """Scores, each sample's own, intervals and the test against a baseline share the counts."""
+    evaluate(tmp_path / "full")
+    counted, statistics = [], SampleMean.statistics
+
+    def count(metric, predictions, references):
+        counted.append(len(predictions))
+        return statistics(metric, predictions, references)
+
+    monkeypatch.setattr(SampleMean, "statistics", count)
+    results = evaluate(tmp_path / "same", baseline_predictions=tmp_path / "full/predictions.jsonl")
+    assert counted == [results["samples"]] * 2  # the baseline's as well
 
 
 def test_a_baseline_of_other_rows_is_refused_before_decoding(tmp_path, capsys):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, texts_of
 
+from models.errors import UserError
+from scripts.train_exit import identify_teaching
 from util.exit_training import teaching
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts
@@ -123,3 +125,29 @@ def test_along_a_cosine_the_learning_rate_falls_to_nothing_whatever_is_gained(lo
     assert rates[0] == 1 and rates[50] == pytest.approx(0.5) and rates[25] == pytest.approx(0.5 + 0.5**1.5)
     assert rates[99] < 0.001
     assert objectives == ["kl"] * 100 if loss == "kl" else ["kl"] * 50 + ["acceptance"] * 50
+
+
+OTHERS = {"learning_rate": 1e-3, "batch_tokens": 64, "seed": 3, "prompt_weight": 0.5}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_teaching_continues_with_the_same_settings_alone(name, tmp_path):
+    views = {SHALLOW: adapted("llama-tied").view}
+    begun = identify_teaching(ExitTrainingArguments(""), views, None)
+    longer = identify_teaching(ExitTrainingArguments("", max_steps=30_000, eval_steps=5), views, None)
+    teaching.refuse_other_teaching(tmp_path, begun, longer)
+    other = identify_teaching(ExitTrainingArguments("", **{name: OTHERS[name]}), views, None)
+    with pytest.raises(UserError, match=f"was begun with other --{name}: name those"):
+        teaching.refuse_other_teaching(tmp_path, begun, other)
+
+
+def test_teaching_continues_from_the_same_weights_alone(tmp_path):
+    """Whatever folder they lie in."""
+    view = adapted("llama-tied").view
+    flags = [ExitTrainingArguments("", exit_adapter_path=name) for name in ("a", "b")]
+    begun, moved = (identify_teaching(given, {SHALLOW: view}, None) for given in flags)
+    teaching.refuse_other_teaching(tmp_path, begun, moved)
+    with torch.no_grad():
+        next(view.exit_adapter.parameters()).add_(0.1)
+    with pytest.raises(UserError, match="was begun with other weights of --exit_adapter_path"):
+        teaching.refuse_other_teaching(tmp_path, begun, identify_teaching(flags[0], {SHALLOW: view}, None))

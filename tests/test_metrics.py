@@ -16,7 +16,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
 from util.calibration.consistency import sample_scores
-from util.evaluation.metrics import METRICS, compute_scores, make_metric
+from util.evaluation.metrics import METRICS, compute_scores, make_metric, measure
 from util.evaluation.significance import confidence_intervals, paired_bootstrap
 from util.evaluation.text_tokens import (
     UnicodeTokenizer,
@@ -88,17 +88,24 @@ def test_squad_scores(prediction, references, exact, f1):
 
 @pytest.mark.parametrize("task", ["translation", "summarization", "question_answering"])
 def test_intervals_hold_the_score_and_shrink_with_samples(task):
-    small = confidence_intervals(task, PREDICTIONS * 5, REFERENCES * 5)
-    large = confidence_intervals(task, PREDICTIONS * 80, REFERENCES * 80)
+    small = confidence_intervals(measure(task, PREDICTIONS * 5, REFERENCES * 5))
+    large = confidence_intervals(measure(task, PREDICTIONS * 80, REFERENCES * 80))
     for name, score in compute_scores(task, PREDICTIONS * 5, REFERENCES * 5).items():
         assert small[name][0] <= score <= small[name][1]
         assert large[name][1] - large[name][0] <= small[name][1] - small[name][0]
 
 
+def test_statistics_are_scored_by_another_metric_of_the_kind():
+    statistics = make_metric("translation").statistics(PREDICTIONS, REFERENCES)
+    expected = compute_scores("translation", PREDICTIONS, REFERENCES)
+    assert make_metric("translation").scores(statistics) == expected
+
+
 def test_paired_bootstrap_agrees_with_sacrebleu():
     worse = ["The mat.", "A library. It is small.", "tools to build packages"]
     references = REFERENCES * 10
-    ours = paired_bootstrap("translation", PREDICTIONS * 10, worse * 10, references)["bleu"]
+    corpora = [measure("translation", texts * 10, references) for texts in (PREDICTIONS, worse)]
+    ours = paired_bootstrap(*corpora)["bleu"]
     systems = [("worse", worse * 10), ("ours", PREDICTIONS * 10)]
     _, results = PairedTest(systems, {"BLEU": BLEU(references=[references])}, None, "bs", n_samples=1000)()
     assert ours["difference"] == pytest.approx(results["BLEU"][1].score - results["BLEU"][0].score)
@@ -106,7 +113,8 @@ def test_paired_bootstrap_agrees_with_sacrebleu():
 
 
 def test_paired_bootstrap_of_equal_systems_finds_nothing():
-    result = paired_bootstrap("summarization", PREDICTIONS, PREDICTIONS, REFERENCES)["rougeLsum"]
+    corpus = measure("summarization", PREDICTIONS, REFERENCES)
+    result = paired_bootstrap(corpus, corpus)["rougeLsum"]
     assert result["difference"] == 0 and result["interval"] == [0, 0] and result["p_value"] == 1
 
 
@@ -232,9 +240,10 @@ def test_bleu_takes_sacrebleus_tokenizer_of_the_language(language, tokenizer):
     scores = compute_scores("translation", predictions, references, language)
     assert scores["bleu"] == pytest.approx(expected.score) and (scores["bleu"] > 60) == (tokenizer != "13a")
     assert f"|tok:{tokenizer}|" in make_metric("translation", language).signatures["bleu"]
-    interval = confidence_intervals("translation", *CHINESE, language=language)["bleu"]
+    ours = measure("translation", *CHINESE, language)
+    interval = confidence_intervals(ours)["bleu"]
     assert interval[0] <= scores["bleu"] <= interval[1]
-    compared = paired_bootstrap("translation", references, predictions, references, language=language)
+    compared = paired_bootstrap(measure("translation", references, references, language), ours)
     perfect = sacrebleu.corpus_bleu(references, [references], tokenize=tokenizer).score
     assert compared["bleu"]["difference"] == pytest.approx(perfect - expected.score)
 

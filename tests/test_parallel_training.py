@@ -15,9 +15,11 @@ from tiny_models import padded_inputs, tiny_model
 from training_runs import DATA, QUIET, as_argv, assert_same, save_base, train, train_flags
 
 import run
+from models.errors import UserError
 from models.families import view_for
 from models.loading import load_model
 from models.losses import INTERMEDIATE_LOSSES, build_exit_loss
+from util.arguments import parse_arguments
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +118,15 @@ def test_processes_that_do_not_work_together_are_refused(base, tmp_path, capsys,
     with pytest.raises(SystemExit):
         train(base, tmp_path)
     assert "2 processes were started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["use_adapt_threshold", "auto_exit"])
+@pytest.mark.parametrize("stage", ["do_eval", "do_predict", "predict_with_generate"])
+def test_what_learns_from_sample_to_sample_is_refused_in_shares(base, tmp_path, monkeypatch, method, stage):
+    flags = DATA | QUIET | {"use_cpu": True, "per_device_eval_batch_size": 1, "output_dir": tmp_path}
+    flags |= {"model_name_or_path": base, "use_shallow_deep": True, "shallow_exit_layer": 2, method: True}
+    argv = as_argv(**flags, **{stage: True}, do_train=True if stage == "predict_with_generate" else None)
+    parse_arguments(argv)
+    monkeypatch.setattr("util.arguments.launched_processes", lambda: 2)
+    with pytest.raises(UserError, match=f"--{method} learns from sample to sample.* without torchrun"):
+        parse_arguments(argv)

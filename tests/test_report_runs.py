@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from report_folders import build, make_run, make_sweep, read_csv, write_json
+
+from util.report.folders import read_folders
 
 TIME_RATIOS = {"speedup", "speedup_interval_low", "speedup_interval_high", "real_over_ideal"}
 
@@ -67,6 +70,35 @@ def test_runs_on_other_samples_are_not_compared(tmp_path):
     assert shares == {"full": "100.0", "free": ""}
 
 
+DIFFERENCES = [  # the group, what differs, whether the runs compare
+    ("arguments", {"shallow2deep_conf_threshold": 0.4, "conf_shortlist": "a.json"}, True),
+    ("arguments", {"exit_adapter_path": "exit", "exit_precision": "w8"}, True),
+    ("arguments", {"validation_file": "copy.jsonl", "max_eval_samples": 4, "threads": 2}, True),
+    ("arguments", {"backend": "onnx"}, True),
+    ("arguments", {"max_length": 8}, False),
+    ("arguments", {"max_source_length": 64}, False),
+    ("arguments", {"prompt_template": "{source}"}, False),
+    ("arguments", {"num_shots": 2}, False),
+    ("arguments", {"source_prefix": "translate: "}, False),
+    ("arguments", {"model_name_or_path": "other"}, False),
+    ("environment", {"threads": 4, "torch": "3"}, True),
+    ("environment", {"backend": "onnx"}, False),
+    ("environment", {"precision": "w4"}, False),
+    ("environment", {"dtype": "bfloat16"}, False),
+]
+
+
+@pytest.mark.parametrize(("group", "change", "compares"), DIFFERENCES)
+def test_runs_compare_where_only_the_method_differs(tmp_path, group, change, compares):
+    full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
+    free = make_run(tmp_path / "free", 19.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
+    content = json.loads((free / "eval_results.json").read_text())
+    content[group] |= change
+    write_json(free / "eval_results.json", content)
+    _, ours = read_folders([full, free]).sets
+    assert ours.settings[0].figures.get("quality_share") == (95 if compares else None)
+
+
 def test_runs_of_the_same_samples_share_their_cards(tmp_path):
     full = make_run(tmp_path / "full", 20.0, [1.0] * 4, [4] * 4)
     free = make_run(tmp_path / "free", 19.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
@@ -103,6 +135,42 @@ def test_data_sets_get_tables_of_their_own(tmp_path):
     assert throughput.count("FREE <b>0.4</b>: 200 at 1, 500 at 4") == 2
     assert "FREE (free), iwslt, 3 test samples" in page.text
     assert {row["dataset"] for row in read_csv(tmp_path)} == {"debian_de_en", "iwslt", "a.csv"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "threshold"),
+    [
+        ({"use_shallow_deep": True}, 0.9),
+        ({"use_early_exit": True}, 0.9),
+        ({"use_shallow_deep": True, "shallow2deep_conf_threshold": 0.4}, 0.4),
+        ({"use_early_exit": True, "exit_conf_threshold": 0.0}, 0.0),
+        ({"use_shallow_deep": True, "auto_exit": True}, None),
+        ({"static_exit_layer": 2}, None),
+        ({}, None),
+    ],
+)
+def test_thresholds_that_no_flag_changed_are_shown(tmp_path, flags, threshold):
+    folder = make_run(tmp_path / "run", 20.0, [1.0] * 4, [4] * 4, **flags)
+    (result,) = read_folders([folder]).sets
+    assert result.settings[0].threshold == threshold
+
+
+def test_local_data_of_different_places_get_tables_of_their_own(tmp_path):
+    places = [
+        {"data_dir": "a"},
+        {"data_dir": "b"},
+        {"data_dir": "b", "validation_file": "c.csv"},
+        {"dataset_name": "iwslt", "dataset_config_name": "2017"},
+        {"dataset_name": "iwslt", "source_lang": "de", "target_lang": "en"},
+    ]
+    folders = [
+        make_run(tmp_path / str(number), 20.0, [1.0] * 4, [2, 4, 2, 2], **{"dataset_name": None} | place)
+        for number, place in enumerate(places)
+    ]
+    page = build(tmp_path, *folders)
+    captions = re.findall(r"<caption>(.*?), 4 validation samples", page.source)
+    assert captions == ["a", "b", "c.csv", "iwslt, 2017", "iwslt, de-en"]
+    assert [row["dataset"] for row in read_csv(tmp_path)] == captions
 
 
 def test_both_stages_of_a_run_and_equal_folder_names(tmp_path):

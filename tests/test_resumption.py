@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,14 +25,23 @@ from tiny_runs import (
     refused,
     results_of,
 )
+from transformers import AutoTokenizer
 
 import run
 from models.errors import UserError
 from models.loading import load_model
+from util.arguments import parse_arguments
+from util.data_arguments import DataArguments
 from util.evaluation.identity import total
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
 from util.files import locked_output_dir
+from util.training.identity import (
+    IDENTITY_FILE,
+    identify_training,
+    named_settings,
+    refuse_other_training,
+)
 
 
 def kill_when(condition, flags, seconds=120):
@@ -97,6 +107,20 @@ def test_resume_can_be_switched_on_later(base, tmp_path):
     run.main(as_argv(flags | {"resume_eval": True}))
     ours, theirs = ([json.loads(line) for line in data.splitlines()] for data in (log.read_bytes(), whole))
     assert [row["prediction"] for row in ours] == [row["prediction"] for row in theirs]
+
+
+def test_an_evaluation_that_chose_its_settings_by_time_does_not_continue(base, capsys):
+    flags = base | FREE | {"do_eval": True, "auto_exit": True, "per_device_eval_batch_size": 1}
+    run.main(as_argv(flags))
+    log = Path(flags["output_dir"], "predictions.jsonl")
+    whole = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(whole[:5]))
+    line = refused(flags | {"resume_eval": True}, capsys)
+    assert "--auto_exit learn anew after 5 outputs" in line and "--resume_eval False" in line
+    assert log.read_text() == "".join(whole[:5])
+    log.write_text("".join(whole))  # nothing is left to learn for
+    run.main(as_argv(flags | {"resume_eval": True}))
+    assert log.read_text() == "".join(whole)
 
 
 def test_resuming_with_other_weights_is_refused(base, tmp_path, capsys):
@@ -209,6 +233,46 @@ def test_training_does_not_continue_on_changed_rows(base, rows, tmp_path, capsys
     assert set(losses_of(flags["output_dir"])) == {1, 2, 3, 4}
     replace_unnoticed(data, CHANGES["reference"](data.read_text()))
     assert "other training rows" in refused(flags | {"max_steps": 6}, capsys)
+
+
+OTHER_SETTINGS = {
+    "lora_rank": 8,
+    "lora_alpha": 64,
+    "lora_dropout": 0.5,
+    "lora_target_modules": "q",
+    "warmup_steps": 3,
+    "max_grad_norm": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "data_seed": 7,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_training_continues_with_the_settings_by_which_weights_follow(base, tmp_path, name):
+    flags = base | TRAINING | {"use_lora": True}
+    begun = named_settings(parse_arguments(as_argv(flags)))
+    (tmp_path / IDENTITY_FILE).write_text(json.dumps(begun))
+    checkpoint = str(tmp_path / "checkpoint-2")
+    refuse_other_training(checkpoint, begun)
+    others = named_settings(parse_arguments(as_argv(flags | {name: OTHER_SETTINGS[name]})))
+    with pytest.raises(UserError, match=f"was begun with other --{name}: use those again"):
+        refuse_other_training(checkpoint, others)
+
+
+def test_streamed_questions_are_other_ones_with_another_stride(base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Who?", "context": "c", "answers": "c"}))
+    found = []
+    for stride in (4, 8, 4):
+        data = DataArguments(
+            task="question_answering",
+            train_file=str(tmp_path / "rows.jsonl"),
+            streaming=True,
+            doc_stride=stride,
+        )
+        trainer = SimpleNamespace(processing_class=AutoTokenizer.from_pretrained(base["model_name_or_path"]))
+        found.append(identify_training(data, trainer, None))
+    assert found[0] != found[1] and found[0] == found[2]
 
 
 @pytest.mark.slow

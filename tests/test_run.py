@@ -56,6 +56,9 @@ BAD_FLAGS = {
     "an exit in training": (
         {"exit_adapter_path": "x", "do_train": True},
         "leave --do_train out, or the exit",
+    "workers without training": (
+        {"preprocessing_num_workers": 2},
+        "--preprocessing_num_workers has no effect here: add --do_train",
     ),
     "a stream without training": ({"streaming": True}, "--streaming has no effect here: add --do_train"),
     "nothing is distilled": (
@@ -240,6 +243,15 @@ def test_adaptive_threshold_is_carried_over(base, capsys):
     for name in ("adapt_zeta", "shallow2deep_conf_threshold"):
         line = refused(flags | {name: 0.5, "adapt_threshold_file": str(saved)}, capsys)
         assert f"--{name} 0.5 contradicts --adapt_threshold_file" in line and "begun with 0.9" in line
+
+
+def test_each_stage_leaves_its_own_threshold(base):
+    flags = base | FREE | {"use_adapt_threshold": True, "max_eval_samples": 2, "max_predict_samples": 3}
+    run.main(as_argv(flags | {"do_eval": True, "do_predict": True, "per_device_eval_batch_size": 1}))
+    names = {"adaptive_threshold.json": 2, "adaptive_threshold_test.json": 3}
+    for name, sequences in names.items():
+        content = json.loads(Path(flags["output_dir"], name).read_text())
+        assert content["observed"]["num_sequences"] == sequences
 
 
 def test_exit_layer_of_the_checkpoint_is_the_default(base):

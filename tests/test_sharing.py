@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, RepoUrl
 from real_rows import ROOT
 from tiny_models import tiny_model
 from tiny_runs import FREE, TRAINING, as_argv, base_flags, refused, results_of, save_checkpoint, write_rows
+from transformers.trainer_callback import TrainerState
 
 import models
 import run
@@ -286,6 +287,21 @@ def test_losses_are_shown_with_the_parts_that_there_are():
         "| 2 | 1.000 | 1.500 | 1.250 |",
         "| 3 | 0.500 |  |  |",
     ]
+
+
+@pytest.mark.parametrize(("shallow", "depth"), [(6, 24), (9, 12)])
+def test_losses_of_layers_are_told_apart_as_the_trainer_saves_them(tmp_path, shallow, depth):
+    history = [{"step": 1, "loss": 2.0, f"ce_layer_{shallow}": 1.5, f"ce_layer_{depth}": 1.25}]
+    TrainerState(log_history=history).save_to_json(str(tmp_path / "trainer_state.json"))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert curve_rows(state["log_history"]) == ["| 1 | 2.000 | 1.500 | 1.250 |"]
+
+
+@pytest.mark.parametrize("count", [1, 10, 19, 100])
+def test_a_curve_has_ten_points_at_most_and_the_last_loss(count):
+    history = [{"step": step, "loss": 1 / step} for step in range(1, count + 1)]
+    steps = [int(row.split("|")[1]) for row in curve_rows(history)]
+    assert len(steps) == min(count, 10) and (steps[0], steps[-1]) == (1, count)
 
 
 def test_an_exit_adapter_has_a_card(tmp_path):

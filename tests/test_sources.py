@@ -78,6 +78,20 @@ def test_long_cells_and_strange_tables(tmp_path):
     assert triples(load(tmp_path / "short.csv")) == [("1", "a", "b")]
 
 
+def test_quotation_marks_of_parallel_text_are_text(tmp_path):
+    """Nothing is enclosed there: an unmatched mark would swallow the lines that follow."""
+    lines = ["id\ttext\ttitle", '1\t"Hallo" sagte er.\t"Hello," he said.', '2\t"Ja"\t"Yes"', '3\t"a\tb"']
+    path = tmp_path / "plain.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    assert triples(load(path)) == [tuple(line.split("\t")) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("text", ['"Hallo" sagte er.', "two\nlines", "tab\tand\nline", '"', '"a'])
+def test_quoted_cells_of_tables_are_taken_out(tmp_path, text):
+    rows = [("1", text, "a"), ("2", "b", text)]
+    assert triples(load(write_table(tmp_path / "rows.tsv", rows, "\t"))) == rows
+
+
 JSON_ROWS = """\
 {"id": 1.10, "text": 2008, "title": true}
 {"id": "001", "text": "030", "title": 1.10}
@@ -128,8 +142,10 @@ def test_json_values_are_the_texts_that_are_written(tmp_path, name):
 
 def test_json_columns_and_broken_documents(tmp_path):
     columns = tmp_path / "columns.json"
-    columns.write_text('{\n"id": ["01", 2.50],\n"text": ["a", 7],\n"title": [false, "b"]\n}')
-    assert triples(load(columns)) == [("01", "a", "false"), ("2.50", "7", "b")]
+    for space in ("\n", "", " "):
+        parts = ["{", '"id": ["01", 2.50],', '"text": ["a", 7],', '"title": [false, "b"]', "}\n"]
+        columns.write_text(space.join(parts))
+        assert triples(load(columns)) == [("01", "a", "false"), ("2.50", "7", "b")]
     for content, complaint in {
         '[\n{"text": "a", "title": "b"},\n{"text": \n]': "line 4: not JSON",
         '[{"text": "a", "title": "b"}, 3]': "row 1: not a JSON object",
@@ -138,6 +154,14 @@ def test_json_columns_and_broken_documents(tmp_path):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=complaint):
             load(tmp_path / "bad.json")
+
+
+def test_rows_of_lists_stay_rows(tmp_path):
+    """A line of several, of lists of different lengths, or of a .jsonl file, is no object of columns."""
+    one, two = {"question": ["Who?"], "answers": ["Ada"]}, {"question": ["Who?"], "answers": ["Ada", "A."]}
+    for name, rows in (("a.json", [one, one]), ("b.json", [two]), ("c.jsonl", [one])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert list(load_file(tmp_path / name)) == rows
 
 
 def test_parquet_values_become_text_and_gaps_stay_gaps(tmp_path):

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from training_runs import DATA, EVALUATED, QUIET, as_argv, assert_same, save_base, train, train_flags
 
 import run
+from util.arguments import parse_arguments
 from util.evaluation.decode import describe_batch
+from util.setup import read_split
+from util.training.train import generation_score
 from util.training.trainer import EarlyExitTrainer, last_complete_checkpoint
 
 
@@ -191,6 +194,36 @@ def test_generation_config_of_a_checkpoint_gives_way_to_the_flags(base, tmp_path
     assert kept["num_beams"] == 4 and kept["max_new_tokens"] == 22
 
 
+def test_each_evaluation_while_training_begins_with_the_same_threshold(base, tmp_path, monkeypatch):
+    """What was learnt of earlier weights is not carried on to later ones, which it would tell of falsely."""
+    flags = EVALUATED | {"use_shallow_deep": True, "use_adapt_threshold": True}
+    flags |= {"shallow2deep_conf_threshold": 0.01}
+    arguments = parse_arguments(as_argv(**train_flags(base, tmp_path, **flags, per_device_eval_batch_size=1)))
+    loaded, exit_flags = run.open_model(arguments)
+    examples = read_split(arguments.data, "validation", loaded, 3)
+    thresholds = []
+
+    def spy(loaded, batch, decoded):
+        thresholds.append(decoded.threshold)
+        return describe_batch(loaded, batch, decoded)
+
+    monkeypatch.setattr("util.training.train.describe_batch", spy)
+    evaluate = generation_score(arguments, exit_flags, loaded, examples)
+    assert evaluate() == evaluate()
+    assert thresholds[0] != thresholds[1] and thresholds[:3] == thresholds[3:]
+
+
+@pytest.mark.parametrize(
+    ("given", "best", "greater"), [(None, "bleu", True), ("loss", "loss", False), ("chrf", "chrf", True)]
+)
+def test_the_best_model_is_the_one_by_the_metric_that_is_named(base, tmp_path, given, best, greater):
+    flags = train_flags(base, tmp_path, **EVALUATED, metric_for_best_model=given)
+    arguments = parse_arguments(as_argv(**flags))
+    arguments.connect()
+    training = arguments.training
+    assert (training.metric_for_best_model, training.greater_is_better) == (best, greater)
+
+
 def write_questions(path, answers):
     """Long contexts, of several windows each, and the answers to one question on each."""
     words = [" ".join(f"{word} {number}" for number in range(40)) for word in ("alpha", "beta", "gamma")]
@@ -241,8 +274,6 @@ def test_streamed_training_runs_and_needs_max_steps(base, tmp_path, capsys):
 
 
 def test_paper_settings_are_defaults_that_flags_override():
-    from util.arguments import parse_arguments
-
     flags = {"model_name_or_path": "x", "task": "summarization", "dataset_name": "samsum", "do_eval": True}
     arguments = parse_arguments(as_argv(**flags, output_dir="/tmp", paper_settings=True, learning_rate=3e-4))
     training = arguments.training

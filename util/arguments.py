@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ class Arguments:
     exit: ExitArguments
     backend: BackendArguments
     training: Seq2SeqTrainingArguments
+    best_by_loss: bool = field(default=False, init=False)  # as a flag says; the Trainer does where none does
 
     @property
     def max_length(self) -> int:
@@ -187,6 +188,14 @@ class Arguments:
             not (self.exit.deploy_scenario and launched > 1),
             "--deploy_scenario measures latency in one process: start run.py without torchrun.",
         )
+        decodes = training.do_eval or training.do_predict
+        decodes = decodes or (training.do_train and training.predict_with_generate)
+        learning = [name for name in ("use_adapt_threshold", "auto_exit") if getattr(self.exit, name)]
+        require(
+            not (learning and decodes and launched > 1),
+            f"--{' '.join(learning)} learns from sample to sample, and would learn otherwise from a share: "
+            "start run.py without torchrun.",
+        )
         require(
             training.world_size == launched,
             f"{launched} processes were started, but do not work together on {training.device}: leave "
@@ -199,7 +208,7 @@ class Arguments:
         data.report_dir = training.output_dir if training.process_index == 0 else None
         data.hub = {"token": self.model.token, "cache_dir": self.model.cache_dir}
         by_task = training.load_best_model_at_end and training.predict_with_generate
-        if by_task and training.metric_for_best_model in (None, "loss"):
+        if by_task and not self.best_by_loss and training.metric_for_best_model in (None, "loss"):
             training.metric_for_best_model = TASKS[data.task].main_score
             training.greater_is_better = True
 
@@ -220,7 +229,7 @@ def refuse_flags_of_training(arguments: Arguments) -> None:
     """Raise UserError for a flag that training alone reads; limits on its rows are left, as one file of flags
     serves all stages."""
     way = f"add --do_train, or {LEAVE_IT_OUT}"
-    refuse_unread_flags(arguments.data, {"streaming": way})
+    refuse_unread_flags(arguments.data, dict.fromkeys(("streaming", "preprocessing_num_workers"), way))
     losses = (spec.name for spec in flags_in(arguments.loss) if spec.name != "paper_settings")  # of both
     refuse_unread_flags(arguments.loss, dict.fromkeys(losses, way))
 
@@ -250,7 +259,9 @@ def parse_with_run(
     argv = cpu_launch_flags() + expand_scratch_settings(argv)
     try:
         built = parser.parse(argv)
-        return *built[: len(groups)], Arguments(*built[len(groups) :])
+        arguments = Arguments(*built[len(groups) :])
+        arguments.best_by_loss = given.get("metric_for_best_model") == "loss"
+        return *built[: len(groups)], arguments
     except UserError:
         raise
     except (ValueError, ImportError) as error:  # from TrainingArguments' own checks

@@ -116,7 +116,8 @@ class ExitArguments:
     )
     adapt_threshold_file: str | None = flag(
         None,
-        "FREE: continue from the adaptive_threshold.json of an earlier evaluation.",
+        "FREE: continue from the adaptive_threshold.json of an earlier evaluation (--do_predict: "
+        "adaptive_threshold_test.json).",
         method=FREE_ADAPTIVE,
         file=True,
     )
@@ -145,6 +146,8 @@ class ExitArguments:
             require_file(name, getattr(self, name))
         self._check_calibration()
         self._check_measure()
+        self._check_verification()
+        self._check_auto_exit()
         self._check_catching_up()
 
     @property
@@ -192,13 +195,17 @@ class ExitArguments:
             if spec.metadata["certifiable"] and spec.metadata["changes_outputs"]
         }
 
-    def _check_catching_up(self) -> None:
-        contradictions = {
+    def _against_verification(self) -> dict[str, bool]:
+        """By flag: whether the parallel pass is prevented from saying what full depth says."""
+        return {
             "--copy_skipped_hidden_states": self.copy_skipped_hidden_states,
             "--rollback_conf_threshold": self.rollback_conf_threshold is not None,
             "--parallel_causal_mask False": not self.parallel_causal_mask,
         }
-        found = [name for name, given in contradictions.items() if given]
+
+    def _check_verification(self) -> None:
+        """Lossless decoding and lookups have the parallel pass verify."""
+        found = [name for name, given in self._against_verification().items() if given]
         require(not (self.lossless and found), f"--lossless contradicts {' and '.join(found)}.")
         looks_up = self.lookup_tokens is not None
         require(
@@ -206,16 +213,22 @@ class ExitArguments:
             f"--lookup_tokens is for FREE or full depth: leave out {' '.join(self.methods)}.",
         )
         require(not (looks_up and found), f"--lookup_tokens contradicts {' and '.join(found)}.")
-        settled = contradictions | {
+
+    def _check_auto_exit(self) -> None:
+        """What --auto_exit chooses is not to be given, nor what it cannot rate."""
+        default = ExitArguments.shallow2deep_conf_threshold
+        settled = self._against_verification() | {
             "--use_adapt_threshold": self.use_adapt_threshold,
             "--max_pending_tokens": self.max_pending_tokens is not None,
-            "--lookup_tokens": looks_up,
-            "--shallow2deep_conf_threshold": self.shallow2deep_conf_threshold
-            != ExitArguments.shallow2deep_conf_threshold,
+            "--lookup_tokens": self.lookup_tokens is not None,
+            "--shallow2deep_conf_threshold": self.shallow2deep_conf_threshold != default,
             "--calibrated_threshold_file": self.calibrated_threshold_file is not None,
         }
         found = [name for name, given in settled.items() if given]
         require(not (self.auto_exit and found), f"--auto_exit contradicts {' and '.join(found)}.")
+
+    def _check_catching_up(self) -> None:
+        """Skipped tokens get their deep keys/values in one way."""
         require(
             self.parallel_gen_token or self.copy_skipped_hidden_states,
             "--parallel_gen_token False needs --copy_skipped_hidden_states True: skipped tokens would have "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from models.json_files import read_mapping
@@ -27,6 +28,8 @@ MARK = "<!-- Written from the files of this folder. Without this line, the card 
 UNFILLED = "[More Information Needed]"  # in the card that comes with a LoRA adapter
 RESULTS = {"validation": "eval_results.json", "test": "predict_results.json"}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+EXIT_LOSS = "ce_layer_"  # of logs, before the layer's number
+POINTS = 10  # of a loss curve
 STAMP = "model_files"  # of results: the weights that lay beside them
 FIGURES = {  # of results, besides the scores: how they are called, and decimals
     "samples": ("samples", 0),
@@ -94,7 +97,7 @@ def describe_layers(loaded: LoadedModel) -> str:
 
 
 def loss_curve(states: list[dict[str, Any]]) -> str:
-    """The training losses of runs, about ten points each; empty where none was logged.
+    """The training losses of runs, at most ten points each; empty where none was logged.
 
     `states`: of trainer_state.json.
     """
@@ -104,14 +107,22 @@ def loss_curve(states: list[dict[str, Any]]) -> str:
 
 
 def curve_rows(history: list[dict[str, Any]]) -> list[str]:
-    """About ten points of a run's training losses."""
+    """A run's training losses at up to ten points, the first and the last among them."""
     entries = [entry for entry in history if "loss" in entry]
+    points = sorted({round(place) for place in np.linspace(0, len(entries) - 1, POINTS)}) if entries else []
     rows = []
-    for entry in entries[:: max(1, len(entries) // 10)]:
-        parts = [f"{value:.3f}" for name, value in entry.items() if name.startswith("ce_layer_")]
+    for entry in (entries[point] for point in points):
+        parts = [f"{loss:.3f}" for loss in exit_losses(entry)]
         shallow, last = (parts[0], parts[-1]) if parts else ("", "")
         rows.append(f"| {entry['step']} | {entry['loss']:.3f} | {shallow} | {last} |")
     return rows
+
+
+def exit_losses(entry: dict[str, Any]) -> list[float]:
+    """The cross-entropies of a logged step, the shallowest exit's first: trainer_state.json sorts its keys as
+    texts, `ce_layer_24` before `ce_layer_6`."""
+    names = [name for name in entry if name.startswith(EXIT_LOSS)]
+    return [entry[name] for name in sorted(names, key=lambda name: int(name.removeprefix(EXIT_LOSS)))]
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:

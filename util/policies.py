@@ -73,26 +73,29 @@ def build_policy(flags: ExitArguments, loaded: LoadedModel, max_length: int) -> 
         threshold = calm_threshold(flags, max_length)
         measure = build_measure("--exit_conf_type", flags.exit_conf_type, flags.conf_shortlist, loaded)
         return Calm(measure, threshold, flags.exit_min_layer or 1, flags.exit_layers)
-    if flags.use_shallow_deep and flags.auto_exit:
-        assert flags.shallow_exit_layer is not None
-        kind, shortlist = flags.shallow2deep_conf_type, flags.conf_shortlist
-        measure = build_measure("--shallow2deep_conf_type", kind, shortlist, loaded)
-        return AutoExit([flags.shallow_exit_layer], measure, flags.lossless)
     if flags.use_shallow_deep:
-        return Free(
-            flags.shallow_exit_layer,
-            build_measure(
-                "--shallow2deep_conf_type", flags.shallow2deep_conf_type, flags.conf_shortlist, loaded
-            ),
-            free_threshold(flags),
-            flags.copy_skipped_hidden_states,
-            flags.rollback_conf_threshold,
-            flags.parallel_causal_mask,
-            flags.lossless,
-            flags.max_pending_tokens,
-            lookup,
-        )
+        return build_free(flags, loaded, lookup)
     return FullDepth(lookup)
+
+
+def build_free(flags: ExitArguments, loaded: LoadedModel, lookup: PromptLookup | None) -> Free | AutoExit:
+    """FREE, or what finds its settings by itself."""
+    assert flags.shallow_exit_layer is not None  # as `resolve_exit_arguments` leaves it
+    kind, shortlist = flags.shallow2deep_conf_type, flags.conf_shortlist
+    measure = build_measure("--shallow2deep_conf_type", kind, shortlist, loaded)
+    if flags.auto_exit:
+        return AutoExit([flags.shallow_exit_layer], measure, flags.lossless)
+    return Free(
+        flags.shallow_exit_layer,
+        measure,
+        free_threshold(flags),
+        copy_skipped=flags.copy_skipped_hidden_states,
+        rollback_threshold=flags.rollback_conf_threshold,
+        causal_catch_up=flags.parallel_causal_mask,
+        lossless=flags.lossless,
+        max_pending=flags.max_pending_tokens,
+        lookup=lookup,
+    )
 
 
 def threshold_flag(flags: ExitArguments) -> str:

@@ -7,11 +7,12 @@ them into model inputs for training or evaluation.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UserError
@@ -19,11 +20,11 @@ from models.languages import mark_target
 from models.prompts import Prompt
 from util.data.encoding import Encoder, make_encoder
 from util.data.rows import QUESTION, RowReader, check_columns, read_examples
-from util.data.sources import columns_of, load_rows, peek
+from util.data.sources import Row, columns_of, load_rows, peek
 from util.data.sources import load_file as load_file  # read from here by gpt_eval
 from util.data.windows import split_text
 from util.data_arguments import DataArguments
-from util.files import write_json_lines
+from util.files import read_json_lines, write_json_lines
 from util.tasks import DATASETS, DatasetRecord
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ DEFAULT_COLUMNS = {
     "question_answering": ("question", "answers"),
 }
 QUESTION_COLUMNS = ("id", "window", "source", "target", "references")
+NO_WINDOW = (
+    "its context is longer than --max_source_length, and no part of it holds an answer as it is written"
+)
 
 
 def dataset_record(data_args: DataArguments) -> DatasetRecord:
@@ -92,7 +96,7 @@ def load_examples(
 
     Question answering has the columns references (all right answers) and window as well: contexts too long
     for --max_source_length become several rows of one id. The tokenizer is needed for that and for
-    --drop_long_samples. Rows that cannot be used are counted, and listed in skipped_rows.jsonl.
+    --drop_long_samples. Rows that cannot be used are counted, and listed in skipped_rows.<split>.jsonl.
 
     Raises:
         UserError: there is no such split, file, column or language, or no row can be used.
@@ -110,35 +114,67 @@ def load_examples(
     limit = None if data_args.drop_long_samples else max_samples
     record = with_prefix_for(record, data_args, tokenizer, prompt)
     examples = read_examples(rows, RowReader(record, columns_of(first)), limit)
-    kept = number_repeated_ids(skip_bad_rows(examples, origin, split, data_args), origin)
+    examples = number_repeated_ids(examples, origin)
+    path = skipped_rows_file(data_args, split)
+    kept = skip_bad_rows(examples, origin, path)
     encoder = None if tokenizer is None else make_encoder(tokenizer, prompt)
     if data_args.drop_long_samples and encoder is not None:
         kept = drop_long(kept, encoder, data_args)
     kept = kept if max_samples is None else kept.select(range(min(max_samples, len(kept))))
     if record.task == "question_answering":
-        return split_contexts(kept, kept.column_names, record, data_args, split, encoder)
+        splitter = ContextSplitter(record, data_args, split, encoder)
+        windows = kept.map(splitter.split_batch, batched=True, remove_columns=kept.column_names)
+        list_unanswered(kept, windows, examples, origin, path)
+        return windows
     return kept
 
 
-def skip_bad_rows(examples: Dataset, origin: str, split: str, data_args: DataArguments) -> Dataset:
+def skip_bad_rows(examples: Dataset, origin: str, path: Path | None) -> Dataset:
     """Rows that can be used; the others are counted in a warning and listed with their reasons."""
-    problems = examples["problem"]
+    problems, names = examples["problem"], examples["id"]
     bad = [row for row, problem in enumerate(problems) if problem]
     examples = examples.remove_columns("problem")
-    path, place = skipped_rows_file(data_args, split), "not listed"
     if not bad:
         if path is not None:
             path.unlink(missing_ok=True)  # of an earlier run
         return examples
     if len(bad) == len(problems):
         raise UserError(f"{origin}: none of {len(bad)} rows can be used; row 0: {problems[0]}.")
-    if path is not None:
-        write_json_lines(
-            path, (skipped_entry(origin, row, examples[row]["id"], problems[row]) for row in bad)
-        )
-        place = f"listed in {path}"
-    logger.warning("%s: skipped %d of %d rows (%s).", origin, len(bad), len(problems), place)
+    entries = [skipped_entry(origin, row, names[row], problems[row]) for row in bad]
+    list_skipped(entries, len(problems), path)
     return examples.select(sorted(set(range(len(problems))) - set(bad)))
+
+
+def list_unanswered(
+    questions: Dataset, windows: Dataset, examples: Dataset, origin: str, path: Path | None
+) -> None:
+    """Count and list the questions that are left without a window, after the other `examples` that were
+    skipped.
+
+    Raises:
+        UserError: no window is left.
+    """
+    answered = set(windows["id"])
+    lost = [name for name in questions["id"] if name not in answered]
+    if not lost:
+        return
+    usable = zip(examples["id"], examples["problem"], strict=True)
+    rows = {name: row for row, (name, problem) in enumerate(usable) if not problem}
+    if not answered:
+        raise UserError(f"{origin}: none of {len(lost)} rows can be used; row {rows[lost[0]]}: {NO_WINDOW}.")
+    before = [] if path is None or not path.is_file() else [entry for _, entry in read_json_lines(path)]
+    entries = [skipped_entry(origin, rows[name], name, NO_WINDOW) for name in lost]
+    list_skipped(entries, len(questions), path, before)
+
+
+def list_skipped(
+    entries: list[dict[str, Any]], total: int, path: Path | None, before: Iterable[dict[str, Any]] = ()
+) -> None:
+    """Count rows that are skipped in a warning and list them, after those `before`."""
+    if path is not None:
+        write_json_lines(path, [*before, *entries])
+    place = "not listed" if path is None else f"listed in {path}"
+    logger.warning("%s: skipped %d of %d rows (%s).", entries[0]["origin"], len(entries), total, place)
 
 
 def skipped_rows_file(data_args: DataArguments, split: str) -> Path | None:
@@ -151,10 +187,10 @@ def skipped_entry(origin: str, row: int, name: str, problem: str) -> dict[str, A
 
 
 def number_repeated_ids(examples: Dataset, origin: str) -> Dataset:
-    """Row numbers instead of ids that are not unique."""
+    """Row numbers, those of the file, instead of ids that are not unique among rows that can be used."""
     first_rows: dict[str, int] = {}
-    for row, name in enumerate(examples["id"]):
-        if first_rows.setdefault(name, row) != row:
+    for row, (name, problem) in enumerate(zip(examples["id"], examples["problem"], strict=True)):
+        if not problem and first_rows.setdefault(name, row) != row:
             first = first_rows[name]
             logger.warning("%s: rows %d and %d share the id %r; using row numbers.", origin, first, row, name)
             numbers = [str(number) for number in range(len(examples))]
@@ -162,46 +198,61 @@ def number_repeated_ids(examples: Dataset, origin: str) -> Dataset:
     return examples
 
 
-def split_contexts(
-    examples: Dataset | IterableDataset,
-    columns: list[str],
-    record: DatasetRecord,
-    data_args: DataArguments,
-    split: str,
-    encoder: Encoder | None,
-) -> Dataset | IterableDataset:
-    """One row for each window of a question's context, with other `columns`; for training, only windows that
-    hold the answer."""
+class ContextSplitter:
+    """Makes a row of each window of a question's context; picklable.
 
-    def windows(row: dict[str, Any]) -> list[str]:
-        if encoder is None:
+    For training, of several windows only those are taken that hold an answer, which is then their target. A
+    whole context is taken as it is: its answer may be said in other words.
+    """
+
+    def __init__(
+        self, record: DatasetRecord, data_args: DataArguments, split: str, encoder: Encoder | None
+    ) -> None:
+        self.prefix = record.prefix
+        self.max_source_length = data_args.max_source_length
+        self.doc_stride = data_args.doc_stride
+        self.trains = split == "train"
+        self.encoder = encoder
+
+    def __call__(self, row: Row) -> list[Row]:
+        texts = self._windows(row)
+        whole = len(texts) == 1
+        targets = [self._target(row, text, whole) for text in texts]
+        return [
+            {
+                "id": row["id"],
+                "window": index,
+                "source": self.prefix + QUESTION.format(question=row["question"], context=text),
+                "target": target,
+                "references": row["references"],
+            }
+            for index, (text, target) in enumerate(zip(texts, targets, strict=True))
+            if target is not None
+        ]
+
+    def split_batch(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        windows = [window for row in rows for window in self(row)]
+        return {name: [window[name] for window in windows] for name in QUESTION_COLUMNS}
+
+    def _windows(self, row: Row) -> list[str]:
+        if self.encoder is None:
             return [row["context"]]
-        question = record.prefix + QUESTION.format(question=row["question"], context="")
-        room = data_args.max_source_length - len(encoder.whole_sources([question])[0]) - 1
-        if room <= data_args.doc_stride:
+        question = self.prefix + QUESTION.format(question=row["question"], context="")
+        room = self.max_source_length - len(self.encoder.whole_sources([question])[0]) - 1
+        if room <= self.doc_stride:
             raise UserError(
                 f"Question {row['id']} leaves {room} tokens for its context: raise --max_source_length or "
                 "lower --doc_stride."
             )
-        return split_text(row["context"], encoder.tokenizer, room, data_args.doc_stride)
+        return split_text(row["context"], self.encoder.tokenizer, room, self.doc_stride)
 
-    def expand(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        expanded = [
-            {
-                "id": row["id"],
-                "window": index,
-                "source": record.prefix + QUESTION.format(question=row["question"], context=text),
-                "target": row["target"],
-                "references": row["references"],
-            }
-            for row in rows
-            for index, text in enumerate(windows(row))
-            if split != "train" or any(answer in text for answer in row["references"])
-        ]
-        return {name: [row[name] for row in expanded] for name in QUESTION_COLUMNS}
-
-    return examples.map(expand, batched=True, remove_columns=columns)
+    def _target(self, row: Row, text: str, whole: bool) -> str | None:
+        """What is asked of a window; None if it cannot be learnt there."""
+        if not self.trains:
+            return row["target"]
+        held = (answer for answer in row["references"] if answer in text)
+        return next(held, row["target"] if whole else None)
 
 
 def drop_long(examples: Dataset, encoder: Encoder, data_args: DataArguments) -> Dataset:

@@ -11,13 +11,14 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,9 +37,13 @@ from models.errors import UserError
 from util.data_arguments import DataArguments
 from util.tasks import PARQUET, DatasetRecord
 
+if TYPE_CHECKING:
+    from _csv import _QuotingType as Quoting
+
 SPLIT_FILES = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 READ_ERRORS = (DatasetGenerationError, ValueError, OSError, StopIteration)  # of `datasets`; the last: no rows
 PEEKED_ROWS = 100
+QUOTED = re.compile(r'"([^"]|"")*"')  # as a writer of tables encloses a cell
 
 Row = dict[str, Any]
 
@@ -185,9 +190,13 @@ def open_file(path: Path) -> gzip.GzipFile | io.BufferedReader:
 # Tables
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+def open_table(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
+
+
+def read_csv(path: Path, delimiter: str = ",", quoting: Quoting = csv.QUOTE_MINIMAL) -> Iterator[Row]:
+    with open_table(path) as file:
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(rows, None)
             if header is None:
@@ -206,7 +215,22 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
 
 
 def read_tsv(path: Path) -> Iterator[Row]:
-    return read_csv(path, "\t")
+    """Tables as spreadsheets and pandas write them, and parallel text, where quotation marks are text."""
+    return read_csv(path, "\t", csv.QUOTE_NONE if is_plain(path) else csv.QUOTE_MINIMAL)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file of tabs has no quoted cells: of several columns, each line has all cells, and one begins
+    with a quotation mark that does not enclose it."""
+    columns, found = 0, False
+    with open_table(path) as file:
+        for line in filter(None, (line.rstrip("\r\n") for line in file)):
+            cells = line.split("\t")
+            columns = columns or len(cells)
+            if len(cells) != columns:
+                return False
+            found = found or any(cell.startswith('"') and not QUOTED.fullmatch(cell) for cell in cells)
+    return found and columns > 1
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -220,7 +244,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """JSON lines, or one document: a list of rows, an object of columns, or rows under `data`.
+    """JSON lines, or one document: a list of rows, rows under `data`, or, in a file named .json, an object of
+    columns.
 
     Where a row is an article in the layout of SQuAD's files, its questions are the rows.
     """
@@ -233,8 +258,12 @@ def read_json(path: Path) -> Iterator[Row]:
         if is_document(path, first):
             yield from document_rows(path, first + file.read())
             return
+        second = next(lines, None)
+        if second is None and holds_columns(path, first):
+            yield from document_rows(path, first)
+            return
         yield from expand(parse_line(path, number, first), f"{path}, line {number}")
-        for number, line in lines:
+        for number, line in chain(filter(None, [second]), lines):
             yield from expand(parse_line(path, number, line), f"{path}, line {number}")
 
 
@@ -246,6 +275,14 @@ def is_document(path: Path, first: bytes) -> bool:
         return is_wrapped(parse(first))
     except ValueError:  # a value over several lines, or a broken row
         return file_format(path) == "json"
+
+
+def holds_columns(path: Path, line: bytes) -> bool:
+    """Whether the only line of a file is an object of columns: lists of one length."""
+    value = parse(line) if file_format(path) == "json" else None
+    if not isinstance(value, dict) or not all(isinstance(column, list) for column in value.values()):
+        return False
+    return len({len(column) for column in value.values()}) == 1
 
 
 def is_wrapped(value: Any) -> bool:

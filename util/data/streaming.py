@@ -18,7 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from models.errors import UserError
 from models.prompts import Prompt
 from util.data.encoding import make_encoder
-from util.data.examples import skipped_entry, skipped_rows_file, split_contexts, with_prefix_for
+from util.data.examples import (
+    NO_WINDOW,
+    QUESTION_COLUMNS,
+    ContextSplitter,
+    skipped_entry,
+    skipped_rows_file,
+    with_prefix_for,
+)
 from util.data.rows import RowReader, check_columns
 from util.data.sources import READ_ERRORS, Row, Rows, columns_of, load_rows, peek
 from util.data_arguments import DataArguments
@@ -54,18 +61,18 @@ def stream_training_rows(
     check_columns(first, record, origin)
     record = with_prefix_for(record, data_args, tokenizer, prompt)
     reader = RowReader(record, columns_of(first))
+    splitter, columns = None, [name for name in reader.features if name != "problem"]
+    if record.task == "question_answering":
+        splitter = ContextSplitter(record, data_args, "train", make_encoder(tokenizer, prompt))
+        columns = list(QUESTION_COLUMNS)
     stream = {
         "rows": rows,
         "limit": data_args.max_train_samples,
         "reader": reader,
         "skipped": SkippedRows(origin, skipped_rows_file(data_args, "train")),
+        "splitter": splitter,
     }
     examples = IterableDataset.from_generator(usable_examples, gen_kwargs=stream)
-    columns = [name for name in reader.features if name != "problem"]
-    if record.task == "question_answering":
-        whole = make_encoder(tokenizer, prompt)
-        examples = split_contexts(examples, columns, record, data_args, "train", whole)
-        columns = ["id", "window", "source", "target", "references"]
     lengths = (data_args.max_source_length, data_args.max_target_length)
     say_cut = partial(Tally().add, "A source is cut to --max_source_length %d", data_args.max_source_length)
     encode = make_encoder(tokenizer, prompt, *lengths, on_cut=say_cut)
@@ -83,17 +90,24 @@ def read_rows(rows: Rows, origin: str) -> Iterator[Row]:
         raise UserError(f"{origin}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
-def usable_examples(rows: Rows, limit: int | None, reader: RowReader, skipped: SkippedRows) -> Iterator[Row]:
-    """Examples of one pass over the first rows that can be used; the others are handed to `skipped`."""
+def usable_examples(
+    rows: Rows,
+    limit: int | None,
+    reader: RowReader,
+    skipped: SkippedRows,
+    splitter: ContextSplitter | None = None,
+) -> Iterator[Row]:
+    """Examples of one pass over the first rows that can be used, or of their windows; the others are handed
+    to `skipped`."""
     total, bad = 0, 0
     for total, row in enumerate(islice(read_rows(rows, skipped.origin), limit), 1):
         example = reader(row, total - 1)
         problem = example.pop("problem")
-        if problem:
+        found = [] if problem else [example] if splitter is None else splitter(example)
+        if not found:
             bad += 1
-            skipped.add(total - 1, example["id"], problem)
-        else:
-            yield example
+            skipped.add(total - 1, example["id"], problem or NO_WINDOW)
+        yield from found
     if bad == total:
         raise UserError(f"{skipped.origin}: none of {bad} rows can be used; {skipped.first}.")
     if bad:

@@ -23,11 +23,12 @@ from models.trace import trace_layers
 from util.analysis import GOOD_SHARE, pareto_front
 from util.data.encoding import encoder_for
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
+from util.evaluation.metrics import Measured
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
 from util.evaluation.shards import Shards, share_out
 from util.evaluation.significance import draw_scores, interval, sum_ratio_interval
-from util.evaluation.summary import summarize, texts_of
+from util.evaluation.summary import measure_samples, seconds_by_sample, summarize
 from util.evaluation.timing_doubts import doubt_speedup, possible_speedup
 from util.methods import BASELINE, HF_GENERATE
 from util.progress import track
@@ -193,13 +194,14 @@ def compare(settings: list[LiveSetting], evaluation: EvaluationSettings) -> list
     """One row a setting: its own figures, and those relative to full depth, with 95% intervals."""
     quality = TASKS[evaluation.task].main_score
     baselines = {setting.group: setting for setting in settings if setting.method == BASELINE}
-    own = {setting.name: summarize_setting(setting, evaluation) for setting in settings}
-    draws = {
-        setting.name: draw_scores(
-            evaluation.task, *texts_of(best_windows(setting.records)), language=evaluation.language
-        )[quality]
+    measured = {
+        setting.name: measure_samples(best_windows(setting.records), evaluation.task, evaluation.language)
         for setting in settings
     }
+    own = {
+        setting.name: summarize_setting(setting, measured[setting.name], evaluation) for setting in settings
+    }
+    draws = {name: draw_scores(corpus)[quality] for name, corpus in measured.items()}
     for setting in track(settings, "Comparing", "setting"):
         row, baseline = own[setting.name], baselines[setting.group]
         scores = row[quality], own[baseline.name][quality]
@@ -212,11 +214,12 @@ def compare(settings: list[LiveSetting], evaluation: EvaluationSettings) -> list
     return list(own.values())
 
 
-def summarize_setting(setting: LiveSetting, evaluation: EvaluationSettings) -> dict[str, Any]:
+def summarize_setting(
+    setting: LiveSetting, measured: Measured, evaluation: EvaluationSettings
+) -> dict[str, Any]:
     """A setting's own figures."""
-    summary = summarize(
-        setting.records, replace(evaluation, batch_size=setting.batch_size), setting.num_layers
-    )
+    own = replace(evaluation, batch_size=setting.batch_size)
+    summary = summarize(setting.records, measured, own, setting.num_layers)
     del summary["arguments"]
     return setting.as_row() | summary
 
@@ -243,7 +246,7 @@ def share_equal(records: list[Record], baseline: list[Record]) -> float:
 
 def compare_speed(records: list[Record], baseline: list[Record]) -> dict[str, Any]:
     """Speed-up over the baseline: in total time, with its interval, and of the median sample; its doubt."""
-    ours, theirs = ([record.seconds for record in rows] for rows in (records, baseline))
+    ours, theirs = (seconds_by_sample(rows) for rows in (records, baseline))
     speedup, bounds = sum(theirs) / sum(ours), sum_ratio_interval(theirs, ours)
     return {
         "speedup": speedup,

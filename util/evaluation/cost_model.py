@@ -39,7 +39,8 @@ class CostModel:
 
     @classmethod
     def measure(cls, loaded: LoadedModel, tokens: list[int], seconds: list[float]) -> CostModel:
-        """Time layers and head alone; take the rest from (N,) samples decoded at full depth."""
+        """Time layers and head alone; take the rest from (N,) samples, not all of one length, decoded at full
+        depth."""
         parts = time_parts(loaded)
         per_token, per_sample = np.polyfit(tokens, seconds, 1)
         step = per_token - loaded.view.num_layers * parts["layer"] - parts["head"]

@@ -15,7 +15,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.generation import GenerateEncoderDecoderOutput
 
+from models.auto_exit import AutoExit
 from models.decoding import DecodeStats
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel
 from models.threshold import AdaptiveThreshold
@@ -28,7 +30,14 @@ from util.evaluation.metrics import Reference
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, best_windows
 from util.evaluation.shards import launched_shards, share_out
-from util.evaluation.summary import check_baseline, judge, read_baseline, summarize, write_sample_scores
+from util.evaluation.summary import (
+    check_baseline,
+    judge,
+    measure_samples,
+    read_baseline,
+    summarize,
+    write_sample_scores,
+)
 from util.progress import track
 from util.timing import Stopwatch
 
@@ -69,7 +78,8 @@ def evaluate(
     """Decode all examples as `decode_split` does and sum them up; None where that returns None.
 
     Raises:
-        UserError: asked to continue an evaluation that had other settings, or an unusable baseline.
+        UserError: asked to continue an evaluation that had other settings, or one that learnt what it cannot
+            learn again, or an unusable baseline.
     """
     baseline = read_baseline(settings.baseline_predictions)
     if baseline is not None:  # now, not after hours
@@ -78,13 +88,13 @@ def evaluate(
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
-    results = summarize(records, settings, loaded.view.num_layers)
     samples = best_windows(records)
-    scores_path = settings.predictions_file.with_suffix(".scores.jsonl")
-    write_sample_scores(scores_path, samples, settings.task, settings.language)
+    measured = measure_samples(samples, settings.task, settings.language)
+    results = summarize(records, measured, settings, loaded.view.num_layers)
+    write_sample_scores(settings.predictions_file.with_suffix(".scores.jsonl"), samples, measured)
     cut = count_long_sources(examples, encoder_for(loaded, settings.max_source_length))
     extra = {"truncated_sources": cut, "environment": environment(loaded)}
-    return results | judge(samples, settings, baseline) | extra
+    return results | judge(samples, measured, settings, baseline) | extra
 
 
 def decode_split(
@@ -92,7 +102,7 @@ def decode_split(
 ) -> list[Record] | None:
     """Decode all examples (columns id, source, target), or those an interrupted evaluation left over.
 
-    Processes share them as `share_out` says. (An adaptive threshold then learns from its own share.)
+    Processes share them as `share_out` says.
     """
 
     def decode(rows: range, log: PredictionLog) -> list[Record]:
@@ -117,6 +127,7 @@ def decode_share(
     """Records of this process's samples, those of an interrupted evaluation first."""
     done = len(log.records)
     if done < len(examples):  # else its last batch may be a short one
+        refuse_forgetful(policy, done)
         log.keep(log.records[: done // settings.batch_size * settings.batch_size])
     replay_calibration(policy, log.records)
     batches = list(batch_indices(len(log.records), len(examples), settings.batch_size))
@@ -219,6 +230,15 @@ def describe_batch(loaded: LoadedModel, batch: Dataset, decoded: Decoded) -> lis
 def reference_of(example: dict[str, Any]) -> Reference:
     """What a sample's output is judged by."""
     return example.get("references") or example["target"]
+
+
+def refuse_forgetful(policy: ExitPolicy | None, done: int) -> None:
+    """Raise UserError for a policy that learnt from the `done` records and is not told of it again."""
+    if done and isinstance(policy, AutoExit):
+        raise UserError(
+            f"--resume_eval True would let --auto_exit learn anew after {done} outputs, by whose seconds it "
+            "had chosen: start afresh with --resume_eval False."
+        )
 
 
 def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None:

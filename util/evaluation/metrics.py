@@ -13,7 +13,8 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Protocol
 
@@ -83,6 +84,7 @@ class CorpusBleu:
         self.sentence_bleu = BLEU(tokenize=tokenizer, effective_order=True)
         for metric in (self.bleu, self.chrf):
             metric.num_refs = 1  # for the signatures
+        self.width = 2 + 2 * self.bleu.max_ngram_order  # BLEU's: two lengths, n-grams that match, and all
 
     @property
     def signatures(self) -> dict[str, str]:
@@ -93,7 +95,6 @@ class CorpusBleu:
         counts = [
             metric._extract_corpus_statistics(predictions, columns) for metric in (self.bleu, self.chrf)
         ]
-        self.width = len(counts[0][0])
         return np.concatenate([np.array(rows, dtype=float) for rows in counts], axis=1)
 
     def scores(self, statistics: np.ndarray) -> dict[str, float]:
@@ -163,11 +164,30 @@ def make_metric(task: str, language: str | None = None) -> Metric:
     return METRICS[TASKS[task].metric](language)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A corpus by the statistics of its samples (N, K): scores of all, of some and of resamples follow."""
+
+    metric: Metric
+    statistics: np.ndarray
+
+    def scores(self, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, float]:
+        """Scores of all samples, or of these rows."""
+        return self.metric.scores(self.statistics if rows is None else self.statistics[rows])
+
+
+def measure(
+    task: str, predictions: list[str], references: list[Reference], language: str | None = None
+) -> Measured:
+    """Count what the task's scores of a corpus need; the slow part of them."""
+    metric = make_metric(task, language)
+    if language is None and isinstance(metric, CorpusBleu):
+        warn_of_script(references)
+    return Measured(metric, metric.statistics(predictions, references))
+
+
 def compute_scores(
     task: str, predictions: list[str], references: list[Reference], language: str | None = None
 ) -> dict[str, float]:
     """The task's scores of a corpus."""
-    metric = make_metric(task, language)
-    if language is None and isinstance(metric, CorpusBleu):
-        warn_of_script(references)
-    return metric.scores(metric.statistics(predictions, references))
+    return measure(task, predictions, references, language).scores()

@@ -8,50 +8,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from util.evaluation.metrics import Reference, compute_scores, make_metric
+from util.evaluation.metrics import Measured
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
-def draw_scores(
-    task: str,
-    predictions: list[str],
-    references: list[Reference],
-    seed: int = 0,
-    language: str | None = None,
-) -> dict[str, np.ndarray]:
-    """Each of the task's scores on every resample: (RESAMPLES,). Equal sizes and seeds draw equal samples."""
-    metric = make_metric(task, language)
-    statistics = metric.statistics(predictions, references)
-    draws = [metric.scores(statistics[rows]) for rows in resamples(len(statistics), seed)]
-    return {name: np.array([draw[name] for draw in draws]) for name in metric.names}
+def draw_scores(corpus: Measured, seed: int = 0) -> dict[str, np.ndarray]:
+    """Each score on every resample: (RESAMPLES,). Equal sizes and seeds draw equal samples."""
+    draws = [corpus.scores(rows) for rows in resamples(len(corpus.statistics), seed)]
+    return {name: np.array([draw[name] for draw in draws]) for name in corpus.metric.names}
 
 
-def confidence_intervals(
-    task: str,
-    predictions: list[str],
-    references: list[Reference],
-    seed: int = 0,
-    language: str | None = None,
-) -> dict[str, list[float]]:
-    """95% interval [low, high] of each of the task's scores."""
-    draws = draw_scores(task, predictions, references, seed, language)
-    return {name: interval(values) for name, values in draws.items()}
+def confidence_intervals(corpus: Measured, seed: int = 0) -> dict[str, list[float]]:
+    """95% interval [low, high] of each score."""
+    return {name: interval(values) for name, values in draw_scores(corpus, seed).items()}
 
 
 def paired_bootstrap(
-    task: str,
-    predictions: list[str],
-    baseline: list[str],
-    references: list[Reference],
-    seed: int = 0,
-    language: str | None = None,
+    system: Measured, baseline: Measured, seed: int = 0
 ) -> dict[str, dict[str, float | list[float]]]:
     """Difference to a baseline on the same samples: its value, 95% interval and two-sided p-value."""
-    systems = (predictions, baseline)
-    ours, theirs = (draw_scores(task, texts, references, seed, language) for texts in systems)
-    our_score, their_score = (compute_scores(task, texts, references, language) for texts in systems)
+    ours, theirs = (draw_scores(corpus, seed) for corpus in (system, baseline))
+    our_score, their_score = system.scores(), baseline.scores()
     results: dict[str, dict[str, float | list[float]]] = {}
     for name in ours:
         differences = ours[name] - theirs[name]

@@ -6,12 +6,13 @@ Functions of records alone: they know nothing of models.
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from util.evaluation.metrics import Reference, compute_scores, make_metric
+from util.evaluation.metrics import Measured, Reference, measure
 from util.evaluation.records import EvaluationSettings, Record, Referenced, best_windows, collect_samples
 from util.evaluation.significance import confidence_intervals, paired_bootstrap
 from util.files import read_user_lines, write_json_lines
@@ -19,26 +20,38 @@ from util.files import read_user_lines, write_json_lines
 Baseline = dict[str, Referenced]  # by id
 
 
-def summarize(records: list[Record], settings: EvaluationSettings, num_layers: int) -> dict[str, Any]:
-    """Quality, latency and depth of all samples."""
+def summarize(
+    records: list[Record], measured: Measured, settings: EvaluationSettings, num_layers: int
+) -> dict[str, Any]:
+    """Quality, latency and depth of all samples, which are `measured`."""
     tokens = sum(record.tokens for record in records)
     seconds = sum(record.seconds for record in records)
     exits = [layer for record in records for layer in record.exit_layers or ()]
     samples = best_windows(records)
     results = {
-        **score(samples, settings.task, settings.language),
+        **score(samples, measured),
         "samples": len(samples),
         "batch_size": settings.batch_size,
         "seconds": seconds,
-        "seconds_per_sample_median": statistics.median(record.seconds for record in records),
+        "seconds_per_sample_median": statistics.median(seconds_by_sample(records)),
         "tokens": tokens,
-        "tokens_per_sample": tokens / len(records),
+        "tokens_per_sample": tokens / len(samples),
         "tokens_per_second": tokens / seconds,
         "ms_per_token": 1000 * seconds / tokens,
     }
     if exits:
         results |= summarize_depth(records, exits, tokens, num_layers)
     return results | {"arguments": settings.arguments}
+
+
+def seconds_by_sample(records: list[Record]) -> list[float]:
+    """Of each sample, with all windows of its context."""
+    if records[0].window is None:
+        return [record.seconds for record in records]
+    sums: dict[str, float] = defaultdict(float)
+    for record in records:
+        sums[record.id] += record.seconds
+    return list(sums.values())
 
 
 def summarize_depth(records: list[Record], exits: list[int], tokens: int, num_layers: int) -> dict[str, Any]:
@@ -59,35 +72,32 @@ def summarize_depth(records: list[Record], exits: list[int], tokens: int, num_la
     }
 
 
-def score(records: list[Record], task: str, language: str | None) -> dict[str, Any]:
+def measure_samples(samples: list[Record], task: str, language: str | None) -> Measured:
+    return measure(task, *texts_of(samples), language)
+
+
+def score(samples: list[Record], measured: Measured) -> dict[str, float]:
     """The task's metrics; where the data set marks rows whose target is in train, also without them."""
-
-    def of(rows: list[Record]) -> dict[str, float]:
-        return compute_scores(task, *texts_of(rows), language)
-
-    unseen = [row for row in records if not row.seen_in_train]
-    scores = of(records)
-    if 0 < len(unseen) < len(records):
-        scores |= {f"{name}_unseen": value for name, value in of(unseen).items()}
+    unseen = [row for row, sample in enumerate(samples) if not sample.seen_in_train]
+    scores = measured.scores()
+    if 0 < len(unseen) < len(samples):
+        scores |= {f"{name}_unseen": value for name, value in measured.scores(unseen).items()}
     return scores
 
 
-def judge(records: list[Record], settings: EvaluationSettings, baseline: Baseline | None) -> dict[str, Any]:
+def judge(
+    samples: list[Record], measured: Measured, settings: EvaluationSettings, baseline: Baseline | None
+) -> dict[str, Any]:
     """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
-    predictions, references = texts_of(records)
-    results: dict[str, Any] = {
-        "confidence_intervals": confidence_intervals(
-            settings.task, predictions, references, language=settings.language
-        )
-    }
-    signatures = make_metric(settings.task, settings.language).signatures
+    results: dict[str, Any] = {"confidence_intervals": confidence_intervals(measured)}
+    signatures = measured.metric.signatures
     if signatures:
         results["signatures"] = signatures
     if baseline is not None:
-        theirs = [baseline[record.id].prediction for record in records]
-        results["vs_baseline"] = paired_bootstrap(
-            settings.task, predictions, theirs, references, language=settings.language
-        )
+        theirs = [baseline[sample.id].prediction for sample in samples]
+        references = [sample.reference for sample in samples]
+        others = measure(settings.task, theirs, references, settings.language)
+        results["vs_baseline"] = paired_bootstrap(measured, others)
     return results
 
 
@@ -127,12 +137,7 @@ def check_baseline(path: Path | None, baseline: Baseline, samples: Iterable[tupl
         )
 
 
-def write_sample_scores(path: Path, records: list[Record], task: str, language: str | None) -> None:
+def write_sample_scores(path: Path, samples: list[Record], measured: Measured) -> None:
     """One line a sample: its id and its own scores."""
-    metric = make_metric(task, language)
-    statistics = metric.statistics(*texts_of(records))
-    rows = (
-        {"id": record.id, **metric.scores(statistics[index : index + 1])}
-        for index, record in enumerate(records)
-    )
+    rows = ({"id": sample.id, **measured.scores([row])} for row, sample in enumerate(samples))
     write_json_lines(path, rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,6 @@ class Line:
 
     name: str
     points: Sequence[tuple[float, float]]
-    counts: list[int] = field(default_factory=list)
 
 
 def near_points(points: Sequence[Point], line: float | None) -> list[Point]:

@@ -15,8 +15,11 @@ from typing import Any, TypeVar
 
 from models.errors import UserError
 from models.json_files import check_fields, fits, read_mapping
+from util.data_arguments import LIMITS
 from util.evaluation.records import SETTING_COLUMNS, Record, Trace, read_records
+from util.exit_arguments import ExitArguments
 from util.files import read_json_lines
+from util.flags import flags_in
 from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.report.results import JudgeScores, Results, ResultSet, SettingResults
 from util.tasks import TASKS
@@ -64,6 +67,17 @@ SHAPES = {  # of what is read from any of the files
     "num_layers": int,
     "shallow_layer": int | None,
     "threshold": float | None,
+}
+THRESHOLDS = {"use_early_exit": "exit_conf_threshold", "use_shallow_deep": "shallow2deep_conf_threshold"}
+SAME_ENVIRONMENT = ("dtype", "backend", "precision")
+APART = {  # arguments in which runs of the same model on the same samples may differ
+    *(spec.name for spec in flags_in(ExitArguments)),
+    "exit_adapter_path",
+    "exit_precision",
+    *("train_file", "validation_file", "test_file", "data_dir"),  # what is in them is compared
+    *LIMITS,
+    *("backend", "precision"),  # the environment says which it was
+    "threads",  # of which time depends
 }
 INTERVAL_KEYS = ("interval", "quality_share_interval", "speedup_interval")
 
@@ -210,7 +224,7 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
         name=label,
         method=name_method(arguments, figures),
         checkpoint=Path(arguments.get("model_name_or_path") or "").name,
-        threshold=arguments.get("shallow2deep_conf_threshold", arguments.get("exit_conf_threshold")),
+        threshold=find_threshold(arguments),
         shallow_layer=arguments.get("shallow_exit_layer") or arguments.get("static_exit_layer"),
         batch_size=figures["batch_size"],
         num_layers=count_layers(records, figures["batch_size"]),
@@ -255,6 +269,14 @@ def name_method(arguments: dict[str, Any], figures: dict[str, Any]) -> str:
     return with_lookup(method, arguments.get("lookup_tokens"))
 
 
+def find_threshold(arguments: dict[str, Any]) -> float | None:
+    """The threshold of a run's method, where a flag or its default says it."""
+    switch = next((name for name in THRESHOLDS if arguments.get(name)), None)
+    if switch is None or arguments.get("auto_exit"):
+        return None
+    return arguments.get(THRESHOLDS[switch], getattr(ExitArguments, THRESHOLDS[switch]))
+
+
 def count_layers(records: list[Record], batch_size: int) -> int | None:
     """The decoder's layers: `full_layer_calls` is their number times the steps, shared by the first batch."""
     batch = records[:batch_size]
@@ -281,11 +303,12 @@ def compare_runs(runs: list[ResultSet]) -> None:
 
 
 def is_comparable(run: ResultSet, other: ResultSet) -> bool:
-    """Whether only the method differs: same weights, precision and samples."""
+    """Whether only the method differs: same weights, samples, lengths, prompts, backend and precision."""
 
     def identity(result: ResultSet) -> list[Any]:
-        samples = [(record.id, record.reference) for record in result.settings[0].records]
-        return [result.arguments.get("model_name_or_path"), result.environment.get("dtype"), samples]
+        samples = [(record.id, record.source, record.reference) for record in result.settings[0].records]
+        arguments = {name: value for name, value in result.arguments.items() if name not in APART}
+        return [arguments, [result.environment.get(name) for name in SAME_ENVIRONMENT], samples]
 
     return bool(run.settings[0].records) and identity(run) == identity(other)
 

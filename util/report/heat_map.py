@@ -60,9 +60,9 @@ class Shown:
 
 def heat_section(sets: list[ResultSet]) -> dict[str, Any] | None:
     """A few samples whose tokens left at different layers, as one setting of each method decoded them."""
-    groups: dict[tuple[str | None, str | None], list[ResultSet]] = {}
+    groups: dict[tuple[str, str | None], list[ResultSet]] = {}
     for result in sets:
-        groups.setdefault((result.dataset, result.split), []).append(result)
+        groups.setdefault((result.origin, result.split), []).append(result)
     samples = [sample for group in groups.values() for sample in heat_samples(group)][:MAX_HEAT_SAMPLES]
     if not samples:
         return None

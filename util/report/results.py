@@ -36,9 +36,19 @@ class ResultSet:
     interleaved: bool = False  # the settings decoded in turn: only then their times compare
 
     @property
+    def origin(self) -> str:
+        """Where the samples come from, as far as flags say: data set or file, folder, configuration,
+        languages."""
+        given = self.arguments
+        place = given.get(f"{self.split}_file") or given.get("data_dir")
+        languages = "-".join(filter(None, (given.get("source_lang"), given.get("target_lang"))))
+        parts = filter(None, (self.dataset, place, given.get("dataset_config_name"), languages))
+        return ", ".join(dict.fromkeys(parts)) or "local data"
+
+    @property
     def data(self) -> str:
-        """Which samples these are; figures of different ones do not belong into one table."""
-        return f"{self.dataset or 'local data'}, {self.samples} {self.split} samples"
+        """What a caption says of the samples; figures under different captions are in different tables."""
+        return f"{self.origin}, {self.samples} {self.split} samples"
 
     @property
     def main_settings(self) -> list[SettingResults]:

@@ -137,8 +137,8 @@ def score_name(result: ResultSet) -> str:
 
 def flat_figures(result: ResultSet, setting: SettingResults) -> dict[str, Any]:
     """A CSV row: all figures as they are, intervals as two columns."""
-    names = ("label", "dataset", "split", "samples", "interleaved")
-    row: dict[str, Any] = {"results" if name == "label" else name: getattr(result, name) for name in names}
+    row: dict[str, Any] = {"results": result.label, "dataset": result.origin}
+    row |= {name: getattr(result, name) for name in ("split", "samples", "interleaved")}
     for key in ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size"):
         row[key] = getattr(setting, key)
     for key, value in setting.figures.items():

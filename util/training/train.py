@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
+    PreTrainedModel,
     Seq2SeqTrainingArguments,
 )
 from transformers.trainer_callback import TrainerState
@@ -31,41 +32,48 @@ from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.exit_adapter import exit_adapter_of
 from models.exit_heads import ExitConfig, attach_exit_heads, freeze_backbone
+from models.exit_policy import ExitPolicy
 from models.layer_skip import ExitCurriculum, LayerDropout
 from models.loading import LoadedModel, load_model
 from models.lora import add_lora, is_adapted, merge_lora
 from models.losses import ConfidenceHeadLoss, ExitLoss, build_confidence_head_loss, build_exit_loss
-from models.prompts import Prompt
 from util.arguments import Arguments, LossArguments
 from util.data.examples import dataset_record, load_examples, target_language, tokenize
 from util.data.preparation import LABEL_MULTIPLE
-from util.data.sources import RowFile, load_rows
 from util.data.streaming import stream_training_rows
-from util.data_arguments import DataArguments
 from util.evaluation.decode import batch_indices, decode_batch, describe_batch
-from util.evaluation.identity import fingerprint, hash_rows, hash_tokenizer
+from util.evaluation.identity import fingerprint
 from util.evaluation.records import EvaluationSettings, best_windows
 from util.evaluation.shards import launched_shards
-from util.evaluation.summary import score
+from util.evaluation.summary import measure_samples, score
 from util.exit_arguments import ExitArguments
-from util.files import content_hash, file_hash, write_json
+from util.files import write_json
+from util.flags import differs, flags_in, require
+from util.loss_arguments import LoraArguments
 from util.policies import build_policy
+from util.training.identity import (
+    IDENTITY_FILE,
+    identify_training,
+    named_settings,
+    refuse_other_exits,
+    refuse_other_training,
+)
 from util.training.optimizer import build_muon
 from util.training.progress import progress_callbacks
 from util.training.tracking import SampleTables, taught_exits
 from util.training.trainer import EarlyExitTrainer, find_damage, last_complete_checkpoint, whole_weights
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 logger = logging.getLogger(__name__)
 
-IDENTITY_FILE = "training_identity.json"
-OPTIMIZING = (  # flags of Hugging Face's that say how weights follow the loss
-    "learning_rate",
-    "lr_scheduler_type",
-    "optim",
-    "seed",
-    "weight_decay",
-    "label_smoothing_factor",
-)
+OF_ADAPTERS = {  # by flag: the field of PEFT's configuration
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+}
 FP16_OVERFLOWS = ("t5", "mt5", "umt5", "longt5")
 
 
@@ -77,10 +85,8 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     loss, exit_config = build_loss(arguments, loaded)
     if arguments.training.fp16 and loaded.model.config.model_type in FP16_OVERFLOWS:
         raise UserError(f"{loaded.model.config.model_type} overflows when trained in fp16: use --bf16.")
-    if arguments.lora.use_lora and not is_adapted(loaded.model):
-        flags = arguments.lora
-        settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
-        loaded.model = add_lora(loaded.model, *settings)
+    if arguments.lora.use_lora:
+        loaded.model = with_adapter(loaded.model, arguments.lora)
     trainer = build_trainer(arguments, exit_flags, loaded, exit_loss=loss, exit_config=exit_config)
     resume = arguments.training.resume_from_checkpoint
     newest = resume or last_complete_checkpoint(arguments.training.output_dir)
@@ -99,6 +105,29 @@ def train(arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel) 
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     loaded.model = merge_lora(loaded.model)
+
+
+def with_adapter(model: PreTrainedModel | PeftModel, flags: LoraArguments) -> PeftModel:
+    """The model with an adapter to train: the one that it brought, or a new one.
+
+    Raises:
+        UserError: flags contradict the adapter that it brought.
+    """
+    if not is_adapted(model):
+        settings = (flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
+        return add_lora(model, *settings)
+    for spec in flags_in(flags):
+        if spec.name in OF_ADAPTERS and differs(flags, spec):
+            given, own = (
+                getattr(flags, spec.name),
+                getattr(model.active_peft_config, OF_ADAPTERS[spec.name], None),
+            )
+            require(
+                (set(given) if isinstance(own, set) else given) == own,
+                f"--{spec.name} {given} contradicts the adapter of --model_name_or_path, which has {own}: "
+                f"leave --{spec.name} out, or name the base model to train a new adapter.",
+            )
+    return model
 
 
 def is_finished(trainer: EarlyExitTrainer) -> bool:
@@ -138,50 +167,6 @@ def train_or_explain(trainer: EarlyExitTrainer, resume: str | None) -> TrainOutp
 
 def is_full(folder: str) -> bool:
     return shutil.disk_usage(folder).free < 1 << 20
-
-
-def refuse_other_exits(checkpoint: str, exit_config: ExitConfig) -> None:
-    """Raise UserError if a training run to continue was begun with another exit loss or layer."""
-    if ExitConfig.load(checkpoint) != exit_config:
-        raise UserError(
-            f"{checkpoint} was begun with other exit settings: use its flags, or another --output_dir."
-        )
-
-
-def identify_training(
-    data: DataArguments, trainer: EarlyExitTrainer, prompt: Prompt | None
-) -> dict[str, str]:
-    """What is learnt from: the encoded rows; of a stream, not read to its end, what they come from."""
-    identity = {"tokenizer": hash_tokenizer(trainer.processing_class)}
-    if not data.streaming:
-        return identity | {"training rows": hash_rows(trainer.train_dataset)}
-    record = dataset_record(data)
-    rows, origin = load_rows(record, data, "train", streaming=True)
-    files = [file_hash(path) for path in rows.paths] if isinstance(rows, RowFile) else [origin]
-    reading = [record.source, record.target, record.prefix, record.languages, record.config, record.revision]
-    lengths = [data.max_source_length, data.max_target_length, data.max_train_samples]
-    prompts = [] if prompt is None else [asdict(prompt)]
-    return identity | {"training rows": content_hash([files, reading, lengths, *prompts])}
-
-
-def named_settings(arguments: Arguments) -> dict[str, str]:
-    """By flag: what the loss is, and how weights follow it. How long and on how many processes may change."""
-    settings = asdict(arguments.loss) | {name: getattr(arguments.training, name) for name in OPTIMIZING}
-    return {f"--{name}": str(value) for name, value in settings.items()}
-
-
-def refuse_other_training(checkpoint: str, identity: dict[str, str]) -> None:
-    """Raise UserError if a training run to continue was begun with other rows, weights or settings."""
-    path = Path(checkpoint).parent / IDENTITY_FILE
-    if not path.is_file():  # nobody knows
-        logger.warning("%s is missing: whether the training rows are the same was not checked.", path)
-        return
-    before = json.loads(path.read_text(encoding="utf8"))
-    changed = " and ".join(name for name in identity if identity[name] != before.get(name, identity[name]))
-    if changed:
-        raise UserError(
-            f"{checkpoint} was begun with other {changed}: use those again, or another --output_dir."
-        )
 
 
 def build_loss(
@@ -345,21 +330,29 @@ def greedy_settings(arguments: Arguments) -> EvaluationSettings:
 def generation_score(
     arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel, examples: Dataset
 ) -> Callable[[], dict[str, float]]:
-    """A function that decodes the examples and gives the figures that `--do_eval` would give."""
+    """A function that decodes the examples and gives their scores, as `--do_eval` would.
+
+    Raises:
+        UserError: the flags ask for beams and an early exit, or for a policy that the model cannot have.
+    """
     beams = arguments.training.generation_num_beams or 1
     settings = replace(greedy_settings(arguments), num_beams=beams)
     if settings.num_beams > 1 and exit_flags.methods:
         raise UserError(
             f"{' '.join(exit_flags.methods)} decodes greedily: leave --generation_num_beams at 1."
         )
-    policy = build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
     share = examples.select(launched_shards().own_rows(len(examples), settings.batch_size))
 
+    def new_policy() -> ExitPolicy | None:
+        return build_policy(exit_flags, loaded, settings.max_length) if settings.num_beams == 1 else None
+
     def compute() -> dict[str, float]:
-        records = []
+        records, policy = [], new_policy()  # an earlier one may have learnt, of other weights
         for indices in batch_indices(0, len(share), settings.batch_size):
             batch = share.select(indices)
             records += describe_batch(loaded, batch, decode_batch(loaded, policy, batch, settings))
-        return score(best_windows(gather_object(records)), settings.task, settings.language)
+        samples = best_windows(gather_object(records))
+        return score(samples, measure_samples(samples, settings.task, settings.language))
 
+    new_policy()  # now, not after the first hours
     return compute
