@@ -56,6 +56,7 @@ BAD_FLAGS = {
     "an exit in training": (
         {"exit_adapter_path": "x", "do_train": True},
         "leave --do_train out, or the exit",
+    ),
     "workers without training": (
         {"preprocessing_num_workers": 2},
         "--preprocessing_num_workers has no effect here: add --do_train",
