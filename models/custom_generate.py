@@ -19,8 +19,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
-from models.exit_adapter import exit_adapter_of
-from models.exit_adapter_files import with_exit_adapter
+from models.exit_adapter import attach_exit_adapter, exit_adapter_of
+from models.exit_adapter_files import load_exit_adapter, twin_of
 from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, head_misfits, load_exit_heads
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
@@ -57,7 +57,7 @@ TOOLKIT_ONLY = (  # what the toolkit offers besides
     "conf_shortlist",
 )
 PARAMETERS = frozenset(inspect.signature(GenerationMixin.generate).parameters)
-EXITS, TWINS = "_exits_of_checkpoint", "_with_exit_adapters"  # kept on the model between calls
+EXITS, ADAPTERS = "_exits_of_checkpoint", "_exit_adapters"  # kept on the model between calls
 
 
 @dataclass
@@ -188,11 +188,13 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
 
 
 def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
-    """The model with an exit adapter, which is loaded once; the model itself stays as it is."""
-    twins = vars(model).setdefault(TWINS, {})
-    if exit_adapter not in twins:
-        twins[exit_adapter] = with_exit_adapter(model, exit_adapter)
-    return twins[exit_adapter]
+    """The model, as it is now, with an exit adapter, which is loaded once; the model itself lacks it."""
+    loaded, twin = vars(model).setdefault(ADAPTERS, {}), twin_of(model)
+    if exit_adapter in loaded:
+        attach_exit_adapter(twin, loaded[exit_adapter].to(model.device, model.dtype))
+    else:
+        loaded[exit_adapter] = load_exit_adapter(twin, exit_adapter)
+    return twin
 
 
 def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedModel) -> ExitPolicy:

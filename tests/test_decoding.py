@@ -162,6 +162,24 @@ def test_projection_onto_a_shortlist_equals_the_heads_rows(shape):
     torch.testing.assert_close(view.projection_onto(ids)(states), view.project(states)[:, ids])
 
 
+@pytest.mark.parametrize("shape", ["t5-tied", "bart-tied"])
+def test_a_projection_onto_a_shortlist_follows_the_model(shape):
+    model, ids = tiny_model(shape), torch.tensor([3, 1, 60])
+    view, states = view_for(model), torch.randn(2, 32, dtype=torch.float64)
+    project = view.projection_onto(ids)
+    with torch.inference_mode():
+        project(states.float())
+    changes = (
+        model.double,
+        lambda: model.load_state_dict(tiny_model(shape, seed=5).state_dict()),
+        lambda: model.set_output_embeddings(tiny_model(shape, seed=6).double().lm_head),
+    )
+    for change in changes:
+        change()
+        expected = view.project(states)[:, ids]
+        torch.testing.assert_close(project(states), expected, atol=1e-12, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["calm", "free"])
 def test_a_shortlist_of_all_tokens_changes_nothing(name):
     model, inputs = tiny_model().double(), padded_inputs()

@@ -118,6 +118,25 @@ def test_tokens_are_torchs_on_onnx(family, kind):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+@pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied"])
+def test_a_shortlist_follows_a_model_that_changes(family):
+    loaded, inputs = adapted(family, shortlist=SHORTLIST), make_inputs(family)
+    options = {"max_new_tokens": TOKENS, "logits_processor": LogitsProcessorList([Only(SHORTLIST)])}
+
+    def load_others():
+        own = loaded.model.state_dict()
+        others = {name: weight.roll(1, 0) for name, weight in own.items() if "exit_adapter" not in name}
+        loaded.model.load_state_dict(own | others)
+
+    before = loaded.generate(**inputs, exit_policy=StaticExit(SHALLOW), do_sample=False, **options)
+    for change in (loaded.model.double, load_others):
+        change()
+        expected = decode_by_hugging_face(as_plain_model(loaded), inputs, **options)
+        output = loaded.generate(**inputs, exit_policy=StaticExit(SHALLOW), do_sample=False, **options)
+        assert torch.equal(output, expected)
+    assert not torch.equal(output, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), ON_BACKENDS)
 def test_a_shortlist_holds_what_the_exit_may_say(family, backend):

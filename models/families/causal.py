@@ -85,7 +85,10 @@ class CausalView(StackView):
             self.kinds.append(self.kinds[self.exit_adapter.origin])  # of which it was a copy
         window = getattr(config, "sliding_window", None)
         self.windows = {kind: window if kind == SLIDING else None for kind in sorted(set(self.kinds))}
-        self.output_bias = getattr(model.get_output_embeddings(), "bias", None)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
         return ModelInputs({"attention_mask": attention_mask}, input_ids)
