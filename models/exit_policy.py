@@ -128,7 +128,8 @@ class StaticExit(SequencePolicy):
         self.exit_layer = self.layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        check_layer("StaticExit", self.layer, view.num_layers)
+        check_layer("StaticExit: layer", self.layer, view.num_layers)
+        check_adapter("StaticExit: layer", self.layer, view)
 
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
@@ -255,6 +256,13 @@ def check_policy(policy: Any) -> None:
 def check_layer(name: str, layer: int, num_layers: int) -> None:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{name} must lie in 1..{num_layers}, got {layer}.")
+
+
+def check_adapter(name: str, layer: int, view: DecoderView) -> None:
+    """Raise UserError for an exit after another layer than the exit adapter stands after, which has none."""
+    adapter = view.exit_adapter
+    if adapter is not None and layer not in (adapter.layer, view.num_layers):
+        raise UserError(f"{name} {layer}: the exit adapter stands after {adapter.layer}.")
 
 
 def check_windows(name: str, view: DecoderView) -> None:

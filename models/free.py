@@ -13,7 +13,15 @@ from models.checks import as_count, as_number, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import StepResult, check_layer, check_windows, choose_rows, layers_run, run_undecided
+from models.exit_policy import (
+    StepResult,
+    check_adapter,
+    check_layer,
+    check_windows,
+    choose_rows,
+    layers_run,
+    run_undecided,
+)
 from models.host import argmax
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
@@ -105,11 +113,7 @@ class Free:
         if self.drafts:
             check_windows("Free: lossless", view)
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers - 1)
-        adapter = view.exit_adapter
-        if adapter is not None and adapter.layer != self.shallow_layer:
-            raise UserError(
-                f"Free: shallow_layer {self.shallow_layer}: the exit adapter stands after {adapter.layer}."
-            )
+        check_adapter("Free: shallow_layer", self.shallow_layer, view)
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
             raise UserError("Free with a rollback_threshold decodes one sequence at a time.")

@@ -22,6 +22,7 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, LogitsProcessorList
 
 from models import (
+    AutoExit,
     Calm,
     DecodeStats,
     FixedThreshold,
@@ -215,6 +216,11 @@ def test_what_an_adapter_cannot_do_is_refused_by_name(backend):
         decode(loaded, inputs, Calm(SoftmaxGap(), FixedThreshold(0.5)))
     with pytest.raises(UserError, match="stands after 2"):
         decode(loaded, inputs, Free(3, SoftmaxGap(), FixedThreshold(0.5)))
+    with pytest.raises(UserError, match="StaticExit: layer 3: the exit adapter stands after 2"):
+        decode(loaded, inputs, StaticExit(3))
+    with pytest.raises(UserError, match="stands after 2"):
+        decode(loaded, inputs, AutoExit([2, 3], SoftmaxGap()))
+    assert torch.equal(decode(loaded, inputs, StaticExit(6)), decode(loaded, inputs, FullDepth()))
     cache = DynamicCache()
     options = {"return_dict_in_generate": True, "cache": cache}
     first = decode(loaded, inputs, FullDepth(), **options)
