@@ -150,7 +150,7 @@ def early_exit_decode(
     Raises:
         UserError: whatever `generate` can do but this loop cannot, and a policy that does not fit the model.
     """
-    kept, cache = arguments_kept_by_generate(), model_kwargs.pop("cache", None)
+    kept, cache = arguments_kept_by_generate(generation_config), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
     view, policy = decoder_view or view_for(model), checked(exit_policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
