@@ -112,11 +112,12 @@ class DecodeStats:
         )
 
     def record_cost(self, result: StepResult, rows: int) -> None:
-        """Add the work of a step for some rows."""
+        """Add the work of a step for so many rows."""
         self.calibration += result.calibration
         self.deep_passes += result.deep_pass
         self.layer_calls += result.layer_calls
-        self.layer_tokens += result.layer_tokens * rows
+        of_rows = result.layer_tokens_of_rows
+        self.layer_tokens += result.layer_tokens * rows if of_rows is None else of_rows
 
 
 def early_exit_decode(
@@ -255,9 +256,10 @@ class Decoding:
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
         while any(self.active):
+            rows = sum(self.active)
             self.step()
             if not any(self.active):
-                self.close()
+                self.close(rows)
         self.stream.end(self.input_ids)
         return self.input_ids
 
@@ -291,11 +293,12 @@ class Decoding:
                 break
             self.input_ids = extended
 
-    def close(self) -> None:
-        """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
+    def close(self, rows: int) -> None:
+        """Let the policy do what is left, for the rows that ended last; a rejected draft makes them go on
+        from there."""
         result = self.policy.finish(self.view, self.state)
         if result is not None:
-            self.stats.record_cost(result, len(self.input_ids))
+            self.stats.record_cost(result, rows)
             self.settle(result, closing=True)
             self.stream.show(self.input_ids, final=result.deep_pass)
 

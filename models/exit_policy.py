@@ -37,6 +37,7 @@ class StepResult:
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     drafts: Drafts | None = None  # the newest tokens, where they await their verdict
     proposed_layers: list[int] = field(default_factory=list)  # of what a lookup proposed: exits where sure
+    layer_tokens_of_rows: int | None = None  # of all together, where some had ended before others
     stands: bool = False  # though the policy takes tokens back, it takes back none of those so far
 
 

@@ -235,12 +235,14 @@ class Free:
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
         logits = view.predict(compared, view.num_layers)  # (B, W or 1, V)
+        deep_rows = sum(sum(token.active) for token in window)  # of one that has ended, fewer tokens wait
         result = StepResult(
             logits[:, -1],
             [view.num_layers] * len(window[-1].active),
             layer_calls=deep if closing else ran + deep,
             layer_tokens=ran * len(tokens) + deep * len(window),
             confidences=[token.confidence for token in tokens if token.confidence],
+            layer_tokens_of_rows=sum(ran * sum(token.active) for token in tokens) + deep * deep_rows,
             deep_pass=True,
         )
         # Step 2. Where shallow and deep predictions agree, the threshold learns (section 4.3).
