@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -65,7 +66,7 @@ class ExitOptions:
     """The keywords, and their values where they are left out; layers count from 1.
 
     Raises:
-        UserError: no such method or confidence, or an option that the method does not read.
+        UserError: no such method or confidence.
     """
 
     method: str = "free"
@@ -86,10 +87,12 @@ class ExitOptions:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-        for spec in fields(self):
-            given = getattr(self, spec.name) != spec.default
-            if given and spec.name != "method" and spec.name not in READ_BY[self.method]:
-                raise UserError(f"method={self.method!r} does not read {spec.name}: leave it out.")
+
+    def refuse_unread(self, given: Iterable[str]) -> None:
+        """Raise UserError for the first of the given names that the method does not read."""
+        for name in given:
+            if name != "method" and name not in READ_BY[self.method]:
+                raise UserError(f"method={self.method!r} does not read {name}: leave it out.")
 
 
 OPTIONS = tuple(spec.name for spec in fields(ExitOptions))
@@ -115,6 +118,7 @@ def generate(
     refuse_not_served(model, options)
     given = {name: value for name in OPTIONS if (value := options.pop(name, None)) is not None}
     exits = ExitOptions(**given)
+    exits.refuse_unread(given)
     with torch.random.fork_rng(devices=[]):  # new modules draw weights, of which sampling should know nothing
         trained = exits_of(model)
         if exits.exit_adapter is not None:

@@ -20,7 +20,7 @@ from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
-from models.threshold import Threshold, as_threshold
+from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 
 
 @dataclass
@@ -159,6 +159,11 @@ class Calm(SequencePolicy):
             raise UserError("Calm takes min_layer or exit_layers, not both.")
         self.confidence = as_object("Calm: confidence", confidence, "SoftmaxGap()")
         self.threshold = as_threshold("Calm: threshold", threshold)
+        if isinstance(self.threshold, AdaptiveThreshold):
+            raise UserError(
+                "Calm: threshold: an AdaptiveThreshold learns from Free's deep passes alone: give "
+                f"FixedThreshold({self.threshold.value:g})."
+            )
         self.min_layer = as_count("Calm: min_layer", min_layer)
         self.exit_layers = (
             None if exit_layers is None else frozenset(as_layers("Calm: exit_layers", exit_layers))

@@ -67,6 +67,7 @@ WRONG = {  # keywords -> what the one error names
         "ValueError: The following `model_kwargs` are not used by the model: ['colour']",
     ),
     "idle": ({"method": "calm", "lossless": True}, "UserError: method='calm' does not read lossless"),
+    "default": ({"method": "full", "threshold": 0.9}, "UserError: method='full' does not read threshold"),
     "method": ({"method": "fre"}, "UserError: method must be one of free, calm, static, full, got 'fre'."),
     "meta": ({"shallow_layer": 2, "confidence": "meta"}, "UserError: confidence='meta' needs a checkpoint"),
     "layer": ({}, "UserError: Give shallow_layer: the checkpoint does not say"),
