@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
 from models.decoding import DecodeStats
+from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.exit_policy import Calm, StaticExit
 from models.families import view_for
@@ -178,6 +179,12 @@ def test_a_projection_onto_a_shortlist_follows_the_model(shape):
         change()
         expected = view.project(states)[:, ids]
         torch.testing.assert_close(project(states), expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("ids", "message"), [([3], "at least two"), ([3, 97], "0..96"), ([3, 5, 3], "once")])
+def test_shortlists_that_are_none_are_refused(ids, message):
+    with pytest.raises(UserError, match=message):
+        ShortlistGap(view_for(tiny_model()), torch.tensor(ids))
 
 
 @pytest.mark.parametrize("name", ["calm", "free"])

@@ -333,6 +333,23 @@ def test_a_processor_that_cannot_be_copied_is_named():
     decode(tiny_model(), padded_inputs(), logits_processor=processors)  # nothing to take back
 
 
+def test_a_processor_with_slots_is_copied_or_named():
+    class Slotted:
+        __slots__ = ("state",)
+
+        def __init__(self, state):
+            self.state = state
+
+        def __call__(self, input_ids, scores):
+            return scores
+
+    inputs, expected = padded_inputs(), greedy(tiny_model(), padded_inputs(), max_length=LENGTH)
+    processors = LogitsProcessorList([Slotted([0])])
+    assert torch.equal(decode(tiny_model(), inputs, lossless(), logits_processor=processors), expected)
+    with pytest.raises(UserError, match="Slotted cannot be copied"):
+        decode(tiny_model(), inputs, lossless(), logits_processor=[Slotted(threading.Lock())])
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_one_policy_object_serves_several_threads(adaptive):
     model = tiny_model().double()
