@@ -136,7 +136,8 @@ def early_exit_decode(
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) prompt, P = 0 if embeddings are given; all but its last token run at full depth.
+        input_ids: (B, P) prompt, P = 0 if embeddings are given; all but its last token run at full depth, or
+            as deep as a policy that never goes deeper.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
@@ -156,14 +157,16 @@ def early_exit_decode(
     view, policy = decoder_view or view_for(model), checked(exit_policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
+    delivers = wants_cache(generation_config, cache)
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config), policy)
+        mask_length = length_of_mask(state.prompt_mask, generation_config)
+        prefill(view, state, input_ids, mask_length, policy, deep=delivers or reads_deep(view, policy))
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids).run()
-    delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
+    delivered = view.deliver_cache(state, cache) if delivers else None
     return chooser.output(output_class(model.config), input_ids, delivered)
 
 
@@ -179,6 +182,13 @@ def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
     """Whether the caller of `generate` asked for a cache or passed one: `generate` makes one, too."""
     given = getattr(cache, "_is_user_defined", False)
     return config.use_cache and (config.return_dict_in_generate or given)
+
+
+def reads_deep(view: DecoderView, policy: ExitPolicy) -> bool:
+    """Whether steps may read what layers behind the policy's exit make of the prompt."""
+    adapter = view.exit_adapter
+    lodges = adapter is not None and adapter.kv_layer is not None
+    return lodges or not getattr(policy, "stays_shallow", False)
 
 
 def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
@@ -197,9 +207,10 @@ def prefill(
     input_ids: Tensor,
     mask_length: int | None,
     policy: ExitPolicy,
+    deep: bool,
 ) -> None:
-    """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer and behind the policy's
-    exit.
+    """Cache the keys/values of all prompt tokens (B, P) but the last, up to the policy's exit and behind it,
+    and if `deep` in every layer.
 
     As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
     positions as there are ids says that they include them.
@@ -219,7 +230,7 @@ def prefill(
         cut = getattr(policy, "exit_layer", None) or view.num_layers
         hidden = view.run_layers(state, hidden, 0, cut)  # as the steps to come, which thus share their graphs
         view.read_exit(state, hidden, cut)
-        if cut < view.num_layers:
+        if deep and cut < view.num_layers:
             view.run_layers(state, hidden, cut, view.num_layers)
 
 

@@ -53,8 +53,9 @@ class Drafts:
 
 class ExitPolicy(Protocol):
     """A policy may say by an attribute `exit_layer` after which one layer its tokens stop: an exit adapter
-    there then reads the prompt, too. One with a `lookup` also has a method `propose`, as `models.free.Free`:
-    `step` then gets what it proposed together with the newest token, (1, 1 + m) ids."""
+    there then reads the prompt, too; and by `stays_shallow` that none of them runs a deeper one. One with a
+    `lookup` also has a method `propose`, as `models.free.Free`: `step` then gets what it proposed together
+    with the newest token, (1, 1 + m) ids."""
 
     @property
     def retracts(self) -> bool:
@@ -80,6 +81,7 @@ class SequencePolicy:
 
     retracts = False
     exit_layer: int | None = None
+    stays_shallow = False
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         pass
@@ -119,11 +121,14 @@ class FullDepth(SequencePolicy):
 
 
 class StaticExit(SequencePolicy):
-    """Static-Exiting: every token stops after `layer`; deeper layers are never run.
+    """Static-Exiting: every token stops after `layer`. Deeper layers run for the prompt alone, and only where
+    a cache is handed back, or an exit adapter reads their keys/values.
 
     Raises:
         UserError: no such layer; of the model, once a generation begins.
     """
+
+    stays_shallow = True
 
     def __init__(self, layer: int) -> None:
         self.exit_layer = self.layer = as_count("StaticExit: layer", layer)
