@@ -179,9 +179,9 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
         return ExitConfig()
     hub = {} if commit is None else {"revision": commit}
     exits = load_exit_config(name, **hub)
-    lacking = set(exit_head_weights(model.state_dict()))
+    before = set(exit_head_weights(model.state_dict()))
     attach_exit_heads(model, exits)
-    if set(exit_head_weights(model.state_dict())) == lacking:  # has none, or its own already
+    if set(exit_head_weights(model.state_dict())) == before:  # has none, or its own already
         return exits
     weights = exit_head_weights(read_extra_weights(name, **hub))
     misfits = {kind: names for kind, names in head_misfits(model, weights).items() if names}

@@ -128,19 +128,20 @@ class StaticExit(SequencePolicy):
         UserError: no such layer; of the model, once a generation begins.
     """
 
+    exit_layer: int
     stays_shallow = True
 
     def __init__(self, layer: int) -> None:
-        self.exit_layer = self.layer = as_count("StaticExit: layer", layer)
+        self.exit_layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        check_layer("StaticExit: layer", self.layer, view.num_layers)
-        check_adapter("StaticExit: layer", self.layer, view)
+        check_layer("StaticExit: layer", self.exit_layer, view.num_layers)
+        check_adapter("StaticExit: layer", self.exit_layer, view)
 
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        return static_step(view, state, token_ids, self.layer)
+        return static_step(view, state, token_ids, self.exit_layer)
 
 
 class Calm(SequencePolicy):

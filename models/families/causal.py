@@ -39,7 +39,7 @@ class CausalState(DecoderState):
         lodgers: dict[int, int],
     ) -> None:
         super().__init__(num_layers, attention_mask)
-        refuse_other_caches(cache)
+        refuse_all_but_dynamic(cache)
         self.cache = make_buffers(self.lengths, cache, lodgers)
         refuse_uneven(self.lengths)
         self.like = like  # of the type and device of masks
@@ -247,7 +247,7 @@ def refuse_other_attention(config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_other_caches(cache: Cache | None) -> None:
+def refuse_all_but_dynamic(cache: Cache | None) -> None:
     """Raise UserError for a cache whose tensors are no plain keys/values of all tokens."""
     if cache is None:
         return

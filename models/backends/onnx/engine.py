@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -30,10 +31,11 @@ from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
+ExactLayer = partial(DecoderLayer, exact=True)
 PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "layer": DecoderLayer,
-    "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
-    "prompt-layer": lambda view, index: DecoderLayer(view, index, exact=True),
+    "exact-layer": ExactLayer,
+    "prompt-layer": ExactLayer,  # in other precisions
     "keys-values": KeysValues,
     "memory": Memory,
     "encoder": EncoderLayer,
