@@ -136,8 +136,7 @@ def early_exit_decode(
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) prompt, P = 0 if embeddings are given; all but its last token run at full depth, or
-            as deep as a policy that never goes deeper.
+        input_ids: (B, P) prompt, P = 0 if embeddings are given, read as deep as steps may go.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
@@ -157,16 +156,14 @@ def early_exit_decode(
     view, policy = decoder_view or view_for(model), checked(exit_policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
     stats.reset(view.num_layers, len(input_ids))
-    delivers = wants_cache(generation_config, cache)
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        mask_length = length_of_mask(state.prompt_mask, generation_config)
-        prefill(view, state, input_ids, mask_length, policy, deep=delivers or reads_deep(view, policy))
+        prefill(view, state, input_ids, generation_config, policy, cache)
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids).run()
-    delivered = view.deliver_cache(state, cache) if delivers else None
+    delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
     return chooser.output(output_class(model.config), input_ids, delivered)
 
 
@@ -205,17 +202,17 @@ def prefill(
     view: DecoderView,
     state: DecoderState,
     input_ids: Tensor,
-    mask_length: int | None,
+    config: GenerationConfig,
     policy: ExitPolicy,
-    deep: bool,
+    cache: Cache | None,
 ) -> None:
     """Cache the keys/values of all prompt tokens (B, P) but the last, up to the policy's exit and behind it,
-    and if `deep` in every layer.
+    and in every layer if a step may read it there, or the caller gets it.
 
     As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
     positions as there are ids says that they include them.
     """
-    ids = prompt_ids(state, input_ids)
+    ids, mask_length = prompt_ids(state, input_ids), length_of_mask(state.prompt_mask, config)
     cached, given = state.lengths[0], ids.shape[1]
     start = cached if mask_length == given else 0
     if mask_length not in (None, given, cached + given):
@@ -230,6 +227,7 @@ def prefill(
         cut = getattr(policy, "exit_layer", None) or view.num_layers
         hidden = view.run_layers(state, hidden, 0, cut)  # as the steps to come, which thus share their graphs
         view.read_exit(state, hidden, cut)
+        deep = wants_cache(config, cache) or reads_deep(view, policy)
         if deep and cut < view.num_layers:
             view.run_layers(state, hidden, cut, view.num_layers)
 
