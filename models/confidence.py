@@ -43,10 +43,16 @@ class ShortlistGap:
     """
 
     def __init__(self, view: DecoderView, token_ids: Tensor) -> None:
-        """`token_ids`: (K,) distinct candidates, K at least 2."""
+        """`token_ids`: (K,) distinct candidates, K at least 2.
+
+        Raises:
+            UserError: fewer, one twice, or one that is no token.
+        """
         vocabulary = view.model.get_output_embeddings().weight.shape[0]
         if len(token_ids) < 2 or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
             raise UserError(f"A shortlist needs at least two token ids in 0..{vocabulary - 1}.")
+        if len(token_ids.unique()) < len(token_ids):
+            raise UserError("A shortlist has every token id once: leave repeated ones out.")
         self.project = view.projection_onto(token_ids)
 
     def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -19,8 +20,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
 from models.decoding import DecodeStats, early_exit_decode
 from models.errors import UserError
-from models.exit_adapter import exit_adapter_of
-from models.exit_adapter_files import with_exit_adapter
+from models.exit_adapter import attach_exit_adapter, exit_adapter_of
+from models.exit_adapter_files import load_exit_adapter, twin_of
 from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, head_misfits, load_exit_heads
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
@@ -57,7 +58,7 @@ TOOLKIT_ONLY = (  # what the toolkit offers besides
     "conf_shortlist",
 )
 PARAMETERS = frozenset(inspect.signature(GenerationMixin.generate).parameters)
-EXITS, TWINS = "_exits_of_checkpoint", "_with_exit_adapters"  # kept on the model between calls
+EXITS, ADAPTERS = "_exits_of_checkpoint", "_exit_adapters"  # kept on the model between calls
 
 
 @dataclass
@@ -65,7 +66,7 @@ class ExitOptions:
     """The keywords, and their values where they are left out; layers count from 1.
 
     Raises:
-        UserError: no such method or confidence, or an option that the method does not read.
+        UserError: no such method or confidence.
     """
 
     method: str = "free"
@@ -86,10 +87,12 @@ class ExitOptions:
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-        for spec in fields(self):
-            given = getattr(self, spec.name) != spec.default
-            if given and spec.name != "method" and spec.name not in READ_BY[self.method]:
-                raise UserError(f"method={self.method!r} does not read {spec.name}: leave it out.")
+
+    def refuse_unread(self, given: Iterable[str]) -> None:
+        """Raise UserError for the first of the given names that the method does not read."""
+        for name in given:
+            if name != "method" and name not in READ_BY[self.method]:
+                raise UserError(f"method={self.method!r} does not read {name}: leave it out.")
 
 
 OPTIONS = tuple(spec.name for spec in fields(ExitOptions))
@@ -115,6 +118,7 @@ def generate(
     refuse_not_served(model, options)
     given = {name: value for name in OPTIONS if (value := options.pop(name, None)) is not None}
     exits = ExitOptions(**given)
+    exits.refuse_unread(given)
     with torch.random.fork_rng(devices=[]):  # new modules draw weights, of which sampling should know nothing
         trained = exits_of(model)
         if exits.exit_adapter is not None:
@@ -175,9 +179,9 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
         return ExitConfig()
     hub = {} if commit is None else {"revision": commit}
     exits = load_exit_config(name, **hub)
-    lacking = set(exit_head_weights(model.state_dict()))
+    before = set(exit_head_weights(model.state_dict()))
     attach_exit_heads(model, exits)
-    if set(exit_head_weights(model.state_dict())) == lacking:  # has none, or its own already
+    if set(exit_head_weights(model.state_dict())) == before:  # has none, or its own already
         return exits
     weights = exit_head_weights(read_extra_weights(name, **hub))
     misfits = {kind: names for kind, names in head_misfits(model, weights).items() if names}
@@ -188,11 +192,13 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
 
 
 def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
-    """The model with an exit adapter, which is loaded once; the model itself stays as it is."""
-    twins = vars(model).setdefault(TWINS, {})
-    if exit_adapter not in twins:
-        twins[exit_adapter] = with_exit_adapter(model, exit_adapter)
-    return twins[exit_adapter]
+    """The model, as it is now, with an exit adapter, which is loaded once; the model itself lacks it."""
+    loaded, twin = vars(model).setdefault(ADAPTERS, {}), twin_of(model)
+    if exit_adapter in loaded:
+        attach_exit_adapter(twin, loaded[exit_adapter].to(model.device, model.dtype))
+    else:
+        loaded[exit_adapter] = load_exit_adapter(twin, exit_adapter)
+    return twin
 
 
 def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedModel) -> ExitPolicy:

@@ -112,11 +112,12 @@ class DecodeStats:
         )
 
     def record_cost(self, result: StepResult, rows: int) -> None:
-        """Add the work of a step for some rows."""
+        """Add the work of a step for so many rows."""
         self.calibration += result.calibration
         self.deep_passes += result.deep_pass
         self.layer_calls += result.layer_calls
-        self.layer_tokens += result.layer_tokens * rows
+        of_rows = result.layer_tokens_of_rows
+        self.layer_tokens += result.layer_tokens * rows if of_rows is None else of_rows
 
 
 def early_exit_decode(
@@ -135,7 +136,7 @@ def early_exit_decode(
     """Decode greedily or by sampling, each token as deep as `exit_policy` decides.
 
     Args:
-        input_ids: (B, P) prompt, P = 0 if embeddings are given; all but its last token run at full depth.
+        input_ids: (B, P) prompt, P = 0 if embeddings are given, read as deep as steps may go.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
         decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
@@ -150,7 +151,7 @@ def early_exit_decode(
     Raises:
         UserError: whatever `generate` can do but this loop cannot, and a policy that does not fit the model.
     """
-    kept, cache = arguments_kept_by_generate(), model_kwargs.pop("cache", None)
+    kept, cache = arguments_kept_by_generate(generation_config), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
     view, policy = decoder_view or view_for(model), checked(exit_policy)
     stats = decode_stats if decode_stats is not None else DecodeStats()
@@ -160,7 +161,7 @@ def early_exit_decode(
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
-        prefill(view, state, input_ids, length_of_mask(state.prompt_mask, generation_config), policy)
+        prefill(view, state, input_ids, generation_config, policy, cache)
         input_ids = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids).run()
     delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
     return chooser.output(output_class(model.config), input_ids, delivered)
@@ -180,6 +181,13 @@ def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
     return config.use_cache and (config.return_dict_in_generate or given)
 
 
+def reads_deep(view: DecoderView, policy: ExitPolicy) -> bool:
+    """Whether steps may read what layers behind the policy's exit make of the prompt."""
+    adapter = view.exit_adapter
+    lodges = adapter is not None and adapter.kv_layer is not None
+    return lodges or not getattr(policy, "stays_shallow", False)
+
+
 def prompt_ids(state: DecoderState, input_ids: Tensor) -> Tensor:
     """The prompt as ids (B, P): where embeddings are given, any, as these replace them."""
     embeds, given = state.prompt_embeds, input_ids.shape[1]
@@ -194,16 +202,17 @@ def prefill(
     view: DecoderView,
     state: DecoderState,
     input_ids: Tensor,
-    mask_length: int | None,
+    config: GenerationConfig,
     policy: ExitPolicy,
+    cache: Cache | None,
 ) -> None:
-    """Cache the keys/values of all prompt tokens (B, P) but the last, in every layer and behind the policy's
-    exit.
+    """Cache the keys/values of all prompt tokens (B, P) but the last, up to the policy's exit and behind it,
+    and in every layer if a step may read it there, or the caller gets it.
 
     As in `generate`, ids that come with a cache follow those that it holds, unless a mask for as many
     positions as there are ids says that they include them.
     """
-    ids = prompt_ids(state, input_ids)
+    ids, mask_length = prompt_ids(state, input_ids), length_of_mask(state.prompt_mask, config)
     cached, given = state.lengths[0], ids.shape[1]
     start = cached if mask_length == given else 0
     if mask_length not in (None, given, cached + given):
@@ -218,7 +227,8 @@ def prefill(
         cut = getattr(policy, "exit_layer", None) or view.num_layers
         hidden = view.run_layers(state, hidden, 0, cut)  # as the steps to come, which thus share their graphs
         view.read_exit(state, hidden, cut)
-        if cut < view.num_layers:
+        deep = wants_cache(config, cache) or reads_deep(view, policy)
+        if deep and cut < view.num_layers:
             view.run_layers(state, hidden, cut, view.num_layers)
 
 
@@ -255,9 +265,10 @@ class Decoding:
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""
         while any(self.active):
+            rows = sum(self.active)
             self.step()
             if not any(self.active):
-                self.close()
+                self.close(rows)
         self.stream.end(self.input_ids)
         return self.input_ids
 
@@ -291,11 +302,12 @@ class Decoding:
                 break
             self.input_ids = extended
 
-    def close(self) -> None:
-        """Let the policy do what is left; a rejected draft makes the sequence go on from there."""
+    def close(self, rows: int) -> None:
+        """Let the policy do what is left, for the rows that ended last; a rejected draft makes them go on
+        from there."""
         result = self.policy.finish(self.view, self.state)
         if result is not None:
-            self.stats.record_cost(result, len(self.input_ids))
+            self.stats.record_cost(result, rows)
             self.settle(result, closing=True)
             self.stream.show(self.input_ids, final=result.deep_pass)
 

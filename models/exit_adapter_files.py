@@ -126,9 +126,15 @@ def read_exit_config(name_or_path: str, **hub: Any) -> ExitAdapterConfig:
 def with_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> PreTrainedModel:
     """A second model of the same modules and weights, with the exit adapter of a folder; the first stays as
     it is."""
+    twin = twin_of(model)
+    load_exit_adapter(twin, name_or_path, **hub)
+    return twin
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of the same modules and weights: what is attached to it the first has not."""
     twin = copy.copy(model)
     twin._modules = dict(model._modules)
-    load_exit_adapter(twin, name_or_path, **hub)
     return twin
 
 

@@ -20,7 +20,7 @@ from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
-from models.threshold import Threshold, as_threshold
+from models.threshold import AdaptiveThreshold, Threshold, as_threshold
 
 
 @dataclass
@@ -37,6 +37,7 @@ class StepResult:
     calibration: list[tuple[float, bool]] = field(default_factory=list)  # (shallow confidence, right)
     drafts: Drafts | None = None  # the newest tokens, where they await their verdict
     proposed_layers: list[int] = field(default_factory=list)  # of what a lookup proposed: exits where sure
+    layer_tokens_of_rows: int | None = None  # of all together, where some had ended before others
     stands: bool = False  # though the policy takes tokens back, it takes back none of those so far
 
 
@@ -52,8 +53,9 @@ class Drafts:
 
 class ExitPolicy(Protocol):
     """A policy may say by an attribute `exit_layer` after which one layer its tokens stop: an exit adapter
-    there then reads the prompt, too. One with a `lookup` also has a method `propose`, as `models.free.Free`:
-    `step` then gets what it proposed together with the newest token, (1, 1 + m) ids."""
+    there then reads the prompt, too; and by `stays_shallow` that none of them runs a deeper one. One with a
+    `lookup` also has a method `propose`, as `models.free.Free`: `step` then gets what it proposed together
+    with the newest token, (1, 1 + m) ids."""
 
     @property
     def retracts(self) -> bool:
@@ -79,6 +81,7 @@ class SequencePolicy:
 
     retracts = False
     exit_layer: int | None = None
+    stays_shallow = False
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         pass
@@ -118,22 +121,27 @@ class FullDepth(SequencePolicy):
 
 
 class StaticExit(SequencePolicy):
-    """Static-Exiting: every token stops after `layer`; deeper layers are never run.
+    """Static-Exiting: every token stops after `layer`. Deeper layers run for the prompt alone, and only where
+    a cache is handed back, or an exit adapter reads their keys/values.
 
     Raises:
         UserError: no such layer; of the model, once a generation begins.
     """
 
+    exit_layer: int
+    stays_shallow = True
+
     def __init__(self, layer: int) -> None:
-        self.exit_layer = self.layer = as_count("StaticExit: layer", layer)
+        self.exit_layer = as_count("StaticExit: layer", layer)
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
-        check_layer("StaticExit", self.layer, view.num_layers)
+        check_layer("StaticExit: layer", self.exit_layer, view.num_layers)
+        check_adapter("StaticExit: layer", self.exit_layer, view)
 
     def step(
         self, view: DecoderView, state: DecoderState, token_ids: Tensor, position: int, active: list[bool]
     ) -> StepResult:
-        return static_step(view, state, token_ids, self.layer)
+        return static_step(view, state, token_ids, self.exit_layer)
 
 
 class Calm(SequencePolicy):
@@ -157,6 +165,11 @@ class Calm(SequencePolicy):
             raise UserError("Calm takes min_layer or exit_layers, not both.")
         self.confidence = as_object("Calm: confidence", confidence, "SoftmaxGap()")
         self.threshold = as_threshold("Calm: threshold", threshold)
+        if isinstance(self.threshold, AdaptiveThreshold):
+            raise UserError(
+                "Calm: threshold: an AdaptiveThreshold learns from Free's deep passes alone: give "
+                f"FixedThreshold({self.threshold.value:g})."
+            )
         self.min_layer = as_count("Calm: min_layer", min_layer)
         self.exit_layers = (
             None if exit_layers is None else frozenset(as_layers("Calm: exit_layers", exit_layers))
@@ -255,6 +268,13 @@ def check_policy(policy: Any) -> None:
 def check_layer(name: str, layer: int, num_layers: int) -> None:
     if not 1 <= layer <= num_layers:
         raise UserError(f"{name} must lie in 1..{num_layers}, got {layer}.")
+
+
+def check_adapter(name: str, layer: int, view: DecoderView) -> None:
+    """Raise UserError for an exit after another layer than the exit adapter stands after, which has none."""
+    adapter = view.exit_adapter
+    if adapter is not None and layer not in (adapter.layer, view.num_layers):
+        raise UserError(f"{name} {layer}: the exit adapter stands after {adapter.layer}.")
 
 
 def check_windows(name: str, view: DecoderView) -> None:

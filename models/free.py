@@ -13,7 +13,15 @@ from models.checks import as_count, as_number, as_object
 from models.confidence import ConfidenceMeasure
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
-from models.exit_policy import StepResult, check_layer, check_windows, choose_rows, layers_run, run_undecided
+from models.exit_policy import (
+    StepResult,
+    check_adapter,
+    check_layer,
+    check_windows,
+    choose_rows,
+    layers_run,
+    run_undecided,
+)
 from models.host import argmax
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
 from models.threshold import AdaptiveThreshold, Threshold, as_threshold
@@ -105,11 +113,7 @@ class Free:
         if self.lossless:
             check_windows("Free: lossless", view)
         check_layer("Free: shallow_layer", self.shallow_layer, view.num_layers - 1)
-        adapter = view.exit_adapter
-        if adapter is not None and adapter.layer != self.shallow_layer:
-            raise UserError(
-                f"Free: shallow_layer {self.shallow_layer}: the exit adapter stands after {adapter.layer}."
-            )
+        check_adapter("Free: shallow_layer", self.shallow_layer, view)
         if isinstance(self.verification, Rollback) and batch_size > 1:
             # Alone, a row judges its tokens at its own deep passes: others' would change its output.
             raise UserError("Free with a rollback_threshold decodes one sequence at a time.")
@@ -232,12 +236,14 @@ class Free:
         hidden = self._run_deep_layers(view, state, window)
         compared = hidden if learner is not None or self.retracts else hidden[:, -1:]
         logits = view.predict(compared, view.num_layers)  # (B, W or 1, V)
+        deep_rows = sum(sum(token.active) for token in window)  # of one that has ended, fewer tokens wait
         result = StepResult(
             logits[:, -1],
             [view.num_layers] * len(window[-1].active),
             layer_calls=deep if closing else ran + deep,
             layer_tokens=ran * len(tokens) + deep * len(window),
             confidences=[token.confidence for token in tokens if token.confidence],
+            layer_tokens_of_rows=sum(ran * sum(token.active) for token in tokens) + deep * deep_rows,
             deep_pass=True,
         )
         # Step 2. Where shallow and deep predictions agree, the threshold learns (section 4.3).

@@ -32,25 +32,25 @@ OutputObject: TypeAlias = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutp
 Output: TypeAlias = Tensor | OutputObject
 GENERATE_CODE = inspect.unwrap(GenerationMixin.generate).__code__
 NEUTRAL = {"use_cache", "logits_to_keep"}  # change no output of this loop
+ASSISTANTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 UNSUPPORTED_MODES = {
     GenerationMode.CONTRASTIVE_SEARCH: "contrastive search: leave out penalty_alpha",
-    GenerationMode.ASSISTED_GENERATION: (
-        "assisted generation: leave out assistant_model, assistant_early_exit and prompt_lookup_num_tokens "
-        "(Free(..., lookup=PromptLookup(n)) looks up)"
-    ),
     GenerationMode.DOLA_GENERATION: "DoLa: leave out dola_layers",
     GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beams: leave out constraints and force_words_ids",
 }
 
 
-def arguments_kept_by_generate() -> dict[str, Any]:
-    """`streamer`, `assistant_model`, `synced_gpus` of the `generate` call that this runs in, if there is one.
+def arguments_kept_by_generate(config: GenerationConfig) -> dict[str, Any]:
+    """`streamer`, `assistant_model`, `synced_gpus` of the `generate` call that handed over this `config`, if
+    one did: another may be running too, if it is in a logits processor of that that this call is made.
 
     `generate` hands a custom loop only arguments that its own loops do not have, so that a streamer would
     get neither tokens nor an end, and its reader wait for ever.
     """
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not GENERATE_CODE:
+    while frame is not None and not (
+        frame.f_code is GENERATE_CODE and frame.f_locals.get("generation_config") is config
+    ):
         frame = frame.f_back
     names = ("streamer", "assistant_model", "synced_gpus")
     return {} if frame is None else {name: frame.f_locals[name] for name in names}
@@ -61,6 +61,13 @@ def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
     mode = config.get_generation_mode(kept.get("assistant_model"))
     if config.num_beams is not None and config.num_beams > 1:
         raise UserError("early_exit_decode decodes one beam: set num_beams=1.")
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        named = {name: kept.get(name, getattr(config, name, None)) for name in ASSISTANTS}
+        given = [name for name, value in named.items() if value not in (None, False)]
+        raise UserError(
+            f"early_exit_decode does no assisted generation: leave out {', '.join(given)} (Free(..., "
+            "lookup=PromptLookup(n)) looks up)."
+        )
     if mode in UNSUPPORTED_MODES:
         raise UserError(f"early_exit_decode does no {UNSUPPORTED_MODES[mode]}.")
     if kept.get("synced_gpus"):

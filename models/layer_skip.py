@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROTATIONAL, GRADUAL = "rotational", "gradual"
+from models.choices import ROTATIONAL
 
 
 def dropout_rates(num_layers: int, highest: float) -> list[float]:
@@ -64,7 +64,7 @@ class ExitCurriculum:
     steps.
     """
 
-    kind: str
+    kind: str  # of models.choices.EXIT_CURRICULA
     num_layers: int
     interval: int = 8  # R
 

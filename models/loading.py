@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -290,15 +290,22 @@ def freeze_unsaved_weights(model: PreTrainedModel) -> None:
 
 
 def cast_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Change the precision in place. In float16 the projections that overflow in T5 stay in float32, as
-    `from_pretrained` keeps them."""
-    model.to(dtype)
-    if dtype == torch.float16:
-        kept = set(model._keep_in_fp32_modules or ())
-        for name, module in model.named_modules():
-            if kept & set(name.split(".")):
-                module.float()
+    """Change the precision in place, to what `from_pretrained(dtype=dtype)` loads: in float16 the projections
+    that overflow in T5 stay in float32, and buffers that no file holds, such as the frequencies of rotary
+    positions, are never rounded."""
+    kept = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for name, module in model.named_modules():
+        cast_own(module, torch.float32 if kept & set(name.split(".")) else dtype)
     return model
+
+
+def cast_own(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the precision of what a module itself has of a checkpoint, its parts aside."""
+    for weight in module.parameters(recurse=False):
+        weight.data = weight.data.to(dtype)
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+            setattr(module, name, buffer.to(dtype))
 
 
 def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedModel:

@@ -53,7 +53,7 @@ def token_share(labels: Tensor, total: Total = own_total) -> Tensor:
     """The share that (B, T) labels, as `view.training_labels` places them, have in the whole batch's target
     tokens."""
     own = (labels != PADDING_LABEL).sum()
-    return own / total("tokens", own)
+    return own / total("tokens", own).clamp(min=1)
 
 
 @contextmanager
@@ -104,14 +104,15 @@ def full_precision(logits: Tensor) -> Tensor:
 def chunked_cross_entropy(
     view: DecoderView, normalized: Tensor, labels: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Mean cross-entropy of (N, D) states; logits exist for one chunk at a time, in backward as well."""
+    """Mean cross-entropy of (N, D) states, 0 if N is; logits exist for one chunk at a time, in backward as
+    well."""
 
     def chunk_sum(states: Tensor, targets: Tensor) -> Tensor:
         logits = full_precision(view.project(states))
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunks = zip(normalized.split(TOKENS_PER_CHUNK), labels.split(TOKENS_PER_CHUNK), strict=True)
-    return sum(checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks) / labels.numel()
+    return sum(checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks) / max(len(labels), 1)
 
 
 @dataclass
@@ -236,7 +237,7 @@ class LayerwiseDistillation:
             alignment = align_closest(total("distances", sum_distances(teachers, students)))
         # Step 3. Mean over the pairs of their mean squared differences.
         pairs = [(teachers[i], students[j]) for i, j in enumerate(alignment) if j >= 0]
-        loss = torch.stack([F.mse_loss(student, teacher) for teacher, student in pairs]).mean()
+        loss = torch.stack([squared_error(student, teacher) for teacher, student in pairs]).mean()
         return LossTerms(loss, {"distillation": loss.detach()})
 
     def _read_all(
@@ -261,10 +262,15 @@ class LayerwiseDistillation:
         return student if self.layer_transformation is None else self.layer_transformation(student)
 
 
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over (N, D) states; 0 if N is, as in a share of the batch that has no target token."""
+    return F.mse_loss(student, teacher) if len(student) else student.sum()
+
+
 @torch.no_grad()
 def sum_distances(teachers: list[Tensor], students: list[Tensor]) -> Tensor:
     """Mean squared difference of each teacher and student, summed over positions: (teachers, students)."""
-    rows = [torch.stack([F.mse_loss(student, teacher) for student in students]) for teacher in teachers]
+    rows = [torch.stack([squared_error(student, teacher) for student in students]) for teacher in teachers]
     return torch.stack(rows).float() * len(teachers[0])
 
 

@@ -288,7 +288,8 @@ def snapshot(items: LogitsProcessorList | StoppingCriteriaList) -> LogitsProcess
 
 def copy_item(item: Any) -> Any:
     shared = (nn.Module, PreTrainedTokenizerBase)
-    memo = {id(value): value for value in vars(item).values() if isinstance(value, shared)}
+    own = getattr(item, "__dict__", {})  # which a class with __slots__ lacks
+    memo = {id(value): value for value in own.values() if isinstance(value, shared)}
     try:
         return copy.deepcopy(item, memo)
     except (TypeError, NotImplementedError, RuntimeError, ValueError, AttributeError) as error:

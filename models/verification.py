@@ -18,12 +18,12 @@ from models.host import argmax
 
 
 class WindowToken(NamedTuple):
-    """A token of the parallel window: one that exited or that a lookup follows, and waits for its deep
-    keys/values, or the newest, which does not exit."""
+    """A token of the parallel window: one that waits for its deep keys/values, as it exited or as a lookup
+    proposed what follows it; or the newest one: if it is unsure, all of them run the deep layers."""
 
-    hidden: Tensor  # (B, 1, D) un-normalized output of the shallow exit
-    confidence: list[float]  # (B,)
-    sure: list[bool]  # (B,)
+    hidden: Tensor  # (B, 1, D) un-normalized output of the shallow layers
+    confidence: list[float]  # (B,) of the exit; empty where it was not asked
+    sure: list[bool]  # (B,) whether it exits
     active: list[bool]  # (B,) which rows were unfinished
     logits: Tensor | None  # (B, V), kept only where a deep pass will compare them
     proposed: bool = False  # whether a lookup says what follows, not the exit

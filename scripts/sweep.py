@@ -194,7 +194,9 @@ def describe_methods(
         yield HF_GENERATE, HF_GENERATE, None, {}
     if STATIC in methods:
         layers = (on_calm and flags.calm_static_layers) or flags.static_layers
-        for layer in layers or range(1, loaded.view.num_layers):
+        adapter = loaded.view.exit_adapter
+        depths = range(1, loaded.view.num_layers) if adapter is None else [adapter.layer]
+        for layer in layers or depths:
             yield f"{STATIC} {layer}", STATIC, StaticExit(layer), {"shallow_layer": layer}
     if checkpoint == "free":
         yield from describe_free(flags, loaded)

@@ -22,13 +22,13 @@ from decoding_cases import (
 from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 
-from models.confidence import SoftmaxGap
+from models.confidence import Measured, SoftmaxGap
 from models.decoding import DecodeStats
 from models.errors import UserError
 from models.exit_policy import FullDepth, StaticExit, check_policy
 from models.families import view_for
 from models.free import Free
-from models.threshold import FixedThreshold
+from models.threshold import AdaptiveThreshold, FixedThreshold
 
 EXITING = ("calm", "free", "lossless", "free-copy")
 ROW_CASES = slow_but(itertools.product(QUICK, EXITING), itertools.product(FAMILIES, EXITING))
@@ -69,6 +69,23 @@ def test_finished_rows_trigger_no_deep_pass():
     tokens = torch.tensor([[0], [0]])
     assert not policy.step(view, state, tokens, 0, [True, False]).deep_pass
     assert policy.step(view, state, tokens, 1, [True, True]).deep_pass
+
+
+class Sure:
+    """Of everything, and never asked for less."""
+
+    def __call__(self, view, hidden, layer):
+        return Measured(torch.ones(len(hidden)), None)
+
+
+def test_rows_that_ended_are_charged_no_catch_up():
+    """Every token exits, and all are caught up on at the end, for the threshold to learn: each has run every
+    layer once."""
+    model, inputs, _ = batch_of("t5-tied")
+    stats = DecodeStats()
+    decode(model, inputs, Free(2, Sure(), AdaptiveThreshold(0.5, 0.4)), stats, **MANY_ENDS)
+    assert len(set(map(len, stats.exit_layers))) > 1 and stats.exit_share == 1
+    assert stats.deep_passes == 1 and stats.average_layers == 6
 
 
 def test_stats_count_the_work_that_ran():

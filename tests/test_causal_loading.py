@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
 from models import UserError, create_model, load_model
 from models.exit_heads import ExitConfig, attach_exit_heads
+from models.loading import cast_model
 from models.lora import add_lora
 from util.data.preparation import prepare
 from util.data_arguments import DataArguments
@@ -169,3 +170,15 @@ def test_prompt_and_output_together_must_fit_the_positions(tmp_path, tokenizer):
         UserError, match=r"^--max_source_length \+ --val_max_target_length 65: llama has 64 pos"
     ):
         prepare(load_model(str(tmp_path)), data)
+
+
+@pytest.mark.parametrize("shape", KINDS)
+def test_a_cast_is_what_is_loaded_in_that_precision(shape, tmp_path, tokenizer):
+    save(shape, tmp_path, tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = cast_model(load_model(str(tmp_path)).model, torch.bfloat16)
+    frequencies = {name: value for name, value in theirs.named_buffers() if "inv_freq" in name}
+    assert bool(frequencies) == (shape not in ("gpt2-tied", "opt-350m"))
+    own = {**ours.state_dict(), **dict(ours.named_buffers())}
+    for name, value in {**theirs.state_dict(), **frequencies}.items():
+        assert own[name].dtype == value.dtype and torch.equal(own[name], value), name

@@ -11,7 +11,7 @@ from pairs import QUICK, covering, slow_but, thin
 from slow_free import SlowFree
 from test_lossless import MAX_EXAMPLES
 from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, prompts, tiny_causal
-from transformers import set_seed
+from transformers import DynamicCache, set_seed
 
 from models import (
     AdaptiveThreshold,
@@ -20,11 +20,13 @@ from models import (
     DecodeStats,
     FixedThreshold,
     Free,
+    LoadedModel,
     MetaClassifier,
     ShortlistGap,
     SoftmaxGap,
     StaticExit,
     UserError,
+    prepare,
     trace_layers,
     view_for,
 )
@@ -225,3 +227,34 @@ def test_trace_holds_the_shallow_confidences_of_free_and_the_deep_predictions(sh
 def test_rollback_decodes_one_prompt_at_a_time():
     with pytest.raises(UserError, match="one sequence"):
         decode_causal(tiny_causal(), prompts(2), Free(2, SoftmaxGap(), ALWAYS, rollback_threshold=1.0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_static_exit_runs_no_deeper_layer_for_the_prompt(backend):
+    """But where a cache is handed back, which is Hugging Face's own."""
+    model, cut = tiny_causal(), tiny_causal()
+    del cut.model.layers[2:]
+    view, stops = prepare(LoadedModel(model, None, ExitConfig()), backend).view, []
+    run_layers = view.run_layers
+
+    def count(state, hidden, start, stop, **options):
+        stops.append(stop)
+        return run_layers(state, hidden, start, stop, **options)
+
+    view.run_layers = count
+    for batch in (1, 3):
+        inputs = prompts(batch)
+        stops.clear()
+        output = decode_causal(model, inputs, StaticExit(2), decoder_view=view)
+        assert torch.equal(output, greedy_causal(cut, inputs)) and set(stops) == {2}
+        given = {"decoder_view": view, "return_dict_in_generate": True, "max_new_tokens": 1}
+        returned = decode_causal(model, inputs, StaticExit(2), **given)
+        theirs = DynamicCache()
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        model(**inputs, position_ids=positions, cache=theirs)
+        held = inputs["input_ids"].shape[1] - 1  # the last token stops after the exit
+        assert returned.cache.get_seq_length() == held
+        real = inputs["attention_mask"][:, None, :held, None].bool()
+        for ours, layer in zip(returned.cache.layers, theirs.layers, strict=True):
+            expected = layer.keys[:, :, :held] * real
+            torch.testing.assert_close(ours.keys * real, expected, atol=1e-4, rtol=1e-4)

@@ -16,6 +16,7 @@ import torch
 from pairs import thin
 from tiny_causal import CAUSAL_FAMILIES, prompts, tiny_causal
 from tiny_models import FAMILIES, padded_inputs, tiny_model
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_imports
 
 from models import (
@@ -26,6 +27,7 @@ from models import (
     StaticExit,
     UserError,
     attach_exit_adapter,
+    custom_generate,
     early_exit_decode,
     load_model,
     make_exit_adapter,
@@ -71,6 +73,7 @@ WRONG = {  # keywords -> what the one error names
         "ValueError: The following `model_kwargs` are not used by the model: ['colour']",
     ),
     "idle": ({"method": "calm", "lossless": True}, "UserError: method='calm' does not read lossless"),
+    "default": ({"method": "full", "threshold": 0.9}, "UserError: method='full' does not read threshold"),
     "method": ({"method": "fre"}, "UserError: method must be one of free, calm, static, full, got 'fre'."),
     "meta": ({"shallow_layer": 2, "confidence": "meta"}, "UserError: confidence='meta' needs a checkpoint"),
     "layer": ({}, "UserError: Give shallow_layer: the checkpoint does not say"),
@@ -247,6 +250,19 @@ def test_exit_adapters_serve_the_calls_that_name_them(outputs):
     assert outputs["adapter", "softmax"]["exit_share"] > 0
     assert outputs["adapter", "softmax"]["tokens"] != decode_here(plain, inputs, policy)
     assert outputs["adapter", "none"]["tokens"] == decode_here(plain, inputs, METHODS["free"][1]())
+
+
+def test_an_exit_adapter_follows_a_model_that_changes(tmp_path):
+    plain, taught, inputs = tiny_causal("llama-tied"), with_adapter(), prompts(2)
+    save_exit_adapter(taught, tmp_path)
+    options = {"model": plain, "threshold": 0.05, "exit_adapter": str(tmp_path)} | LENGTH
+    custom_generate.generate(**inputs, **options)
+    plain.double()
+    plain.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=2, suppress_tokens=[3, 5, 8])
+    taught.double().generation_config = plain.generation_config
+    expected = decode_here(taught, inputs, Free(2, SoftmaxGap(), 0.05))
+    assert custom_generate.generate(**inputs, **options).tolist() == expected
+    assert not hasattr(plain, "exit_adapter")
 
 
 def test_a_model_with_the_code_generates_with_it(outputs):

@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
 from models.decoding import DecodeStats
+from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.exit_policy import Calm, StaticExit
 from models.families import view_for
@@ -160,6 +161,30 @@ def test_projection_onto_a_shortlist_equals_the_heads_rows(shape):
     view, ids = view_for(tiny_model(shape).double()), torch.tensor([3, 1, 60])
     states = torch.randn(2, 32, dtype=torch.float64)
     torch.testing.assert_close(view.projection_onto(ids)(states), view.project(states)[:, ids])
+
+
+@pytest.mark.parametrize("shape", ["t5-tied", "bart-tied"])
+def test_a_projection_onto_a_shortlist_follows_the_model(shape):
+    model, ids = tiny_model(shape), torch.tensor([3, 1, 60])
+    view, states = view_for(model), torch.randn(2, 32, dtype=torch.float64)
+    project = view.projection_onto(ids)
+    with torch.inference_mode():
+        project(states.float())
+    changes = (
+        model.double,
+        lambda: model.load_state_dict(tiny_model(shape, seed=5).state_dict()),
+        lambda: model.set_output_embeddings(tiny_model(shape, seed=6).double().lm_head),
+    )
+    for change in changes:
+        change()
+        expected = view.project(states)[:, ids]
+        torch.testing.assert_close(project(states), expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("ids", "message"), [([3], "at least two"), ([3, 97], "0..96"), ([3, 5, 3], "once")])
+def test_shortlists_that_are_none_are_refused(ids, message):
+    with pytest.raises(UserError, match=message):
+        ShortlistGap(view_for(tiny_model()), torch.tensor(ids))
 
 
 @pytest.mark.parametrize("name", ["calm", "free"])

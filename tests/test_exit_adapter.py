@@ -22,6 +22,7 @@ from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, LogitsProcessorList
 
 from models import (
+    AutoExit,
     Calm,
     DecodeStats,
     FixedThreshold,
@@ -118,6 +119,25 @@ def test_tokens_are_torchs_on_onnx(family, kind):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+@pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied"])
+def test_a_shortlist_follows_a_model_that_changes(family):
+    loaded, inputs = adapted(family, shortlist=SHORTLIST), make_inputs(family)
+    options = {"max_new_tokens": TOKENS, "logits_processor": LogitsProcessorList([Only(SHORTLIST)])}
+
+    def load_others():
+        own = loaded.model.state_dict()
+        others = {name: weight.roll(1, 0) for name, weight in own.items() if "exit_adapter" not in name}
+        loaded.model.load_state_dict(own | others)
+
+    before = loaded.generate(**inputs, exit_policy=StaticExit(SHALLOW), do_sample=False, **options)
+    for change in (loaded.model.double, load_others):
+        change()
+        expected = decode_by_hugging_face(as_plain_model(loaded), inputs, **options)
+        output = loaded.generate(**inputs, exit_policy=StaticExit(SHALLOW), do_sample=False, **options)
+        assert torch.equal(output, expected)
+    assert not torch.equal(output, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "backend"), ON_BACKENDS)
 def test_a_shortlist_holds_what_the_exit_may_say(family, backend):
@@ -196,6 +216,11 @@ def test_what_an_adapter_cannot_do_is_refused_by_name(backend):
         decode(loaded, inputs, Calm(SoftmaxGap(), FixedThreshold(0.5)))
     with pytest.raises(UserError, match="stands after 2"):
         decode(loaded, inputs, Free(3, SoftmaxGap(), FixedThreshold(0.5)))
+    with pytest.raises(UserError, match="StaticExit: layer 3: the exit adapter stands after 2"):
+        decode(loaded, inputs, StaticExit(3))
+    with pytest.raises(UserError, match="stands after 2"):
+        decode(loaded, inputs, AutoExit([2, 3], SoftmaxGap()))
+    assert torch.equal(decode(loaded, inputs, StaticExit(6)), decode(loaded, inputs, FullDepth()))
     cache = DynamicCache()
     options = {"return_dict_in_generate": True, "cache": cache}
     first = decode(loaded, inputs, FullDepth(), **options)

@@ -105,6 +105,7 @@ def test_records_name_the_exits_precision():
         assert loaded.precisions == {"precision": "fp32", **named}
         found = environment(loaded)
         assert {name: found[name] for name in found if name.endswith("precision")} == loaded.precisions
+    assert prepare(loaded, "torch").precisions == {"precision": "fp32"}
     loaded.tokenizer = object()  # which this identity does not tell apart
     assert "exit_precision" in loaded.precisions.keys() & precisions_in_identity(loaded)
 

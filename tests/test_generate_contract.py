@@ -11,20 +11,24 @@ from decoding_cases import LENGTH, MANY_ENDS, EveryThirdDeep, decode
 from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, SHAPES, empty_cache, greedy, padded_inputs, tiny_model
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.generation import BaseStreamer
 
 from models import (
     AdaptiveThreshold,
     Calm,
     DecodeStats,
+    ExitConfig,
     FixedThreshold,
     Free,
     FullDepth,
+    LoadedModel,
     SoftmaxGap,
     StaticExit,
     UserError,
@@ -146,6 +150,7 @@ REFUSED = {
     "dola_layers": {"dola_layers": "low"},
     "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
     "assistant_early_exit": {"assistant_early_exit": 2},
+    "leave out use_mtp ": {"use_mtp": True},
     "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
     "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "prefill_chunk_size": {"prefill_chunk_size": 2},
@@ -190,6 +195,37 @@ def test_an_iterator_streamer_ends():
     thread.join()
     expected = decode(loaded.model, inputs, policy)
     assert text == loaded.tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+class Received(BaseStreamer):
+    """What a streamer is given."""
+
+    def __init__(self):
+        self.tokens, self.ends = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ends += 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_streamer_sees_nothing_of_calls_that_are_made_meanwhile(ours):
+    """In a processor of the call that it streams, on the same model."""
+    loaded, inputs = LoadedModel(tiny_model(), None, ExitConfig()), padded_inputs()
+    options = {"max_length": 6}
+    loaded.generate(**inputs, **options)  # prepared: from now on the loop is called without `generate`
+
+    class Asks(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            loaded.generate(**inputs, **options)
+            return scores
+
+    received = Received()
+    outer = {"streamer": received, "logits_processor": LogitsProcessorList([Asks()]), **options}
+    output = decode(loaded.model, inputs, **outer) if ours else greedy(loaded.model, inputs, **outer)
+    assert (received.tokens, received.ends) == (output[0].tolist(), 1)
 
 
 def test_stop_strings_stop():
@@ -295,6 +331,23 @@ def test_a_processor_that_cannot_be_copied_is_named():
     with pytest.raises(UserError, match="Locked cannot be copied"):
         decode(tiny_model(), padded_inputs(), lossless(), logits_processor=processors)
     decode(tiny_model(), padded_inputs(), logits_processor=processors)  # nothing to take back
+
+
+def test_a_processor_with_slots_is_copied_or_named():
+    class Slotted:
+        __slots__ = ("state",)
+
+        def __init__(self, state):
+            self.state = state
+
+        def __call__(self, input_ids, scores):
+            return scores
+
+    inputs, expected = padded_inputs(), greedy(tiny_model(), padded_inputs(), max_length=LENGTH)
+    processors = LogitsProcessorList([Slotted([0])])
+    assert torch.equal(decode(tiny_model(), inputs, lossless(), logits_processor=processors), expected)
+    with pytest.raises(UserError, match="Slotted cannot be copied"):
+        decode(tiny_model(), inputs, lossless(), logits_processor=[Slotted(threading.Lock())])
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -15,7 +15,10 @@ from tiny_models import padded_inputs, tiny_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from models.errors import UserError
+from models.exit_adapter import attach_exit_adapter, make_exit_adapter
+from models.exit_adapter_files import save_exit_adapter
 from models.exit_heads import ExitConfig, attach_exit_heads
+from models.families import view_for
 from models.loading import cast_model, create_model, load_model
 
 CHECKPOINT = "checkpoints/debian-t5-free"
@@ -234,14 +237,39 @@ def test_remote_code_is_refused(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_half_precision_keeps_what_overflows(tmp_path):
+def tensors_of(model):
+    """All that a model computes with, also what no file holds."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def assert_same_tensors(ours, theirs):
+    ours, theirs = tensors_of(ours), tensors_of(theirs)
+    assert {name: value.dtype for name, value in ours.items()} == {
+        name: value.dtype for name, value in theirs.items()
+    }
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_is_what_is_loaded_in_that_precision(tmp_path, dtype):
     AutoModelForSeq2SeqLM.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
-    ours = cast_model(load_model(str(tmp_path)).model, torch.float16)
-    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
-    kinds = {name: weight.dtype for name, weight in theirs.state_dict().items()}
-    assert {weight.dtype for weight in theirs.state_dict().values()} == {torch.float16, torch.float32}
-    assert kinds == {name: weight.dtype for name, weight in ours.state_dict().items()}
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=dtype)
+    kinds = {weight.dtype for weight in theirs.state_dict().values()}
+    assert kinds == ({dtype, torch.float32} if dtype == torch.float16 else {dtype})  # it overflows in T5
+    assert_same_tensors(cast_model(load_model(str(tmp_path)).model, dtype), theirs)
+
+
+def test_an_exit_adapter_changes_no_weight_of_a_model_in_half_precision(tmp_path):
+    model = tiny_model("t5-tied", num_layers=4, vocab_size=4096)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    attach_exit_adapter(model, make_exit_adapter(view_for(model), "norm", 2))
+    save_exit_adapter(model, tmp_path / "exit")
+    with_exit = load_model(str(tmp_path), dtype=torch.float16, exit_adapter=str(tmp_path / "exit")).model
+    del with_exit.exit_adapter
+    assert_same_tensors(with_exit, AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("name", ["t5_tiny_tied", "tiny24"])

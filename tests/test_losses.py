@@ -31,13 +31,13 @@ def labelled_batch(batch=3, length=7):
     return {**inputs, "labels": labels}
 
 
-def loss_of(model, batch, name, shallow_layer=2, **settings):
+def loss_of(model, batch, name, shallow_layer=2, total=losses.own_total, **settings):
     view = view_for(model)
     features = {key: value for key, value in batch.items() if key != "labels"}
     features["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     with losses.without_logits(model):
         outputs = model(**features, output_hidden_states=True)
-    return build_exit_loss(view, name, shallow_layer, **settings)(view, outputs, batch["labels"])
+    return build_exit_loss(view, name, shallow_layer, **settings)(view, outputs, batch["labels"], total)
 
 
 def test_layer_weights():
@@ -83,6 +83,30 @@ def test_padding_does_not_count(name):
     assert loss_of(model, batch, name).total.item() == pytest.approx(
         loss_of(model, longer, name).total.item()
     )
+
+
+@pytest.mark.parametrize("name", ["shallowdeep_ce", "shallowdeep_kd_last", "shallowdeep_kd_dyna"])
+def test_a_share_of_the_batch_without_a_label_adds_nothing(name):
+    model, batch, whole, told = tiny_model().double(), labelled_batch(), {}, []
+    batch["labels"][2] = -100
+
+    def note(kind, own):
+        return whole.setdefault(kind, own)
+
+    def of_whole(kind, own):
+        told.append(own)
+        return whole[kind]
+
+    loss_of(model, batch, name, total=note).total.backward()
+    expected = {key: weight.grad.clone() for key, weight in model.named_parameters()}
+    model.zero_grad()
+    for rows in (slice(0, 2), slice(2, 3)):
+        share = {key: value[rows] for key, value in batch.items()}
+        loss = loss_of(model, share, name, total=of_whole)
+        loss.total.backward()
+        assert all(value.isfinite().all() for value in [*told, *loss.parts.values()])
+    for key, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[key], msg=key)
 
 
 def test_distillation_teaches_the_shallow_layers_only():

@@ -23,6 +23,7 @@ from models import (
 )
 from models.backends.onnx.view import SMALLEST_BLOCK
 from models.backends.onnx.windows import Biases
+from models.backends.shared import Shelf
 
 # What policies do does not depend on the family; whether its graphs take windows, copies and batches does.
 WHOLE = ("t5-tied", "umt5", "bart-tied")
@@ -161,3 +162,26 @@ def test_biases_are_those_of_the_distance():
     Biases({0: torch.from_numpy(biases)}, 2, 4).fill(0, rows, 1)
     assert rows[0, :, 0, :2].tolist() == [[1, 0], [5, 4]]  # the query at position 1 sees keys 0 and 1
     assert rows[0, :, 1, :3].tolist() == [[2, 1, 0], [6, 5, 4]]
+
+
+class Borrower:
+    pass
+
+
+def test_a_borrower_that_goes_while_another_is_served_takes_nothing_from_it():
+    """As the garbage collector may decide, in the same thread."""
+
+    class Meanwhile(int):
+        def __eq__(self, other):
+            leaving.clear()
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    shelf = Shelf(lambda size: [size])
+    leaving = [Borrower(), Borrower()]
+    small, large = shelf.lend(leaving[0], 1), shelf.lend(leaving[1], 2)
+    leaving.pop()
+    assert shelf.lend(Borrower(), Meanwhile(2)) is large
+    borrower = Borrower()
+    assert shelf.lend(borrower, 1) is small

@@ -30,7 +30,6 @@ from models.backends.onnx.store import default_cache_dir
 from models.backends.onnx.windows import Tables
 from models.choices import EXACT_PRECISIONS, MIXED
 from models.exit_heads import ExitConfig
-from models.families import VIEWS
 from models.families.gpt2 import GPT2View
 from models.loading import LoadedModel
 
@@ -218,12 +217,11 @@ def test_buffers_of_one_generation_serve_another_with_other_padding():
 
 @pytest.mark.slow
 def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path):
-    class Mistaken(GPT2View):
-        def distance_bias(self, index, length):
-            return -torch.arange(length)[None].float()
+    def mistaken(self, index, length):
+        return -torch.arange(length)[None].float()
 
     on_onnx("gpt2-untied")
     (tmp_path / KINDS).symlink_to(default_cache_dir() / KINDS)  # it is in no graph, but in what one reads
-    monkeypatch.setitem(VIEWS, "gpt2", Mistaken)
+    monkeypatch.setattr(GPT2View, "distance_bias", mistaken)
     with pytest.raises(UserError, match="differs from its modules"):
         prepare(LoadedModel(tiny_causal("gpt2-untied"), None, ExitConfig()), cache_dir=tmp_path)

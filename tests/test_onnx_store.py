@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import onnx_ir as ir
 import pytest
 import torch
 from decoding_cases import EveryThirdDeep
 from onnx_models import decode, loaded, perturbed, policies
+from tiny_causal import decode_causal, greedy_causal, prompts, tiny_causal
 from tiny_models import padded_inputs, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -20,8 +24,8 @@ from models import (
 )
 from models.backends.onnx import tracing
 from models.backends.onnx.engine import KINDS
-from models.backends.onnx.store import Store, default_cache_dir
-from models.families import VIEWS
+from models.backends.onnx.store import Store, default_cache_dir, foreign_code
+from models.families import VIEWS, register_view, view_for
 from models.families.t5 import T5View
 
 
@@ -111,18 +115,57 @@ def test_what_onnx_cannot_run_is_refused_by_name():
 
 
 def test_an_export_that_computes_something_else_is_refused(monkeypatch, tmp_path):
-    class Mistaken(T5View):
-        def embed_source(self, token_ids):
-            return super().embed_source(token_ids) * 2
+    def embed_twice(self, token_ids):
+        return embed_source(self, token_ids) * 2
 
+    embed_source = T5View.embed_source
     prepare(loaded(tiny_model()))
     (tmp_path / KINDS).symlink_to(default_cache_dir() / KINDS)  # it is in no graph, but in what one reads
-    monkeypatch.setitem(VIEWS, "t5", Mistaken)
+    monkeypatch.setattr(T5View, "embed_source", embed_twice)
     for _ in range(2):  # what was refused is not taken the next time because it is stored
         with pytest.raises(UserError, match="differs from its modules"):
             prepare(loaded(tiny_model()), cache_dir=tmp_path)
     monkeypatch.undo()
     assert prepare(loaded(tiny_model()), cache_dir=tmp_path).backend == "onnx"
+
+
+OWN_VIEW = "from models.families.gpt2 import GPT2View\nclass Own(GPT2View):\n    pass\n"
+MISTAKE = "    def project(self, normalized):\n        return -super().project(normalized)\n"
+
+
+@pytest.fixture
+def write_view(monkeypatch, tmp_path):
+    """A view of GPT-2 that its author keeps in a file, and changes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("models.families.VIEWS", dict(VIEWS))
+
+    def write(text):
+        (tmp_path / "own_view.py").write_text(text)
+        sys.modules.pop("own_view", None)
+        importlib.invalidate_caches()
+        register_view("gpt2", importlib.import_module("own_view").Own)
+
+    return write
+
+
+def test_code_from_outside_is_told_apart(write_view):
+    model = tiny_causal("gpt2-tied", num_layers=1)
+    assert foreign_code(view_for(model)) == ""
+    codes = []
+    for text in (OWN_VIEW, OWN_VIEW + MISTAKE, OWN_VIEW):
+        write_view(text)
+        codes.append(foreign_code(view_for(model)))
+    assert codes[0] == codes[2] != codes[1] and all(codes)
+
+
+@pytest.mark.slow
+def test_a_view_from_outside_is_exported_again_once_it_was_mended(write_view, tmp_path):
+    model, inputs, outputs = tiny_causal("gpt2-tied", num_layers=1), prompts(1), []
+    for text in (OWN_VIEW + MISTAKE, OWN_VIEW):
+        write_view(text)
+        fast = prepare(loaded(model), cache_dir=tmp_path)
+        outputs.append(decode_causal(model, inputs, FullDepth(), decoder_view=fast.view))
+    assert torch.equal(outputs[1], greedy_causal(model, inputs)) and not torch.equal(*outputs)
 
 
 def test_a_model_that_was_replaced_is_not_run_by_its_old_graphs():

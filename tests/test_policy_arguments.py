@@ -30,6 +30,7 @@ WRONG = {
     "class of a measure": (lambda: Free(2, SoftmaxGap, 0.4), r"such as SoftmaxGap\(\), got <class"),
     "swapped": (lambda: Free(2, 0.4, GAP), "Free: confidence must be an object"),
     "class of a threshold": (lambda: Calm(GAP, FixedThreshold), r"Calm: threshold .* FixedThreshold\(0.4\)"),
+    "adaptive": (lambda: Calm(GAP, AdaptiveThreshold(0.9)), r"Calm: threshold: .* FixedThreshold\(0.9\)"),
     "threshold as text": (lambda: Free(2, GAP, "0.4"), "Free: threshold must be a number or an object"),
     "per cent": (lambda: FixedThreshold(40), r"FixedThreshold: value must lie in \[0, 1\] .* got 40"),
     "per cent in Free": (lambda: Free(2, GAP, 40), r"Free: threshold must lie in \[0, 1\] .* got 40"),
@@ -64,4 +65,4 @@ def test_numbers_are_fixed_thresholds(value):
 def test_objects_stay_what_they_are():
     threshold = AdaptiveThreshold(0.9)
     assert Free(2, GAP, threshold).threshold is threshold
-    assert Calm(GAP, threshold, exit_layers=np.array([2, 4])).exit_layers == {2, 4}
+    assert Calm(GAP, 0.9, exit_layers=np.array([2, 4])).exit_layers == {2, 4}

@@ -278,7 +278,7 @@ def test_bad_flags_are_named(more, complaint, tmp_path, capsys):
 def test_a_sweep_shows_the_exit_beside_full_depth_and_models_that_have_none(exit_of_llama, tmp_path):
     flags = [
         "--free", LLAMA, "--calm", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--exit_precision", "w8",
-        "--methods", "FREE", "FREE lossless", "Static", "--static_layers", "3",
+        "--methods", "FREE", "FREE lossless", "Static", "--calm_static_layers", "3",
         "--dataset_name", "debian_de_en",
         "--free_thresholds", "0.3", "--lossless_thresholds", "0.3", "--max_pending_tokens", "3",
         "--num_samples", "3", "--max_source_length", "60", "--val_max_target_length", "12",
@@ -289,6 +289,10 @@ def test_a_sweep_shows_the_exit_beside_full_depth_and_models_that_have_none(exit
              {row["setting"] for row in records}}  # fmt: skip
     assert texts["FREE lossless 0.3 (free)"] == texts["Full depth (free)"]
     assert len(texts["FREE 0.3 (free)"]) == len(texts["Static 3 (calm)"]) == 3
+    layer = load_model(str(exit_of_llama)).exit_config.shallow_exit_layer  # where alone it says something
+    assert [name for name in texts if name.startswith("Static") and "free" in name] == [
+        f"Static {layer} (free)"
+    ]
     assert json.loads((tmp_path / "settings.json").read_text())["environment"]["exit_precision"] == "w8"
 
 

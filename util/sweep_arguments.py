@@ -53,7 +53,9 @@ class SweepArguments(PresetArgument):
     exit_adapter_path: str | None = flag(None, f"{EXIT_ADAPTER_HELP} Behind --free.")
     calm: str | None = flag(None, "Checkpoint trained for CALM; decodes CALM and Static (default: --free's).")
     methods: list[str] = list_flag(SWEPT, f"Of {', '.join(SWEPT)}; {BASELINE} always runs.")
-    static_layers: list[int] = list_flag([], "Depths of Static (default: all but the last).", method=STATIC)
+    static_layers: list[int] = list_flag(
+        [], "Depths of Static (default: all but the last, or the exit adapter's).", method=STATIC
+    )
     calm_methods: list[str] = list_flag([], "Those that --calm decodes, if others than --methods.")
     calm_static_layers: list[int] = list_flag(
         [], "Those on --calm, if others than --static_layers.", method=STATIC

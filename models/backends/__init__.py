@@ -61,7 +61,7 @@ def prepare(
     if backend != "onnx":
         refuse_options_of_onnx(backend, precision, exit_precision, threads, cache_dir)
         compiled = open_compiled(loaded) if backend == "compile" else None
-        return replace(loaded, backend=backend, precision=precision, _view=compiled)
+        return replace(loaded, backend=backend, precision=precision, exit_precision=None, _view=compiled)
     if precision not in PRECISIONS:
         raise UserError(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}.")
     reason = why_not_onnx(loaded)

@@ -78,10 +78,10 @@ class Shelf(Generic[Lent]):
 
     def lend(self, borrower: object, *settings: int) -> Lent:
         with self.lock:
-            fitting = (index for index, (made_from, _) in enumerate(self.free) if made_from == settings)
-            index = next(fitting, None)
-            kept = None if index is None else self.free.pop(index)[1]
-        lent = self.make(*settings) if kept is None else kept
+            kept = next((one for one in self.free if one[0] == settings), None)
+            # By identity: in between, a borrower that goes may have brought another.
+            self.free = [one for one in self.free if one is not kept]
+        lent = self.make(*settings) if kept is None else kept[1]
         weakref.finalize(borrower, self._keep, settings, lent).atexit = False
         return lent
 

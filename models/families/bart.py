@@ -30,7 +30,10 @@ class BartView(EncoderDecoderView):
         self.key_value_shape = (attention.num_heads, attention.head_dim)
         self.encoder_layers = list(model.get_encoder().layers)
         self.encoder_heads = self.encoder_layers[0].self_attn.num_heads
-        self.output_bias = model.final_logits_bias
+
+    @property
+    def output_bias(self) -> Tensor:
+        return self.model.final_logits_bias
 
     def embed(self, state: DecoderState, token_ids: Tensor) -> Tensor:
         return embed_tokens(self.decoder, token_ids, state.lengths[0])

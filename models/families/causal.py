@@ -39,7 +39,7 @@ class CausalState(DecoderState):
         lodgers: dict[int, int],
     ) -> None:
         super().__init__(num_layers, attention_mask)
-        refuse_other_caches(cache)
+        refuse_all_but_dynamic(cache)
         self.cache = make_buffers(self.lengths, cache, lodgers)
         refuse_uneven(self.lengths)
         self.like = like  # of the type and device of masks
@@ -85,7 +85,10 @@ class CausalView(StackView):
             self.kinds.append(self.kinds[self.exit_adapter.origin])  # of which it was a copy
         window = getattr(config, "sliding_window", None)
         self.windows = {kind: window if kind == SLIDING else None for kind in sorted(set(self.kinds))}
-        self.output_bias = getattr(model.get_output_embeddings(), "bias", None)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
         return ModelInputs({"attention_mask": attention_mask}, input_ids)
@@ -244,7 +247,7 @@ def refuse_other_attention(config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_other_caches(cache: Cache | None) -> None:
+def refuse_all_but_dynamic(cache: Cache | None) -> None:
     """Raise UserError for a cache whose tensors are no plain keys/values of all tokens."""
     if cache is None:
         return

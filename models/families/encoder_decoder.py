@@ -32,7 +32,7 @@ class EncoderDecoderState(DecoderState):
         lodgers: dict[int, int],
     ) -> None:
         super().__init__(num_layers, decoder_attention_mask)
-        refuse_other_caches(cache)
+        refuse_all_but_pairs(cache)
         given = cache if cache is not None and cache.get_seq_length() > 0 else None
         self.cache = EncoderDecoderCache(
             make_buffers(self.lengths, None if given is None else given.self_attention_cache, lodgers),
@@ -172,7 +172,7 @@ def read_source(view: Any, input_ids: Tensor, attention_mask: Tensor) -> ModelIn
     return ModelInputs({"encoder_outputs": encoder_outputs, "attention_mask": attention_mask}, None)
 
 
-def refuse_other_caches(cache: Cache | None) -> None:
+def refuse_all_but_pairs(cache: Cache | None) -> None:
     """Raise UserError for a cache whose tensors are no plain keys/values of encoder and decoder."""
     if cache is None:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ class StackView:
     key_value_shape: tuple[int, int]  # heads of keys/values, their width
     cache_argument = "cache"  # under which layers take it
     output_scale: float | None = None  # of the LM head's input
-    output_bias: Tensor | None = None  # (V,) or (1, V), added to its output
     output_cap: float | None = None  # that logits approach: cap * tanh(logits / cap)
 
     def __init__(
@@ -42,11 +40,17 @@ class StackView:
         self.lodgers = lodgers_of(self.exit_adapter, self.num_layers)
         self.final_norm = final_norm
         self.width = model.config.hidden_size
+        self._listed: ListedProjection | None = None  # onto the exit adapter's shortlist
 
     @property
     def bias_heads(self) -> int:
         """Of `distance_bias`."""
         raise NotImplementedError
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """(V,) or (1, V), added to the LM head's output, where there is one."""
+        return None
 
     @property
     def rotary_width(self) -> int | None:
@@ -129,12 +133,13 @@ class StackView:
         """V, as the LM head has it."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    @cached_property
-    def project_listed(self) -> Callable[[Tensor], Tensor]:
+    def project_listed(self, normalized: Tensor) -> Tensor:
         """`project` for the tokens on the exit adapter's shortlist."""
         assert self.exit_adapter is not None and self.exit_adapter.shortlist is not None
-        with torch.inference_mode(False):  # it is kept: an exit that decoded may be taught
-            return self.projection_onto(self.exit_adapter.shortlist)
+        shortlist = self.exit_adapter.shortlist
+        if self._listed is None or self._listed.token_ids is not shortlist:  # which a move replaces
+            self._listed = ListedProjection(self, shortlist)
+        return self._listed(normalized)
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
         adapter = self.adapter_of(layer)
@@ -153,8 +158,7 @@ class StackView:
         return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        weight, bias = self.projection_weights(token_ids)
-        return lambda normalized: self.cap(F.linear(normalized, weight, bias))
+        return ListedProjection(self, token_ids)
 
     def projection_weights(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights (K, D) and biases (K,) by which normalized states become logits of the tokens (None: all),
@@ -188,6 +192,34 @@ class StackView:
         if dropped:
             self.decoder.layerdrop = 0.0
         return dropped
+
+
+class ListedProjection:
+    """`view.project` for a few tokens only, ids (K,): (..., D) -> (..., K). Its weights are copies, made anew
+    once the model's have changed: it may be moved, cast or loaded again in between."""
+
+    def __init__(self, view: StackView, token_ids: Tensor) -> None:
+        self.view = view
+        self.token_ids = token_ids
+        self.made_of: list[Any] = []
+        self.weights: tuple[Tensor, Tensor | None]
+
+    def __call__(self, normalized: Tensor) -> Tensor:
+        head = self.view.model.get_output_embeddings().weight
+        sources = [stamp(head), stamp(self.view.output_bias), stamp(self.token_ids)]
+        if sources != self.made_of:
+            with torch.inference_mode(False):  # they are kept: an exit that decoded may be taught
+                self.weights = self.view.projection_weights(self.token_ids.to(head.device))
+            self.made_of = sources
+        return self.view.cap(F.linear(normalized, *self.weights))
+
+
+def stamp(tensor: Tensor | None) -> Any:
+    """What differs once a tensor was moved, cast, replaced or written to."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version  # of which those made in inference keep none
+    return tensor.data_ptr(), tensor.device, tensor.dtype, version
 
 
 def lodgers_of(adapter: ExitAdapter | None, num_layers: int) -> dict[int, int]:

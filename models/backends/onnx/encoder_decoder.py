@@ -14,7 +14,7 @@ from models.backends.onnx.windows import shared
 from models.backends.shared import deliver_copies
 from models.decoder_view import ModelInputs
 from models.families.buffers import refuse_uneven
-from models.families.encoder_decoder import read_source, refuse_other_caches
+from models.families.encoder_decoder import read_source, refuse_all_but_pairs
 from models.families.masks import padding_mask
 
 
@@ -50,7 +50,7 @@ class OnnxEncoderDecoderView(OnnxView):
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
     ) -> OnnxState:
-        refuse_other_caches(cache)
+        refuse_all_but_pairs(cache)
         self.eager.check_cache(cache)
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -23,17 +24,18 @@ from models.backends.onnx.pieces import (
 )
 from models.backends.onnx.quantization import graphs_of, precision_of, quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, hash_weights, makers, processor
+from models.backends.onnx.store import Store, fingerprint, foreign_code, hash_weights, makers, processor
 from models.backends.onnx.tracing import Kinds
 from models.choices import EXACT_PRECISIONS, MIXED
 from models.families.encoder_decoder import EncoderDecoderView
 from models.families.stack import StackView
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, which declares no types
+ExactLayer = partial(DecoderLayer, exact=True)
 PIECES: dict[str, Callable[[Any, int], Piece]] = {
     "layer": DecoderLayer,
-    "exact-layer": lambda view, index: DecoderLayer(view, index, exact=True),
-    "prompt-layer": lambda view, index: DecoderLayer(view, index, exact=True),
+    "exact-layer": ExactLayer,
+    "prompt-layer": ExactLayer,  # in other precisions
     "keys-values": KeysValues,
     "memory": Memory,
     "encoder": EncoderLayer,
@@ -59,7 +61,8 @@ class Engine:
     ) -> None:
         """`exit_precision`: of the exit adapter, where it is another."""
         self.view = view
-        self.store = Store(cache_dir / fingerprint(view.model, graphs_of(precision)))
+        foreign = foreign_code(view)
+        self.store = Store(cache_dir / fingerprint(view.model, graphs_of(precision), foreign))
         self.precision = precision
         self.exit_precision = exit_precision or precision
         self.threads = threads
@@ -67,7 +70,7 @@ class Engine:
         self.layer_kind = "exact-layer" if self.exact else "layer"
         reads_prompts = precision == MIXED and not isinstance(view, EncoderDecoderView)
         self.prompt_kind = "prompt-layer" if reads_prompts else self.layer_kind
-        self.kinds = Kinds(Store(cache_dir / KINDS))
+        self.kinds = Kinds(Store(cache_dir / f"{KINDS}{foreign and '-'}{foreign}"))
         adapter = view.exit_adapter
         self.adapted = None
         if adapter is not None:  # whose layer may do by its place what no weight tells, as SmolLM3's rotate

@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -24,7 +26,10 @@ from transformers import PreTrainedModel
 
 from models.errors import UserError
 from models.exit_adapter import NAME
+from models.families.stack import StackView
 
+MODELS = Path(__file__).parents[2]
+TOLD = {MODELS.name, "torch", "transformers", *sys.stdlib_module_names}  # whose code `makers` tells
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 GRAPH, WEIGHTS, SUMS = "graph.onnx", "weights.bin", "sums.json"
 EMBEDDED = 1024  # bytes; smaller tensors stay in the graph
@@ -40,11 +45,31 @@ def default_cache_dir() -> Path:
 def makers() -> str:
     """A hash of what makes the graphs: libraries, and the code here and of the families."""
     digest = hashlib.sha256("\n".join(f"{name} {version(name)}" for name in LIBRARIES).encode())
-    here = Path(__file__).parent
-    models = here.parents[1]
-    for path in sorted([*here.glob("*.py"), *models.glob("families/*.py"), models / "exit_adapter.py"]):
+    traced = [MODELS / "exit_adapter.py", MODELS / "backends/shared.py", *MODELS.glob("families/*.py")]
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *traced]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def foreign_code(view: StackView) -> str:
+    """A hash of the code from outside that a model and its view run, which no version tells; empty where
+    there is none."""
+    kinds = {type(view), *map(type, view.model.modules())}
+    bases = {base for kind in kinds for base in kind.__mro__ if base.__module__.split(".")[0] not in TOLD}
+    if not bases:
+        return ""
+    digest = hashlib.sha256()
+    for base in sorted(bases, key=lambda base: (base.__module__, base.__qualname__)):
+        digest.update(f"{base.__module__} {base.__qualname__}\n".encode())
+        digest.update(source_of(base))
+    return digest.hexdigest()[:32]
+
+
+@cache
+def source_of(kind: type) -> bytes:
+    """The file that a class is written in; of one that was typed into a console, bytes of this run alone."""
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return uuid.uuid4().bytes if path is None else Path(path).read_bytes()
 
 
 @cache
@@ -54,12 +79,12 @@ def processor() -> str:
     return hashlib.sha256(" ".join(able).encode()).hexdigest()[:16]
 
 
-def fingerprint(model: PreTrainedModel, precision: str) -> str:
-    """A name for what is exported: libraries, configuration, every weight, precision. An exit adapter, whose
-    pieces have names of their own, is left out."""
+def fingerprint(model: PreTrainedModel, precision: str, foreign: str) -> str:
+    """A name for what is exported: libraries, code (ours, and `foreign`), configuration, every weight,
+    precision. An exit adapter, whose pieces have names of their own, is left out."""
     weights = model.state_dict(keep_vars=True)
     own = {name: weight for name, weight in weights.items() if not name.startswith(f"{NAME}.")}
-    return hash_weights(own, makers(), precision, model.config.to_json_string())
+    return hash_weights(own, makers(), foreign, precision, model.config.to_json_string())
 
 
 def hash_weights(weights: dict[str, Tensor], *context: str) -> str:
