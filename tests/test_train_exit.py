@@ -27,7 +27,7 @@ from models import (
     load_model,
 )
 from models.exit_adapter import attach_exit_adapter
-from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter
+from models.exit_adapter_files import CONFIG_NAME, WEIGHTS_NAME, load_exit_adapter, read_exit_config
 from scripts import sweep, train_exit
 from util.exit_training import forecast, teaching
 
@@ -294,6 +294,17 @@ def test_a_sweep_shows_the_exit_beside_full_depth_and_models_that_have_none(exit
         f"Static {layer} (free)"
     ]
     assert json.loads((tmp_path / "settings.json").read_text())["environment"]["exit_precision"] == "w8"
+
+
+@pytest.mark.parametrize("name", ["static_layers", "shallow_layers"])
+def test_a_sweep_refuses_layers_that_the_exit_does_not_stand_after(exit_of_llama, tmp_path, capsys, name):
+    layer = read_exit_config(str(exit_of_llama)).layer
+    flags = ["--free", LLAMA, "--exit_adapter_path", str(exit_of_llama), "--dataset_name", "debian_de_en"]
+    flags += ["--methods", "FREE", "Static", "--output_dir", str(tmp_path), "--max_source_length", "60"]
+    flags += ["--val_max_target_length", "12"]
+    with pytest.raises(SystemExit):
+        sweep.main([*flags, f"--{name}", str(layer + 1)])
+    assert f"--{name}: the exit adapter stands after layer {layer} alone." in capsys.readouterr().err
 
 
 @pytest.mark.slow
