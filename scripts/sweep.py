@@ -265,9 +265,10 @@ def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]
     for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
         require_exits(name, getattr(flags, name), depth)
     adapter = checkpoints["free"].view.exit_adapter if "free" in checkpoints else None
-    for name in ("static_layers", "shallow_layers"):
-        fitting = adapter is None or {*getattr(flags, name)} <= {adapter.layer}
-        require(fitting, f"--{name}: the exit adapter stands after layer {adapter and adapter.layer} alone.")
+    if adapter is not None:
+        for name in ("static_layers", "shallow_layers"):
+            fitting = {*getattr(flags, name)} <= {adapter.layer}
+            require(fitting, f"--{name}: the exit adapter stands after layer {adapter.layer} alone.")
 
 
 def begin(folder: Path, shards: Shards, *facts: Any) -> None:

@@ -118,10 +118,8 @@ def with_adapter(model: PreTrainedModel | PeftModel, flags: LoraArguments) -> Pe
         return add_lora(model, *settings)
     for spec in flags_in(flags):
         if spec.name in OF_ADAPTERS and differs(flags, spec):
-            given, own = (
-                getattr(flags, spec.name),
-                getattr(model.active_peft_config, OF_ADAPTERS[spec.name], None),
-            )
+            given = getattr(flags, spec.name)
+            own = getattr(model.active_peft_config, OF_ADAPTERS[spec.name], None)
             require(
                 (set(given) if isinstance(own, set) else given) == own,
                 f"--{spec.name} {given} contradicts the adapter of --model_name_or_path, which has {own}: "
