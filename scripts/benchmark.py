@@ -89,7 +89,7 @@ def run_model(name: str, flags: BenchmarkArguments) -> dict[str, Any]:
     """Everything about one model, which is gone before the next one comes."""
     print(f"{name}: preparing", file=sys.stderr)
     subject = open_subject(name, flags)
-    bandwidth = measure_bandwidth()
+    bandwidth = measure_bandwidth(subject.loaded.model.device)
     with tempfile.TemporaryDirectory() as folder:
         contestants = list(enter_contestants(subject, flags, Path(folder)))
         outputs = decode_in_turn(subject, contestants)
@@ -123,6 +123,7 @@ def describe_environment() -> dict[str, Any]:
         **{name: find_version(name) for name in LIBRARIES},
         "git": git_hash(),
         "processor": find_processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
     }
 

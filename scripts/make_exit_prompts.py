@@ -1,5 +1,6 @@
 """Make the prompts on which checkpoints/smollm2-135m-exit was taught: dialogues and parts of them to be
-summed up, sentences to be translated, questions, passages to be explained, and instructions.
+summed up, sentences to be translated, questions, passages to be explained, and instructions, some of them
+written by the model itself.
 
     python scripts/make_exit_prompts.py --data_dir FOLDER --output_file save/exit_prompts.jsonl
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         (flags,) = parse_groups((ExitPromptArguments,), __doc__, argv)
         drawn = random.Random(flags.seed)
         held = held_out(flags)
-        drawn_prompts = [*summaries(flags, drawn), *others(flags, drawn)]
+        drawn_prompts = [*summaries(flags, drawn), *others(flags, drawn), *instructions(flags)]
         taught = [prompt for prompt in dict.fromkeys(drawn_prompts) if prompt not in held]
         drawn.shuffle(taught)
         prompts = taught + held
@@ -135,6 +136,19 @@ def others(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
     passages = (row["context"][: LONGEST["passage"]] for row in squad[half : 2 * half])
     yield from (f"Explain this in simple words.\n\n{passage}" for passage in passages)
     yield from (request.format(activity) for activity in ACTIVITIES for request in REQUESTS)
+
+
+def instructions(flags: ExitPromptArguments) -> list[str]:
+    """What the model itself asks in its users' place."""
+    if flags.model_name_or_path is None:
+        return []
+    from models.loading import load_model  # takes torch, which nothing else here needs
+    from util.device import move_model
+    from util.exit_training.instructions import write_instructions
+
+    loaded = load_model(flags.model_name_or_path)
+    move_model(loaded.model)
+    return write_instructions(loaded, flags.self_instructed, flags.generation_batch_size, flags.seed)
 
 
 def held_out(flags: ExitPromptArguments) -> list[str]:

@@ -43,7 +43,7 @@ from models.families import view_for
 from models.families.causal import CausalView
 from models.families.encoder_decoder import EncoderDecoderView
 from models.json_files import read_mapping
-from models.loading import LoadedModel
+from models.loading import LoadedModel, cast_model
 from util.backend import limit_threads, run_by_backend
 from util.console import prepare_console
 from util.data.encoding import Encoder, encoder_for
@@ -52,9 +52,9 @@ from util.device import best_device
 from util.environment import environment
 from util.evaluation.identity import hash_rows, identify_model, total
 from util.exit_training.card import write_exit_card
-from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs
+from util.exit_training.forecast import ExitCosts, Forecast, best, measure_costs, read_costs
 from util.exit_training.objectives import LayeredView
-from util.exit_training.states import Start, compute_states
+from util.exit_training.states import FreshStates, Start, States, compute_states
 from util.exit_training.teaching import Teaching, adapter_of
 from util.exit_training.texts import Text, answer_prompts, given_targets, group_alike
 from util.files import content_hash, locked_output_dir, write_json
@@ -115,14 +115,12 @@ def teach(flags: ExitTrainingArguments, data: DataArguments, backend: BackendArg
     first = loaded.model.generation_config.decoder_start_token_id if has_encoder else None
     start = Start(first, with_prompt=flags.prompt_weight > 0)
     depths = layers if kv_layer is None else sorted({*layers, kv_layer - 1})
-    files = compute_states(frozen.view, texts, depths, in_folder(flags, "states"), start)
+    states = read_states(flags, frozen, texts, depths, start)
     views = make_views(flags, loaded, layers, kv_layer, texts)
-    costs = time_alone(
-        lambda: {layer: time_exit(view, loaded, encoder, examples, backend) for layer, view in views.items()}
-    )
+    costs = find_costs(flags, views, loaded, encoder, examples, backend)
     taught, held_out = range(len(texts))[: -flags.held_out], range(len(texts))[-flags.held_out :]
     identity |= identify_teaching(flags, views, kv_layer)
-    teaching = Teaching(views, files, taught, held_out, costs, flags, identity)
+    teaching = Teaching(views, states, taught, held_out, costs, flags, identity)
     conclude(flags, loaded, views, costs, teaching.run())
 
 
@@ -156,7 +154,7 @@ def choose_kv_layer(flags: ExitTrainingArguments, loaded: LoadedModel, layers: l
 
 def in_bfloat16(loaded: LoadedModel) -> LoadedModel:
     """A copy that generates and reads faster; forecasts and the exit's own weights take the model itself."""
-    return replace(loaded, model=copy.deepcopy(loaded.model).to(torch.bfloat16))
+    return replace(loaded, model=cast_model(copy.deepcopy(loaded.model), torch.bfloat16))
 
 
 def own_share(examples: Dataset) -> Dataset:
@@ -292,6 +290,32 @@ def make_views(
         attach_exit_adapter(loaded.model, adapter)
         views[layer] = cast(LayeredView, view_for(loaded.model))
     return views
+
+
+def read_states(
+    flags: ExitTrainingArguments, frozen: LoadedModel, texts: list[Text], depths: list[int], start: Start
+) -> States:
+    """Step 2: what the frozen layers make of the texts, after as many layers as `depths` say."""
+    on_disk = flags.cache_states if flags.cache_states is not None else frozen.model.device.type == "cpu"
+    if not on_disk:
+        return FreshStates(frozen.view, texts, depths, start)
+    return compute_states(frozen.view, texts, depths, in_folder(flags, "states"), start)
+
+
+def find_costs(
+    flags: ExitTrainingArguments,
+    views: dict[int, LayeredView],
+    loaded: LoadedModel,
+    encoder: Encoder,
+    examples: Dataset,
+    backend: BackendArguments,
+) -> dict[int, ExitCosts]:
+    """By layer, what the parts of decoding cost: as a file says, or as measured here."""
+    if flags.cost_file is not None:
+        return read_costs(Path(flags.cost_file), list(views))
+    return time_alone(
+        lambda: {layer: time_exit(view, loaded, encoder, examples, backend) for layer, view in views.items()}
+    )
 
 
 def time_alone(measure: Callable[[], dict[int, ExitCosts]]) -> dict[int, ExitCosts]:

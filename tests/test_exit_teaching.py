@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, texts_of
@@ -12,19 +14,23 @@ from util.exit_training import teaching
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts
 from util.exit_training.objectives import exit_logits, teacher_of
-from util.exit_training.states import Start, compute_states, make_batch, read_text
+from util.exit_training.states import FreshStates, Start, compute_states, make_batch, read_texts
 from util.exit_training.texts import group_alike, until_end
 
 
-@pytest.fixture(params=["llama-tied", "gpt2-tied", "t5-tied", "bart-tied"])
+@pytest.fixture(
+    params=itertools.product(["llama-tied", "gpt2-tied", "t5-tied", "bart-tied"], ["disk", "anew"])
+)
 def taught(request, tmp_path):
-    """A model with an exit, texts, and a batch of their states as read from disk."""
-    loaded = adapted(request.param, shortlist=SHORTLIST)
-    texts, causal = texts_of(request.param), not loaded.model.config.is_encoder_decoder
+    """A model with an exit, texts, and a batch of their states, read from disk or computed together."""
+    family, kept = request.param
+    loaded = adapted(family, shortlist=SHORTLIST)
+    texts, causal = texts_of(family), not loaded.model.config.is_encoder_decoder
     start = Start(None if causal else 0, with_prompt=causal)
     files = compute_states(loaded.view, texts, [SHALLOW], tmp_path, start)
-    batch = make_batch(loaded.view, [files.row(number) for number in range(len(texts))])
-    return loaded, texts, start, batch
+    states = files if kept == "disk" else FreshStates(loaded.view, texts, [SHALLOW], start)
+    assert states.sizes == files.sizes
+    return loaded, texts, start, make_batch(loaded.view, states.rows(range(len(texts))))
 
 
 def logits_by_hugging_face(model, text, start):
@@ -64,11 +70,11 @@ def test_states_are_read_in_the_same_order_that_they_are_written(tmp_path):
     loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=70)  # two shards
     files = compute_states(loaded.view, texts, [1, SHALLOW], tmp_path, Start(None))
     for number in (0, 63, 64, 69):
-        row = read_text(loaded.view, texts[number], [1, SHALLOW], Start(None))
+        (row,) = read_texts(loaded.view, [texts[number]], [1, SHALLOW], Start(None))
         stored = files.row(number)
         assert torch.equal(stored.tokens, row.tokens) and len(row.tokens) == files.outputs[number]
         for layer in (1, SHALLOW):
-            torch.testing.assert_close(stored.hidden[layer], row.hidden[layer], atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(stored.hidden[layer].float(), row.hidden[layer], atol=1e-2, rtol=1e-2)
 
 
 def test_texts_end_with_their_end_and_lie_beside_others_as_long():
@@ -93,7 +99,7 @@ def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
     for weight in one.parameters:
         weight.requires_grad_(True)
     before = one.forecasts()[1][SHALLOW]
-    batch = make_batch(loaded.view, [files.row(number) for number in range(6)])
+    batch = make_batch(loaded.view, files.rows(range(6)))
     losses = [one.learn(batch) for _ in range(80)]
     after = one.forecasts()[1][SHALLOW]
     assert losses[-1] < 0.5 * losses[0]

@@ -268,6 +268,10 @@ class BenchmarkArguments:
     samples: int = flag(20, "Samples of each model.")
     batch_size: int = flag(1, "Samples decoded together.")
     threads: int = flag(1, "CPU threads of every contestant.")
+    device: str = flag(
+        "cpu", "Where models run; cuda is for the backends torch and compile.", ("cpu", "cuda")
+    )
+    dtype: str = flag("float32", "Of weights, on cuda.", ("float32", "bfloat16", "float16"))
     shallow_exit_layer: int | None = flag(
         None,
         "Exit of FREE and Static (default: the checkpoint's own; a quarter of random layers).",
@@ -294,11 +298,20 @@ class BenchmarkArguments:
         require_known("methods", self.methods, BENCHMARKED)
         refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in BENCHMARKED})
         self.refuse_flags_of_other_models()
+        self.refuse_contestants_of_other_devices()
         for name in ("samples", "batch_size", "threads", "source_length", "target_length"):
             require_positive(name, getattr(self, name))
         require_positive("shallow_exit_layer", self.shallow_exit_layer)
         for name in (*OF_EMBEDDED, "exit_share"):
             require_unit_interval(name, getattr(self, name))
+
+    def refuse_contestants_of_other_devices(self) -> None:
+        """Raise UserError for what runs on CPUs alone where another device is named."""
+        if self.device == "cpu":
+            require(self.dtype == "float32", f"--dtype {self.dtype} needs --device cuda.")
+            return
+        bound = [name for name in (*self.rivals, *self.backends) if name in CTRANSLATE2 or "onnx" in name]
+        require(not bound, f"--device {self.device}: {', '.join(bound)} run on the CPU; name others.")
 
     def refuse_flags_of_other_models(self) -> None:
         """Raise UserError for flags and methods that none of the models reads."""

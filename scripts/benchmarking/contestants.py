@@ -58,20 +58,20 @@ class Coin:
 
     def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
         heads = torch.rand(len(hidden), generator=self.generator) < self.share
-        return Measured(heads.float(), self.gap(view, hidden, layer).logits)
+        return Measured(heads.float().to(hidden.device), self.gap(view, hidden, layer).logits)
 
 
 def enter_contestants(subject: Subject, flags: BenchmarkArguments, folder: Path) -> Iterator[Contestant]:
     """All rivals and methods, ready to decode; `folder` takes what they export."""
     if HF_GENERATE in flags.rivals:
-        yield Contestant(HF_GENERATE, HF_GENERATE, BASELINE, "fp32", hugging_face(subject))
+        yield Contestant(HF_GENERATE, HF_GENERATE, BASELINE, flags.dtype, hugging_face(subject))
     for label in flags.backends:
         backend, _, precision = label.partition(" ")
-        precision = precision or "fp32"
         options = {"threads": flags.threads, "cache_dir": folder / "onnx"} if backend == "onnx" else {}
-        fast = prepare(subject.loaded, backend, precision, **options)
+        fast = prepare(subject.loaded, backend, precision or "fp32", **options)
+        precision = precision or flags.dtype
         for method in (BASELINE, *subject.methods):
-            if method == FREE_LOSSLESS and precision not in EXACT_PRECISIONS:
+            if method == FREE_LOSSLESS and fast.precision not in EXACT_PRECISIONS:
                 continue
             policy, coin = build_policy(method, subject, flags)
             decode = ours(fast, policy, coin, subject.max_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +15,33 @@ from scripts.benchmarking.subjects import Subject
 from util.evaluation.metrics import compute_scores
 from util.methods import BASELINE
 from util.script_arguments import CTRANSLATE2
+from util.timing import Stopwatch
 
 BYTES = {
     "fp32": 4,
     "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
     "w8": 1 + 4 / 64,
     MIXED: 1 + 4 / 64,
     "w4": 1 / 2 + 4 / 32,
     "int8": 1,
 }  # of a weight and its scale
+ROUNDED = ("w8", MIXED, "w4", "int8")
 MEMORY_WEIGHTS = ("EncDecAttention.k.", "EncDecAttention.v.", "encoder_attn.k_proj.", "encoder_attn.v_proj.")
-READ_BYTES = 512 * 2**20  # more than caches hold
+READ_BYTES = {"cpu": 512 * 2**20, "cuda": 2**32}  # more than caches hold
 READ_TIMES = 7
 
 
-def measure_bandwidth() -> float:
-    """Bytes a second that torch's threads read from memory, at best."""
-    numbers, seconds = torch.ones(READ_BYTES // 4), []
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device, or torch's threads, read from memory, at best."""
+    size, seconds = READ_BYTES[device.type], []
+    numbers = torch.ones(size // 4, device=device)
     for _ in range(READ_TIMES):
-        start = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - start)
-    return READ_BYTES / min(seconds)
+        with Stopwatch(device) as watch:
+            numbers.sum()
+        seconds.append(watch.seconds)
+    return size / min(seconds)
 
 
 @dataclass
@@ -81,7 +85,7 @@ def make_rows(
     rows = [describe(subject, one, outputs[one.name], floor) for one in contestants]
     paces = {row["name"]: row["ms_per_token"] for row in rows}
     tokens = {name: [row for output in batches for row in output.tokens] for name, batches in outputs.items()}
-    exact = [one.name for one in contestants if one.method == BASELINE and BYTES[one.precision] == 4]
+    exact = [one.name for one in contestants if one.method == BASELINE and one.precision not in ROUNDED]
     for row in rows:
         pace, full = row["ms_per_token"], f"{row['backend']} {BASELINE}"
         for rival in CTRANSLATE2:

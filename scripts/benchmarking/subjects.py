@@ -17,6 +17,7 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel, check_config, load_model
 from util.data_arguments import DataArguments
+from util.device import move_model
 from util.flags import require
 from util.methods import CALM, FREE, FREE_LOSSLESS, STATIC
 from util.script_arguments import BENCHMARK_SHAPES, BenchmarkArguments
@@ -74,6 +75,10 @@ def open_subject(name: str, flags: BenchmarkArguments) -> Subject:
         UserError: no such exit layer, or a config that describes no encoder-decoder model.
     """
     subject = open_embedded(name, flags) if name in EMBEDDED else open_random(name, flags)
+    device = torch.device(flags.device)
+    move_model(subject.loaded.model, device, getattr(torch, flags.dtype))
+    for batch in subject.batches:
+        batch.inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     layers = subject.loaded.view.num_layers
     require(
         subject.exit_layer is None or 1 <= subject.exit_layer < layers,

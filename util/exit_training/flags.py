@@ -50,6 +50,16 @@ class ExitTrainingArguments:
         "Generate (with torch), read and teach in bfloat16: two to three times as fast on CPUs and GPUs that "
         "multiply in it. The exit's weights stay float32.",
     )
+    cache_states: bool | None = flag(
+        None,
+        "Keep what the frozen layers make of the texts on disk, some kilobytes a token, instead of computing "
+        "it at each step anew (default: on CPUs).",
+    )
+    cost_file: str | None = flag(
+        None,
+        "The train_exit.json of an earlier teaching on the machine that will decode: forecasts are made with "
+        "the costs in it, instead of costs measured here.",
+    )
     shortlist_size: int | None = flag(
         8192, "Tokens that the exit may say: the most frequent of the texts; 0 for the whole vocabulary."
     )
@@ -106,12 +116,23 @@ class ExitPromptArguments:
     data_dir: str | None = flag(None, "Folder of local files <data set>.<split>, read instead of the hub.")
     parts: int = flag(2, "Runs of turns drawn from each dialogue.")
     others: int = flag(600, "Prompts of other tasks, besides 150 instructions.")
+    self_instructed: int = flag(
+        0,
+        "Prompts that the model of --model_name_or_path invents in its users' place: open instructions.",
+    )
+    model_name_or_path: str | None = flag(None, "A model with a chat template: hub id, folder or .gguf file.")
+    generation_batch_size: int = flag(256, "Instructions written at once.")
     held_out: int = flag(96, "Dialogues of the validation split, put last.")
     held_out_from: int = flag(200, "The first of them; those before are left to evaluations.")
     seed: int = flag(3, "Of what is drawn, and of the order.")
     output_file: str = flag("save/exit_prompts.jsonl", "For train_exit.py --train_file.")
 
     def __post_init__(self) -> None:
-        for name in ("parts", "others", "held_out_from"):
+        for name in ("parts", "others", "self_instructed", "held_out_from"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}.")
-        require_positive("held_out", self.held_out)
+        for name in ("held_out", "generation_batch_size"):
+            require_positive(name, getattr(self, name))
+        require(
+            (self.self_instructed > 0) == (self.model_name_or_path is not None),
+            "--self_instructed and --model_name_or_path need each other: name both or neither.",
+        )

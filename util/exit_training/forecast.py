@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from models.confidence import SoftmaxGap
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.free import Free
 from models.host import argmax
+from models.json_files import check_keys, read_mapping
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
 from util.evaluation.cost_model import median_seconds
@@ -29,6 +32,7 @@ from util.timing import Stopwatch
 WINDOWS = (1, 2, 3, 5, 9)
 REPEATS = 9
 ALWAYS, NEVER = -1.0, 2.0  # thresholds that every confidence exceeds, and none
+SECONDS = ("sample", "full_step", "shallow_step")  # of ExitCosts, its other fields being lists
 SHORT, LONG = 8, 32  # tokens of the outputs by which a step is told from a sample
 
 
@@ -47,8 +51,8 @@ class ExitCosts:
     sample: float  # prompt or source, and preparation
     full_step: float  # a token at full depth
     shallow_step: float  # a token up to the exit, its head and test included
-    passes: tuple[float, ...]  # deep layers on so many tokens (`WINDOWS`), head on all: lossless
-    passes_of_one: tuple[float, ...]  # the same, head on the last alone: FREE
+    passes: Sequence[float]  # deep layers on so many tokens (`WINDOWS`), head on all: lossless
+    passes_of_one: Sequence[float]  # the same, head on the last alone: FREE
 
     def deep_pass(self, tokens: int, lossless: bool) -> float:
         seconds = self.passes if lossless else self.passes_of_one
@@ -72,6 +76,23 @@ class Forecast:
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def read_costs(path: Path, layers: Sequence[int]) -> dict[int, ExitCosts]:
+    """By layer, what an earlier teaching measured and wrote to its train_exit.json.
+
+    Raises:
+        UserError: the file holds no costs, or none of a layer.
+    """
+    written = read_mapping(path, "--cost_file").get("cost_seconds")
+    found = written if isinstance(written, dict) else {}
+    for layer in layers:
+        place = f"--cost_file {path}: cost_seconds of layer {layer}"
+        if not isinstance(found.get(str(layer)), dict):
+            raise UserError(f"{place} are missing; teach there with --exit_layers {layer}, or leave it out.")
+        lists = dict.fromkeys(("passes", "passes_of_one"), list[float])
+        check_keys(found[str(layer)], dict.fromkeys(SECONDS, float) | lists, place)
+    return {layer: ExitCosts(**found[str(layer)]) for layer in layers}
 
 
 def measure_costs(fast: LoadedModel, layer: int, sources: Sequence[Any]) -> ExitCosts:
@@ -191,4 +212,4 @@ def trace_exit(logits: Tensor, tokens: Tensor, has_shortlist: bool) -> ExitTrace
     shares = logits.float().softmax(-1)
     listed = shares[:, :-1] if has_shortlist else shares
     top, chosen = listed.topk(2, dim=-1)
-    return ExitTrace((top[:, 0] - top[:, 1]).numpy(), (chosen[:, 0] == tokens).numpy())
+    return ExitTrace((top[:, 0] - top[:, 1]).cpu().numpy(), (chosen[:, 0] == tokens).cpu().numpy())

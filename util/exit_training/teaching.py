@@ -1,6 +1,6 @@
-"""Step 3: teach exit adapters, one behind each candidate layer, on states that lie on disk.
+"""Step 3: teach exit adapters, one behind each candidate layer, on states of the frozen layers.
 
-    teaching = Teaching(views, files, held_out, costs, flags, folder)
+    teaching = Teaching(views, states, rows, held_out, costs, flags, folder)
     best = teaching.run()
 
 Several processes (torchrun) read different rows and average their gradients. What is taught so far lies in
@@ -26,7 +26,7 @@ from models.exit_adapter import ExitAdapter
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts, ExitTrace, Forecast, best, forecast, trace_exit
 from util.exit_training.objectives import LOSSES, LayeredView, acceptance, exit_logits, teacher_of
-from util.exit_training.states import Batch, StateFiles, make_batch
+from util.exit_training.states import Batch, States, make_batch
 from util.files import write_json
 from util.progress import Progress
 
@@ -57,18 +57,19 @@ class Teaching:
     def __init__(
         self,
         views: dict[int, LayeredView],
-        files: StateFiles,
+        states: States,
         rows: Sequence[int],
         held_out: Sequence[int],
         costs: dict[int, ExitCosts],
         flags: ExitTrainingArguments,
         identity: dict[str, Any],
     ) -> None:
-        """`views`: by candidate layer, each with its own adapter; `rows`, `held_out`: numbers in `files`."""
+        """`views`: by candidate layer, each with its own adapter; `rows`, `held_out`: numbers in `states`."""
         self.views = views
-        self.files = files
+        self.states = states
         self.rows = list(rows)
-        self.held_out = [files.row(number) for number in held_out]
+        view = next(iter(views.values()))
+        self.held_out = [make_batch(view, states.rows([number])) for number in held_out]
         self.costs = costs
         self.flags = flags
         self.identity = identity
@@ -176,11 +177,10 @@ class Teaching:
         """Of every held-out text, and the mean probability that a sampled draft is accepted."""
         traces, accepted, tokens = [], 0.0, 0
         adapter = adapter_of(view)
-        for row in self.held_out:
-            batch = make_batch(view, [row])
+        for batch in self.held_out:
             logits, own = exit_logits(view, batch), batch.outputs
             accepted += float(acceptance(logits, teacher_of(view, batch))[own].sum())
-            tokens += row.outputs
+            tokens += int(own.sum())
             said = places(adapter, batch.tokens[own])
             traces.append(trace_exit(logits[own], said, adapter.shortlist is not None))
         return traces, accepted / tokens
@@ -191,10 +191,10 @@ class Teaching:
         view, learnt = next(iter(self.views.values())), self.standing.step
         for epoch in itertools.count():
             generator = random.Random(f"{self.flags.seed} {epoch}")
-            groups = group_rows(self.rows, self.files.sizes, self.flags.batch_tokens, generator)
+            groups = group_rows(self.rows, self.states.sizes, self.flags.batch_tokens, generator)
             for place, group in enumerate(groups[learnt:], learnt):
                 runs = random.Random(f"{self.flags.seed} {epoch} {place}")
-                yield make_batch(view, [self.files.row(number) for number in group], runs)
+                yield make_batch(view, self.states.rows(group), runs)
             learnt = max(0, learnt - len(groups))
 
     def weights(self) -> dict[int, dict[str, Tensor]]:
