@@ -25,6 +25,7 @@ from models import (
     UserError,
     prepare,
 )
+from models.backends.onnx import grouping
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.store import default_cache_dir
 from models.backends.onnx.windows import Tables
@@ -95,7 +96,8 @@ def states_of(view, inputs, hidden, windows, rows):
 
 
 @pytest.mark.parametrize(("family", "precision"), IN_WINDOWS)
-def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision):
+def test_a_token_has_the_same_bits_alone_in_windows_and_in_batches(family, precision, monkeypatch):
+    monkeypatch.setattr(grouping, "MANY", 20)  # tokens, after which windows take heads in groups, too
     view, inputs = on_onnx(family, precision).view, prompts(3)
     torch.manual_seed(1)
     hidden = torch.randn(3, WINDOWED, view.model.config.hidden_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from models.backends.onnx.cuts import Cuts
+from models.backends.onnx.grouping import Groups, group_heads
 from models.backends.onnx.pieces import (
     DecoderLayer,
     EncoderLayer,
@@ -78,6 +79,8 @@ class Engine:
             self.adapted = hash_weights(adapter.state_dict(), *context)
         self.checked = self.store.folder / f"checked-{processor()}-{self.adapted}"  # exists once it was
         self.cuts = Cuts.of(view, precision)
+        self.apart = self.store.folder / f"apart-{processor()}"  # exists where heads must not be grouped
+        self.groups = Groups.of(view) if self.exact and not self.apart.exists() else None
         self.sessions: dict[tuple[str, int, int], Session] = {}
         self.lock = Lock()
 
@@ -99,6 +102,12 @@ class Engine:
         if self._has_entry:
             self._piece("exit-entry", 0)
         return self.store.made > before
+
+    def keep_heads_apart(self) -> None:
+        """From now on, and in later processes on this processor."""
+        self.apart.touch()
+        self.groups = None
+        self.sessions.clear()
 
     def layers(self, start: int, stop: int, of_prompt: bool = False) -> Session:
         """Decoder layers `start`..`stop - 1`, one of the stretches of `cuts`, and the exit adapter that reads
@@ -154,12 +163,19 @@ class Engine:
 
     def _assemble(self, kind: str, indices: range) -> ir.Model:
         pieces = ((index, self._piece(kind, index)) for index in indices)
-        if kind in LAYER_KINDS and indices.start == self.view.num_layers:
-            return chain(self._exit_pieces(kind), self.view.bias_owner)
-        if kind in (*LAYER_KINDS, "encoder"):
-            aside = self._exit_pieces(kind) if kind in LAYER_KINDS and self.fuses(indices.stop) else []
-            return chain(pieces, self.view.bias_owner, aside)
-        return bundle(pieces, self.view.bias_owner)
+        if kind in LAYER_KINDS:
+            return self._assemble_layers(kind, indices, pieces)
+        return (chain if kind == "encoder" else bundle)(pieces, self.view.bias_owner)
+
+    def _assemble_layers(self, kind: str, indices: range, pieces: Iterator[tuple[int, ir.Model]]) -> ir.Model:
+        if indices.start == self.view.num_layers:
+            model = chain(self._exit_pieces(kind), self.view.bias_owner)
+        else:
+            aside = self._exit_pieces(kind) if self.fuses(indices.stop) else []
+            model = chain(pieces, self.view.bias_owner, aside)
+        if self.groups is not None and kind == self.layer_kind:
+            group_heads(model.graph, self.view.key_value_shape[1])
+        return model
 
     @property
     def _has_entry(self) -> bool:

@@ -41,7 +41,8 @@ class Source(NamedTuple):
 class Numbering:
     """What depends on a capacity and on how tokens are numbered."""
 
-    windows: dict[int, Window] = field(default_factory=dict)  # made so far, by the number of new tokens
+    # Made so far, by the number of new tokens and whether they are attended to by group.
+    windows: dict[tuple[int, bool], Window] = field(default_factory=dict)
     tables: Tables | None = None
 
 

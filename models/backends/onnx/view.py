@@ -36,12 +36,18 @@ class OnnxView(BackendView):
         self.shelf = Shelf(self._make_buffers, most_kept=MOST_KEPT)
         self.biases: dict[int, Biases] = {}  # by capacity
 
+    def keep_heads_apart(self) -> None:
+        """Before anything is decoded: what was made for heads in groups is left."""
+        self.engine.keep_heads_apart()
+        self.shelf = Shelf(self._make_buffers, most_kept=MOST_KEPT)
+
     def run_layers(
         self, state: OnnxState, hidden: Tensor, start: int, stop: int, *, causal: bool = True
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
-        held = state.lengths[start] + max(hidden.shape[1], 2)
+        groups = self.engine.groups
+        held = state.lengths[start] + max(hidden.shape[1], 2 if groups is None else groups.most_rows)
         if hidden.shape[1] > SMALLEST_BLOCK:  # a prompt: room for an answer, too, lest buffers be copied
             held += held // 4
         state.reserve(len(hidden), held)
@@ -118,11 +124,14 @@ class OnnxView(BackendView):
         batch, new = hidden.shape[:2]
         # Long ones are as many as prompts have lengths: those go with the generation.
         windows = (state.numbering if new <= SMALLEST_BLOCK else state.own_numbering).windows
-        window = windows.get(new)
+        groups = self.engine.groups
+        grouped = groups is not None and groups.pay(new, past)
+        window = windows.get((new, grouped))
         if window is None:
             shape = (batch, new, self.eager.width)
             biases, exact = self._biases(state.capacity), self.engine.exact
-            window = windows[new] = Window(shape, biases, exact, state.padding, state.tables())
+            more = state.padding, state.tables(), groups, grouped
+            window = windows[new, grouped] = Window(shape, biases, exact, *more)
         window.move(past)
         return window
 

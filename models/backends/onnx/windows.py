@@ -13,6 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 from onnxruntime import OrtValue
 from torch import Tensor
 
+from models.backends.onnx.grouping import Groups
 from models.backends.onnx.rotation import TABLES
 
 Array = np.ndarray
@@ -92,11 +93,17 @@ class Window:
         exact: bool,
         padding: Array | None = None,
         tables: Tables | None = None,
+        groups: Groups | None = None,
+        grouped: bool = False,
     ) -> None:
         """`shape`: (B, Q, D); `exact`: a lone query has a copy beside it; `padding`: (B, 1, 1, P) additive;
-        `tables`: of families that rotate."""
+        `tables`: of families that rotate; `groups`: of heads that share keys/values, `grouped`: whether they
+        are attended to by group."""
         batch, new, _ = shape
-        rows = max(new, 2) if exact else new
+        rows, group = max(new, 2) if exact else new, 1
+        self.later: Array | None = None
+        if grouped and groups is not None:
+            rows, group, self.later = new * groups.size, groups.size, groups.later(new)
         self.biases = biases
         self.padding = padding
         self.hidden = torch.empty(shape)  # what layers read
@@ -107,6 +114,9 @@ class Window:
         held = batch if padding is not None else 1
         owners = biases.rows_from
         self.bias = {owner: empty(held, biases.heads, rows, biases.capacity) for owner in owners}
+        # Rows of a group's further heads stand where those of its first do.
+        by_head = (held, biases.heads, group, rows // group, biases.capacity)
+        self.bias_by_head = {owner: array.reshape(by_head) for owner, array in self.bias.items()}
         inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
         inputs |= {
             "hidden": self.hidden.numpy(),
@@ -115,9 +125,12 @@ class Window:
             "queries": np.minimum(np.arange(rows), new - 1),
             "kept": np.arange(new),
         }
+        if groups is not None:
+            inputs["grouped"] = np.array(grouped)
+            inputs |= {"blocks": groups.blocks(new), "outputs": groups.outputs(new)}
         self.places: Array | None = None
         if tables is not None:
-            self.first_places = tables.places(batch, rows, biases.capacity)
+            self.first_places = np.tile(tables.places(batch, rows // group, biases.capacity), group)
             inputs["places"] = self.places = self.first_places.copy()
         self.inputs = {name: shared(array) for name, array in inputs.items()}
         if tables is not None:
@@ -131,9 +144,13 @@ class Window:
         self.past = past
         self.last[:] = past + self.rows - 1
         for owner, array in self.bias.items():
-            self.biases.fill(owner, array, past)
+            by_head = self.bias_by_head[owner]
+            self.biases.fill(owner, by_head[:, :, 0], past)
+            by_head[:, :, 1:] = by_head[:, :, :1]
             if self.padding is not None:
                 padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
                 np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
+            if self.later is not None:
+                np.copyto(array[..., past : past + self.rows], SMALLEST, where=self.later)
         if self.places is not None:
             np.add(self.first_places, past, out=self.places)
