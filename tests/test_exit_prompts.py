@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from tiny_causal import tiny_causal
+from transformers import AutoTokenizer
 
+from models import UserError
 from scripts import make_exit_prompts
+from util.exit_training.instructions import write_instructions
+
+CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}</s>{% endfor %}"
 
 TURNS = [f"{name}: I say {number}." for number, name in enumerate(["Mia", "Tom"] * 10)]
 DIALOGUES = ["\r\n".join(TURNS), "Mia: short\nTom: indeed", ""]
@@ -62,3 +70,57 @@ def test_no_prompt_is_taught_twice_or_held_out_and_taught(folder):
     prompts = [json.loads(line)["source"] for line in lines]
     assert prompts[-2].endswith("Mia: row 4") and len(set(prompts)) == len(prompts)
     assert sum(prompt.endswith("Mia: once") for prompt in prompts) == 1
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained("checkpoints/debian-t5-free")
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_instructions_go_on_where_a_user_begins_and_come_to_an_end(tokenizer):
+    end = tokenizer.eos_token_id
+    said = ["Name the packages of it.", "Short.", "Name the packages of it.", "Here is a package manager."]
+    rows = [[*tokenizer(text, add_special_tokens=False).input_ids, end, 5, 5] for text in said]
+    rows.append(tokenizer("This one never comes to its end", add_special_tokens=False).input_ids)
+    longest, asked = max(map(len, rows)), []
+
+    def generate(input_ids, attention_mask, **options):
+        asked.extend(tokenizer.batch_decode(input_ids))
+        padded = [[*row, *[7] * (longest - len(row))] for row in rows[: len(input_ids)]]
+        return torch.cat([input_ids, torch.tensor(padded)], 1)
+
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end), device=torch.device("cpu"))
+    loaded = SimpleNamespace(tokenizer=tokenizer, model=model, generate=generate)
+    found = write_instructions(loaded, len(rows) + 2, batch_size=len(rows), seed=0)
+    assert found == ["Name the packages of it.", "Here is a package manager."]
+    assert asked == [tokenizer.decode(tokenizer("<user> ", add_special_tokens=False).input_ids)] * 7
+
+
+def test_a_chat_template_must_show_what_users_say(tokenizer):
+    for template, complaint in ((None, "has no chat template"), ("Hello", "leaves out what a user says")):
+        other = SimpleNamespace(chat_template=template, apply_chat_template=lambda *given, **options: "Hello")
+        with pytest.raises(UserError, match=complaint):
+            write_instructions(SimpleNamespace(tokenizer=other), 1, batch_size=1, seed=0)
+
+
+@pytest.mark.slow
+def test_the_model_writes_instructions_itself(folder, tokenizer, capsys):
+    model = tiny_causal(vocab_size=len(tokenizer), max_position_embeddings=128)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(5, len(tokenizer), 8)]  # ends soon
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    flags = ["--data_dir", str(folder), "--others", "4", "--held_out", "3", "--held_out_from", "4"]
+    written = []
+    for name in ("without", "with", "again"):
+        more = ["--self_instructed", "12", "--model_name_or_path", str(folder / "model")]
+        more += ["--generation_batch_size", "8"]
+        file = folder / f"{name}.jsonl"
+        make_exit_prompts.main([*flags, "--output_file", str(file), *(more if name != "without" else [])])
+        written.append([json.loads(line)["source"] for line in file.read_text().splitlines()])
+    without, first, again = written
+    assert first == again and {*without} < {*first} and 4 <= len(first) - len(without) <= 12
+    with pytest.raises(SystemExit):
+        make_exit_prompts.main([*flags, "--self_instructed", "12"])
+    assert "--self_instructed and --model_name_or_path need each other" in capsys.readouterr().err

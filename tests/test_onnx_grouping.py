@@ -1,4 +1,4 @@
-"""Heads that share keys/values as rows of one product: which blocks make a row, when, and where it must not be."""
+"""Heads that share keys/values as rows of one product: which blocks make a row, when, and where none may."""
 
 from __future__ import annotations
 

@@ -308,6 +308,47 @@ def test_a_sweep_refuses_layers_that_the_exit_does_not_stand_after(exit_of_llama
 
 
 @pytest.mark.slow
+def test_states_computed_anew_teach_as_those_on_disk(whole, tmp_path):
+    train_exit.main(command(LLAMA, tmp_path, "--cache_states", "False"))
+    assert not (tmp_path / "states").exists()
+    losses, others = (
+        [row["loss"] for row in json.loads((folder / "curve.json").read_text())]
+        for folder in (whole, tmp_path)
+    )
+    assert losses == pytest.approx(others, rel=0.01)  # on disk they are halves
+
+
+@pytest.mark.slow
+def test_forecasts_take_the_costs_of_another_machine(whole, tmp_path, capsys):
+    """One on which an exit costs nothing."""
+    content = json.loads((whole / "train_exit.json").read_text())
+    (layer,) = content["cost_seconds"]
+    costs = {
+        "sample": 0.0,
+        "full_step": 1.0,
+        "shallow_step": 1e-3,
+        "passes": [1.0] * 5,
+        "passes_of_one": [1.0] * 5,
+    }
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"cost_seconds": {layer: costs}}))
+    train_exit.main(command(LLAMA, tmp_path / "exit", "--cost_file", str(file)))
+    written = json.loads((tmp_path / "exit/train_exit.json").read_text())
+    assert written["cost_seconds"][layer] == costs
+    sure = next(row for row in written["forecasts"][layer] if row["threshold"] == 0 and not row["lossless"])
+    assert sure["exit_share"] == 1 and sure["speedup"] > 5
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, tmp_path / "other", "--cost_file", str(file), "--exit_layers", "1"))
+    assert "cost_seconds of layer 1 are missing; teach there with --exit_layers 1" in capsys.readouterr().err
+    file.write_text(json.dumps({"cost_seconds": {layer: costs | {"passes": 3}}}))
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, tmp_path / "other", "--cost_file", str(file)))
+    assert (
+        f"--cost_file {file}: cost_seconds of layer {layer}: passes must be a list" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
 def test_two_processes_share_prompts_and_gradients(tmp_path):
     """The adapter that is saved has learnt from both: each answers half of the prompts."""
     run_in_two_processes("scripts/train_exit.py", *command(LLAMA, tmp_path, "--exit_layers", "1"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from models.errors import UserError
 from models.exit_policy import FullDepth
 from models.loading import LoadedModel
 from models.prompts import message, require_chat_template
@@ -26,13 +27,13 @@ def write_instructions(loaded: LoadedModel, count: int, batch_size: int, seed: i
     """At most `count` of them, each once: what repeats or comes to no end is left out.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one that does not show what a user says.
     """
     require_chat_template(loaded.tokenizer, "--self_instructed")
     torch.manual_seed(seed)
     begun = loaded.tokenizer(before_user(loaded), add_special_tokens=False, return_tensors="pt")
     begun = begun.to(loaded.model.device)
-    ends, found = end_tokens(loaded), {}
+    ends, found = end_tokens(loaded), dict[str, None]()
     with Progress("Writing instructions", count, "row") as progress:
         for first in range(0, count, batch_size):
             rows = min(batch_size, count - first)
@@ -50,4 +51,6 @@ def write_instructions(loaded: LoadedModel, count: int, batch_size: int, seed: i
 def before_user(loaded: LoadedModel) -> str:
     """The chat template up to where a user's first message begins."""
     whole = loaded.tokenizer.apply_chat_template([message("user", PLACE)], tokenize=False)
+    if PLACE not in whole:
+        raise UserError("--self_instructed: the tokenizer's chat template leaves out what a user says.")
     return whole.partition(PLACE)[0]
