@@ -86,8 +86,7 @@ class TaughtExit:
 
 
 def read_settings(path: Path) -> dict[str, Free]:
-    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own, and lossless also with
-    lookups.
+    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own, each also with lookups.
 
     Raises:
         UserError: the file is another.
@@ -102,9 +101,9 @@ def read_settings(path: Path) -> dict[str, Free]:
         free = functools.partial(Free, row["layer"], SoftmaxGap(), row["threshold"], **options)
         method = FREE_LOSSLESS if row["lossless"] else FREE
         policies[method] = free()
-        if row["lossless"]:
-            lookup = {"lookup": PromptLookup(LOOKUP_TOKENS), "max_pending": LOOKUP_TOKENS}
-            policies[with_lookup(method, LOOKUP_TOKENS)] = free(**lookup)
+        cap = LOOKUP_TOKENS if row["lossless"] else row["max_pending"]
+        looking_up = free(lookup=PromptLookup(LOOKUP_TOKENS), max_pending=cap)
+        policies[with_lookup(method, LOOKUP_TOKENS)] = looking_up
     return policies
 
 
