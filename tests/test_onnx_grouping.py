@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_causal import greedy_causal, prompts, tiny_causal
+from tiny_models import padded_inputs, tiny_model
 
 from models import FullDepth, UserError, prepare
 from models.backends.onnx import check
@@ -55,3 +56,12 @@ def test_heads_stay_apart_where_groups_have_other_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "have_same_bits", lambda view: False)
     with pytest.raises(UserError, match="on this processor a token has other bits alone than in a window"):
         prepare(loaded, cache_dir=tmp_path / "anew")
+
+
+def test_an_encoders_heads_are_not_the_decoders():
+    """BART counts both; its layers share no keys/values."""
+    model = tiny_model("bart-tied", num_layers=2, encoder_attention_heads=8, decoder_attention_heads=4)
+    fast, inputs = prepare(LoadedModel(model, None, ExitConfig())), padded_inputs(2)
+    assert fast.view.engine.groups is None
+    output = fast.generate(**inputs, exit_policy=FullDepth(), max_length=12, do_sample=False)
+    assert torch.equal(output, model.generate(**inputs, max_length=12, do_sample=False))

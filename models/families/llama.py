@@ -21,6 +21,7 @@ class LlamaView(RotaryView):
         decoder = model.model
         super().__init__(model, decoder, decoder.layers, decoder.norm)
         self.key_value_shape = (model.config.num_key_value_heads, self.layers[0].self_attn.head_dim)
+        self.heads_of_group = model.config.num_attention_heads // model.config.num_key_value_heads
         self.output_cap = getattr(model.config, "final_logit_softcapping", None)
 
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class StackView:
     takes_biases = True  # whether layers are given the bias of every key, where there are any
     max_positions: int | None = None  # that are learned
     key_value_shape: tuple[int, int]  # heads of keys/values, their width
+    heads_of_group = 1  # query heads that share one of these
     cache_argument = "cache"  # under which layers take it
     output_scale: float | None = None  # of the LM head's input
     output_cap: float | None = None  # that logits approach: cap * tanh(logits / cap)

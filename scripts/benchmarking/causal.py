@@ -86,7 +86,7 @@ class TaughtExit:
 
 
 def read_settings(path: Path) -> dict[str, Free]:
-    """FREE and lossless as scripts/train_exit.py recommends them in a file of its own, each also with lookups.
+    """FREE and lossless as scripts/train_exit.py recommends them in a file, each also with lookups.
 
     Raises:
         UserError: the file is another.

@@ -32,11 +32,8 @@ class Groups(NamedTuple):
     @classmethod
     def of(cls, view: StackView) -> Groups | None:
         """Those of a model's attentions; None where no heads share keys/values."""
-        heads, kept = (
-            view.model.config.get_text_config(decoder=True).num_attention_heads,
-            view.key_value_shape[0],
-        )
-        return cls(heads, kept) if heads > kept else None
+        kept = view.key_value_shape[0]
+        return cls(view.heads_of_group * kept, kept) if view.heads_of_group > 1 else None
 
     @property
     def size(self) -> int:
