@@ -152,7 +152,7 @@ def test_windows_of_prompts_go_with_their_generation():
     fast = prepare(loaded(tiny_causal()), precision="w4")
     for length in range(70, 90, 4):
         fast.generate(torch.full((1, length), 7), do_sample=False, max_new_tokens=3)
-    kept = [window for _, held in fast.view.shelf.free for window in held.numbering.windows]
+    kept = [tokens for _, held in fast.view.shelf.free for tokens, _ in held.numbering.windows]
     assert kept and max(kept) <= SMALLEST_BLOCK
 
 
