@@ -343,9 +343,12 @@ def test_forecasts_take_the_costs_of_another_machine(whole, tmp_path, capsys):
     file.write_text(json.dumps({"cost_seconds": {layer: costs | {"passes": 3}}}))
     with pytest.raises(SystemExit):
         train_exit.main(command(LLAMA, tmp_path / "other", "--cost_file", str(file)))
-    assert (
-        f"--cost_file {file}: cost_seconds of layer {layer}: passes must be a list" in capsys.readouterr().err
-    )
+    complaint = f"--cost_file {file}: cost_seconds of layer {layer}: passes must"
+    assert f"{complaint} be a list" in capsys.readouterr().err
+    file.write_text(json.dumps({"cost_seconds": {layer: costs | {"passes": [1.0]}}}))
+    with pytest.raises(SystemExit):
+        train_exit.main(command(LLAMA, tmp_path / "other", "--cost_file", str(file)))
+    assert f"{complaint} hold 5 numbers, not 1." in capsys.readouterr().err
 
 
 @pytest.mark.slow

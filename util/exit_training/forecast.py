@@ -90,8 +90,11 @@ def read_costs(path: Path, layers: Sequence[int]) -> dict[int, ExitCosts]:
         place = f"--cost_file {path}: cost_seconds of layer {layer}"
         if not isinstance(found.get(str(layer)), dict):
             raise UserError(f"{place} are missing; teach there with --exit_layers {layer}, or leave it out.")
-        lists = dict.fromkeys(("passes", "passes_of_one"), list[float])
-        check_keys(found[str(layer)], dict.fromkeys(SECONDS, float) | lists, place)
+        row, lists = found[str(layer)], dict.fromkeys(("passes", "passes_of_one"), list[float])
+        check_keys(row, dict.fromkeys(SECONDS, float) | lists, place)
+        for name in lists:
+            if len(row[name]) != len(WINDOWS):
+                raise UserError(f"{place}: {name} must hold {len(WINDOWS)} numbers, not {len(row[name])}.")
     return {layer: ExitCosts(**found[str(layer)]) for layer in layers}
 
 

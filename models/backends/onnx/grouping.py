@@ -48,6 +48,10 @@ class Groups(NamedTuple):
         """Whether a window of so many tokens after so many others is faster in groups."""
         return new * self.size <= MOST_ROWS and (new == 1 or (new <= FEW and past >= MANY))
 
+    def inputs(self, new: int, grouped: bool) -> dict[str, np.ndarray]:
+        """Of a graph that has both ways."""
+        return {"grouped": np.array(grouped), "blocks": self.blocks(new), "outputs": self.outputs(new)}
+
     def blocks(self, new: int) -> np.ndarray:
         """(R, 3 * K): which of the Q * (H + 2 * K) blocks of W numbers, that queries, keys and values of the
         tokens are, make each row. Keys/values of rows beyond the Q tokens are never seen."""

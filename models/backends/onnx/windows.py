@@ -112,11 +112,10 @@ class Window:
         self.rows = rows
         self.last = np.zeros(batch, np.int32)
         held = batch if padding is not None else 1
-        owners = biases.rows_from
-        self.bias = {owner: empty(held, biases.heads, rows, biases.capacity) for owner in owners}
-        # Rows of a group's further heads stand where those of its first do.
         by_head = (held, biases.heads, group, rows // group, biases.capacity)
-        self.bias_by_head = {owner: array.reshape(by_head) for owner, array in self.bias.items()}
+        self.bias_by_head = {owner: empty(*by_head) for owner in biases.rows_from}
+        merged = (held, biases.heads, rows, biases.capacity)
+        self.bias = {owner: array.reshape(merged) for owner, array in self.bias_by_head.items()}
         inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
         inputs |= {
             "hidden": self.hidden.numpy(),
@@ -126,8 +125,7 @@ class Window:
             "kept": np.arange(new),
         }
         if groups is not None:
-            inputs["grouped"] = np.array(grouped)
-            inputs |= {"blocks": groups.blocks(new), "outputs": groups.outputs(new)}
+            inputs |= groups.inputs(new, grouped)
         self.places: Array | None = None
         if tables is not None:
             self.first_places = np.tile(tables.places(batch, rows // group, biases.capacity), group)
@@ -146,7 +144,7 @@ class Window:
         for owner, array in self.bias.items():
             by_head = self.bias_by_head[owner]
             self.biases.fill(owner, by_head[:, :, 0], past)
-            by_head[:, :, 1:] = by_head[:, :, :1]
+            by_head[:, :, 1:] = by_head[:, :, :1]  # a group's further heads stand where its first does
             if self.padding is not None:
                 padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
                 np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
