@@ -83,6 +83,12 @@ class Tables(NamedTuple):
         return starts + np.arange(count)
 
 
+def chosen_rows(batch: int, new: int, rows: int) -> dict[str, Array]:
+    """Of which tokens the rows are, and which rows are the tokens', where heads are attended to one by one."""
+    queries = np.minimum(np.arange(rows), new - 1)
+    return {"row_count": np.full(batch, rows, np.int32), "queries": queries, "kept": np.arange(new)}
+
+
 class Window:
     """Inputs that depend on positions, the same for all layers: of Q new tokens after `past` others."""
 
@@ -117,13 +123,7 @@ class Window:
         merged = (held, biases.heads, rows, biases.capacity)
         self.bias = {owner: array.reshape(merged) for owner, array in self.bias_by_head.items()}
         inputs: dict[str, Array] = {f"bias.{owner}": array for owner, array in self.bias.items()}
-        inputs |= {
-            "hidden": self.hidden.numpy(),
-            "last": self.last,
-            "row_count": np.full(batch, rows, np.int32),
-            "queries": np.minimum(np.arange(rows), new - 1),
-            "kept": np.arange(new),
-        }
+        inputs |= {"hidden": self.hidden.numpy(), "last": self.last, **chosen_rows(batch, new, rows)}
         if groups is not None:
             inputs |= groups.inputs(new, grouped)
         self.places: Array | None = None
@@ -131,8 +131,7 @@ class Window:
             self.first_places = np.tile(tables.places(batch, rows // group, biases.capacity), group)
             inputs["places"] = self.places = self.first_places.copy()
         self.inputs = {name: shared(array) for name, array in inputs.items()}
-        if tables is not None:
-            self.inputs |= tables.inputs
+        self.inputs |= {} if tables is None else tables.inputs
         self.bound_outputs = [shared(output.numpy()) for output in self.outputs]
 
     def move(self, past: int) -> None:
