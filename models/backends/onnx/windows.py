@@ -84,7 +84,7 @@ class Tables(NamedTuple):
 
 
 def chosen_rows(batch: int, new: int, rows: int) -> dict[str, Array]:
-    """Of which tokens the rows are, and which rows are the tokens', where heads are attended to one by one."""
+    """Of which tokens rows are, and which rows are the tokens', where heads are attended to one by one."""
     queries = np.minimum(np.arange(rows), new - 1)
     return {"row_count": np.full(batch, rows, np.int32), "queries": queries, "kept": np.arange(new)}
 
