@@ -143,7 +143,8 @@ class Window:
         for owner, array in self.bias.items():
             by_head = self.bias_by_head[owner]
             self.biases.fill(owner, by_head[:, :, 0], past)
-            by_head[:, :, 1:] = by_head[:, :, :1]  # a group's further heads stand where its first does
+            if self.later is not None:  # a group's further heads stand where its first does
+                by_head[:, :, 1:] = by_head[:, :, :1]
             if self.padding is not None:
                 padding = self.padding[..., : array.shape[-1]]  # all of it once there is room for the prompt
                 np.copyto(array[..., : padding.shape[-1]], SMALLEST, where=padding < 0)
