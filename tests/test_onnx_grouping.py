@@ -16,25 +16,25 @@ from models.loading import LoadedModel
 
 def test_blocks_of_two_tokens_make_the_rows_of_two_groups():
     """Of each token: queries of heads 0 to 3, keys of 0 and 1, values of 0 and 1, eight blocks."""
-    groups = Groups(heads=4, kept=2)
+    groups = Groups(heads=4, kv_heads=2)
     assert groups.blocks(2).tolist() == [
         [0, 2, 4, 5, 6, 7],  # the first heads of both groups, first token
         [8, 10, 12, 13, 14, 15],
         [1, 3, 12, 13, 14, 15],  # their second heads, beside keys/values that no row sees
         [9, 11, 12, 13, 14, 15],
     ]
-    assert groups.outputs(2).tolist() == [[0, 4, 1, 5], [2, 6, 3, 7]]
+    assert groups.kept_blocks(2).tolist() == [[0, 4, 1, 5], [2, 6, 3, 7]]
     hides = [[False, True, True, True], [False, False, True, True]]
     assert groups.later(2).tolist() == hides * 2
 
 
 @pytest.mark.parametrize(
-    ("heads", "new", "past", "pays"),
+    ("heads", "new", "past", "gains"),
     [(9, 1, 0, True), (9, 2, 5, False), (9, 5, MANY, True), (9, 6, MANY, False), (60, 3, MANY, True),
      (60, 4, MANY, False)],
 )  # fmt: skip
-def test_lone_tokens_and_small_windows_after_many_gain(heads, new, past, pays):
-    assert Groups(heads, 3).pay(new, past) == pays
+def test_lone_tokens_and_small_windows_after_many_gain(heads, new, past, gains):
+    assert Groups(heads, 3).gains(new, past, limit=64) == gains
 
 
 def test_heads_stay_apart_where_groups_have_other_bits(tmp_path, monkeypatch):

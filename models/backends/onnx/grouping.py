@@ -19,7 +19,6 @@ import onnx_ir as ir
 from models.families.stack import StackView
 
 FEW, MANY = 5, 256  # a window of so many tokens at most gains by it, where so many others are attended to
-MOST_ROWS = 64  # that a product takes at once: a lone row beyond them would be multiplied by another kernel
 OPERATOR = "GroupQueryAttention"
 
 
@@ -27,43 +26,49 @@ class Groups(NamedTuple):
     """Of an attention's heads."""
 
     heads: int  # H
-    kept: int  # K
+    kv_heads: int  # K
 
     @classmethod
     def of(cls, view: StackView) -> Groups | None:
         """Those of a model's attentions; None where no heads share keys/values."""
-        kept = view.key_value_shape[0]
-        return cls(view.heads_of_group * kept, kept) if view.heads_of_group > 1 else None
+        kv_heads = view.key_value_shape[0]
+        return cls(view.heads_of_group * kv_heads, kv_heads) if view.heads_of_group > 1 else None
 
     @property
     def size(self) -> int:
-        return self.heads // self.kept
+        return self.heads // self.kv_heads
 
     @property
     def most_rows(self) -> int:
         """R of no window is larger."""
-        return min(FEW * self.size, MOST_ROWS)
+        return FEW * self.size
 
-    def pay(self, new: int, past: int) -> bool:
-        """Whether a window of so many tokens after so many others is faster in groups."""
-        return new * self.size <= MOST_ROWS and (new == 1 or (new <= FEW and past >= MANY))
+    def gains(self, new: int, past: int, limit: int) -> bool:
+        """Whether a window of so many tokens after so many others is faster in groups; `limit`: of R."""
+        return new * self.size <= limit and (new == 1 or (new <= FEW and past >= MANY))
 
     def inputs(self, new: int, grouped: bool) -> dict[str, np.ndarray]:
         """Of a graph that has both ways."""
-        return {"grouped": np.array(grouped), "blocks": self.blocks(new), "outputs": self.outputs(new)}
+        return {
+            "grouped": np.array(grouped),
+            "blocks": self.blocks(new),
+            "kept_blocks": self.kept_blocks(new),
+        }
 
     def blocks(self, new: int) -> np.ndarray:
         """(R, 3 * K): which of the Q * (H + 2 * K) blocks of W numbers, that queries, keys and values of the
         tokens are, make each row. Keys/values of rows beyond the Q tokens are never seen."""
         head, token = np.divmod(np.arange(new * self.size)[:, None], new)
-        kept, blocks = np.arange(self.kept), self.heads + 2 * self.kept
-        stored = np.minimum(np.arange(new * self.size), new - 1)[:, None] * blocks + self.heads + kept
-        return np.concatenate([token * blocks + kept * self.size + head, stored, stored + self.kept], 1)
+        kv_head, blocks = np.arange(self.kv_heads), self.heads + 2 * self.kv_heads
+        stored = np.minimum(np.arange(new * self.size), new - 1)[:, None] * blocks + self.heads + kv_head
+        return np.concatenate(
+            [token * blocks + kv_head * self.size + head, stored, stored + self.kv_heads], 1
+        )
 
-    def outputs(self, new: int) -> np.ndarray:
+    def kept_blocks(self, new: int) -> np.ndarray:
         """(Q, H): which of the R * K blocks that the operator makes is each token's of each head."""
-        kept, head = np.divmod(np.arange(self.heads), self.size)
-        return (head * new + np.arange(new)[:, None]) * self.kept + kept
+        kv_head, head = np.divmod(np.arange(self.heads), self.size)
+        return (head * new + np.arange(new)[:, None]) * self.kv_heads + kv_head
 
     def later(self, new: int) -> np.ndarray:
         """(R, R) bool: which of the keys of the newest R positions a row must not see."""
@@ -72,19 +77,19 @@ class Groups(NamedTuple):
 
 def group_heads(graph: ir.Graph, width: int) -> None:
     """Let every attention whose heads share keys/values take them in groups of rows where the input `grouped`
-    says so, which then reads `blocks` and `outputs` instead of `queries` and `kept`."""
+    says so, which then reads `blocks` and `kept_blocks` instead of `queries` and `kept`."""
     attentions = [node for node in graph if node.op_type == OPERATOR and shares(node)]
     if not attentions:
         return
     flag = add_input(graph, "grouped", ir.DataType.BOOL, [])
     blocks = add_input(graph, "blocks", ir.DataType.INT64, ["grouped_rows", None])
-    outputs = add_input(graph, "outputs", ir.DataType.INT64, ["new", None])
+    kept_blocks = add_input(graph, "kept_blocks", ir.DataType.INT64, ["new", None])
     for attention in attentions:
         packed, queries = choice_of(attention).inputs
         (kept,) = attention.outputs[0].consumers()
         apart, grouped = Branch(f"{attention.name}.apart"), Branch(f"{attention.name}.grouped")
         apart.attend(attention, packed, queries, kept.inputs[1])
-        grouped.attend_in_groups(attention, packed, width, blocks, outputs)
+        grouped.attend_in_groups(attention, packed, width, blocks, kept_blocks)
         branches = {"then_branch": grouped.graph(), "else_branch": apart.graph()}
         choice = ir.node("If", [flag], branches, num_outputs=3)
         graph.insert_before(kept, choice)
@@ -161,11 +166,11 @@ class Branch:
         packed: ir.Value | None,
         width: int,
         blocks: ir.Value,
-        outputs: ir.Value,
+        kept_blocks: ir.Value,
     ) -> None:
         """The same, one head of keys/values after the other."""
-        heads, kept = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
         rows = self.gather(self.reshape(packed, width), blocks)  # (B, R, 3 * K, W)
-        made, *buffers = self.repeat(attention, self.reshape(rows, 3 * kept * width), num_heads=kept)
-        merged = self.gather(self.reshape(made, width), outputs)  # (B, Q, H, W)
+        made, *buffers = self.repeat(attention, self.reshape(rows, 3 * kv_heads * width), num_heads=kv_heads)
+        merged = self.gather(self.reshape(made, width), kept_blocks)  # (B, Q, H, W)
         self.results = [self.reshape(merged, heads * width), *buffers]

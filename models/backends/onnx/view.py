@@ -125,7 +125,7 @@ class OnnxView(BackendView):
         # Long ones are as many as prompts have lengths: those go with the generation.
         windows = (state.numbering if new <= SMALLEST_BLOCK else state.own_numbering).windows
         groups = self.engine.groups
-        grouped = groups is not None and groups.pay(new, past)
+        grouped = groups is not None and groups.gains(new, past, self.most_rows)
         window = windows.get((new, grouped))
         if window is None:
             shape = (batch, new, self.eager.width)
