@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from models.auto_exit import AutoExit
     from models.backends import prepare
     from models.confidence import ConfidenceMeasure, Measured, MetaClassifier, ShortlistGap, SoftmaxGap
+    from models.decode_stats import DecodeStats
     from models.decoder_view import DecoderState, DecoderView
-    from models.decoding import DecodeStats, early_exit_decode
+    from models.decoding import early_exit_decode
     from models.errors import UserError
     from models.exit_adapter import ExitAdapter, attach_exit_adapter, make_exit_adapter
     from models.exit_adapter_files import load_exit_adapter, save_exit_adapter
@@ -44,7 +45,8 @@ HOMES = {  # of the names above, once more for run time
     "models.backends": ("prepare",),
     "models.confidence": ("ConfidenceMeasure", "Measured", "MetaClassifier", "ShortlistGap", "SoftmaxGap"),
     "models.decoder_view": ("DecoderState", "DecoderView"),
-    "models.decoding": ("DecodeStats", "early_exit_decode"),
+    "models.decode_stats": ("DecodeStats",),
+    "models.decoding": ("early_exit_decode",),
     "models.errors": ("UserError",),
     "models.exit_adapter": ("ExitAdapter", "attach_exit_adapter", "make_exit_adapter"),
     "models.exit_adapter_files": ("load_exit_adapter", "save_exit_adapter"),

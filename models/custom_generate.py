@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.errors import UserError
 from models.exit_adapter import attach_exit_adapter, exit_adapter_of
 from models.exit_adapter_files import load_exit_adapter, twin_of

@@ -49,7 +49,8 @@ class ModelInputs(NamedTuple):
 class DecoderView(Protocol):
     """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, V vocabulary.
 
-    `state` is what `begin` returned: each view has a kind of its own, which its methods may name.
+    `state` is what `begin` returned: each view has a kind of its own, which its methods may name. One that
+    has a faster way than `advance_in_parts` also has a method `advance`, which does the same.
     """
 
     model: PreTrainedModel
@@ -113,3 +114,12 @@ class DecoderView(Protocol):
 
     def keep_all_layers(self) -> bool:
         """Switch off whatever skips layers at random in training; whether anything did."""
+
+
+def advance_in_parts(
+    view: DecoderView, state: DecoderState, token_ids: Tensor, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Run the newest token of a single sequence, (1, 1) ids, up to `layer`: states (1, 1, D), and logits
+    (1, 1, V), which are gone with the next call."""
+    hidden = view.run_layers(state, view.embed(state, token_ids), 0, layer)
+    return hidden, view.predict(view.read_exit(state, hidden, layer), layer)

@@ -177,7 +177,7 @@ class Free:
         confidence = [values] if width == 1 else [[value] for value in values]
         thresholds = [self.threshold.at(position + index) for index in range(width)]
         sure = [[value > at for value in row] for row, at in zip(confidence, thresholds, strict=True)]
-        if self._must_catch_up(view, state, width):
+        if self.must_catch_up(view, state, len(state.waiting) + width, proposed=width > 1):
             sure[-1] = [False] * len(active)
         if logits is None and (any(sure[-1]) or width > 1 or self.learner is not None):
             logits = view.predict(states, self.shallow_layer)
@@ -187,13 +187,15 @@ class Free:
         parts = enumerate(zip(hidden.split(1, dim=1), logits.split(1), strict=True))
         return [WindowToken(part, confidence[i], sure[i], active, said) for i, (part, said) in parts]
 
-    def _must_catch_up(self, view: DecoderView, state: DecoderState, width: int) -> bool:
-        """Whether the newest of `width` tokens runs the deep layers however sure the exit is: no more may
-        wait, a proposal is to be verified, or a draft would need a position that the model lacks, and perhaps
-        not the text."""
-        if self.max_pending is not None and len(state.waiting) + width > self.max_pending:
+    def must_catch_up(
+        self, view: DecoderView, state: DecoderState, count: int, *, proposed: bool = False
+    ) -> bool:
+        """Whether the newest of `count` tokens that have not run the deep layers runs them however sure the
+        exit is: no more may wait, one of this step was `proposed` and is to be verified, or a draft would
+        need a position that the model lacks, and perhaps not the text."""
+        if self.max_pending is not None and count > self.max_pending:
             return True
-        if self.lossless and width > 1:
+        if self.lossless and proposed:
             return True
         return self.lossless and view.max_positions is not None and state.lengths[0] >= view.max_positions
 

@@ -21,8 +21,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from models.decode_stats import DecodeStats
 from models.decoder_view import DecoderView, ModelInputs
-from models.decoding import DecodeStats, early_exit_decode
+from models.decoding import early_exit_decode
 from models.exit_policy import ExitPolicy
 from models.generate_contract import NEUTRAL, Output, with_stop_strings
 from models.prompt_lookup import proposer_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,3 +12,12 @@ def argmax(scores: Tensor) -> Tensor:
     if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
         return scores.argmax(-1)
     return torch.as_tensor(scores.detach().numpy().argmax(-1))
+
+
+def top_and_gap(logits: np.ndarray) -> tuple[int, float]:
+    """The most probable of (V,) tokens, and how much more probable it is than the next."""
+    top = int(logits.argmax())
+    shares = np.exp(logits - logits[top])
+    total = shares.sum()
+    shares[top] = 0
+    return top, float((1 - shares.max()) / total)

@@ -78,6 +78,12 @@ class TokenChooser:
         self.ends = host_criteria(criteria)
         self.residual: Tensor | None = None  # (B, V) probabilities that replace those of rejected drafts
 
+    @property
+    def takes_the_most_probable(self) -> bool:
+        """Whether nobody but the model has a say in a token, nor wants its scores."""
+        keeps = self.logits is not None or self.scores is not None
+        return not (self.processor or self.config.do_sample or keeps)
+
     def choose(
         self, input_ids: Tensor, logits: Tensor, active: list[bool], *, provisional: bool = False
     ) -> tuple[Tensor, list[bool]]:
@@ -184,8 +190,7 @@ class TokenChooser:
 
     def _judges_by_argmax(self) -> bool:
         """Whether drafts can be judged all at once, by the deep model's most probable tokens."""
-        keeps = self.logits is not None or self.scores is not None
-        return not (self.processor or self.config.do_sample or keeps) and is_stateless(self.criteria)
+        return self.takes_the_most_probable and is_stateless(self.criteria)
 
     def _process(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         if not self.processor and self.logits is None:
@@ -242,10 +247,12 @@ class HostCriteria:
     end_tokens: frozenset[int]
 
     def unfinished(self, input_ids: Tensor, active: list[bool]) -> list[bool]:
-        if self.max_length is not None and input_ids.shape[1] >= self.max_length:
-            return [False] * len(active)
-        tokens = input_ids[:, -1].tolist()
-        return [row and token not in self.end_tokens for row, token in zip(active, tokens, strict=True)]
+        tokens, length = input_ids[:, -1].tolist(), input_ids.shape[1]
+        return [row and self.go_on(token, length) for row, token in zip(active, tokens, strict=True)]
+
+    def go_on(self, token: int, length: int) -> bool:
+        """Whether a sequence of that `length` is unfinished whose newest token this is."""
+        return token not in self.end_tokens and (self.max_length is None or length < self.max_length)
 
 
 def host_criteria(criteria: StoppingCriteriaList) -> HostCriteria | None:

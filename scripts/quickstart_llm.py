@@ -31,7 +31,7 @@ from rich.text import Text
 from transformers import BatchEncoding
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.errors import UserError, one_line_errors
 from models.exit_adapter_files import with_exit_adapter
 from models.exit_policy import FullDepth

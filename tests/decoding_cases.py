@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers.generation import BaseStreamer
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.exit_policy import Calm, FullDepth, StaticExit
 from models.free import Free
 from models.threshold import FixedThreshold

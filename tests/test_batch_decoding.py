@@ -23,7 +23,7 @@ from pairs import QUICK, slow_but
 from tiny_models import FAMILIES, padded_inputs, tiny_model
 
 from models.confidence import Measured, SoftmaxGap
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.errors import UserError
 from models.exit_policy import FullDepth, StaticExit, check_policy
 from models.families import view_for

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from models import Free, LoadedModel, SoftmaxGap, StaticExit, UserError, generate, prepare, view_for
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.exit_heads import ExitConfig
 from models.families import llama
 from models.generation import Generation

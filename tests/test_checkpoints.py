@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import load_model

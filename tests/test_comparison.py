@@ -14,7 +14,8 @@ import torch
 from tiny_models import tiny_model
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.errors import UserError
 from models.exit_heads import ExitConfig
 from models.free import Free

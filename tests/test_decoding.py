@@ -21,7 +21,7 @@ from tiny_models import FAMILIES, SHAPES, VOCABULARY, empty_cache, greedy, padde
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from models.confidence import MetaClassifier, ShortlistGap, SoftmaxGap
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.errors import UserError
 from models.exit_heads import ExitConfig, attach_exit_heads
 from models.exit_policy import Calm, StaticExit

@@ -12,7 +12,8 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.exit_policy import Calm, FullDepth, StaticExit
 from models.families import view_for
 from models.free import Free

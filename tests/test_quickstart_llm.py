@@ -26,7 +26,7 @@ from models import (
     make_exit_adapter,
     save_exit_adapter,
 )
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from scripts import quickstart_llm
 from scripts.benchmarking.causal import Answer, Contestant, make_rows, our_contestants, read_settings
 from util import wheels

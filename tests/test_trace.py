@@ -7,7 +7,8 @@ import torch
 from tiny_models import SHAPES, padded_inputs, tiny_model
 
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats, early_exit_decode
+from models.decode_stats import DecodeStats
+from models.decoding import early_exit_decode
 from models.free import Free
 from models.threshold import FixedThreshold
 from models.trace import trace_layers

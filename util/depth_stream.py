@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from util.tables import depth_style
 
 UNFINISHED = "\ufffd"  # what a part of a character decodes to

@@ -155,8 +155,11 @@ class StackView:
 
     def apply_exit_head(self, hidden: Tensor, layer: int) -> Tensor:
         """States (..., D) after `layer` through its own head, if it has one."""
+        return self.model.per_exit_heads[str(layer)](hidden) if self.has_exit_head(layer) else hidden
+
+    def has_exit_head(self, layer: int) -> bool:
         heads = getattr(self.model, "per_exit_heads", None)  # may be attached later than the view is made
-        return heads[str(layer)](hidden) if heads is not None and str(layer) in heads else hidden
+        return heads is not None and str(layer) in heads
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
         return ListedProjection(self, token_ids)

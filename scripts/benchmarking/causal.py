@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from models.choices import EXACT_PRECISIONS
 from models.confidence import SoftmaxGap
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.errors import UserError
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free

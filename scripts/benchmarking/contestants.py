@@ -13,8 +13,8 @@ from torch import Tensor
 from models.backends import prepare
 from models.choices import EXACT_PRECISIONS
 from models.confidence import Measured, SoftmaxGap
+from models.decode_stats import DecodeStats
 from models.decoder_view import DecoderView
-from models.decoding import DecodeStats
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.loading import LoadedModel

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import BatchEncoding
 
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.exit_policy import ExitPolicy, FullDepth
 from models.trace import LayerTrace, trace_layers
 from util.demo.events import Event, EventStreamer, Stopped

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 
 
 @dataclass(frozen=True)

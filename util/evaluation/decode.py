@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation import GenerateEncoderDecoderOutput
 
 from models.auto_exit import AutoExit
-from models.decoding import DecodeStats
+from models.decode_stats import DecodeStats
 from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.loading import LoadedModel

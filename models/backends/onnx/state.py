@@ -65,6 +65,7 @@ class Buffers:
         self.numbering = Numbering()  # of prompts without padding
         # By first layer, the one after the last, and whether it is for prompts.
         self.segments: dict[tuple[int, int, bool], BoundSegment] = {}
+        self.steps: dict[int, BoundStep] = {}  # by their last layer
 
 
 class OnnxState(DecoderState):
@@ -151,14 +152,18 @@ class BoundSegment:
     def run(self, hidden: Tensor, window: Window, source: Source | None) -> list[Tensor]:
         """(B, Q, D) states through the layers: what the last made, and the exit adapter of that if there is
         one."""
+        self.run_in_place(hidden, window, source)
+        # Policies keep states while the window is used again.
+        return [output.clone() for output in window.outputs[: 1 + self.branches]]
+
+    def run_in_place(self, hidden: Tensor, window: Window, source: Source | None) -> None:
+        """`run` that leaves what it makes in the window's outputs."""
         if source is not None and source is not self.source:
             self._attend(source)
         if window is not self.window:
             self._move(window)
         window.hidden.copy_(hidden)
         self.session.run_with_iobinding(self.binding)
-        # Policies keep states while the window is used again.
-        return [output.clone() for output in window.outputs[: 1 + self.branches]]
 
     def _attend(self, source: Source) -> None:
         self.binding.bind_ortvalue_input("source_mask", source.mask)
@@ -175,3 +180,27 @@ class BoundSegment:
         ):
             self.binding.bind_ortvalue_output(name, output)
         self.window = window
+
+
+class BoundStep:
+    """The layers up to an exit, or all, on a lone token, and the head, which reads what they have made where
+    they left it."""
+
+    def __init__(self, segment: BoundSegment, head: Session) -> None:
+        self.segment = segment
+        self.head = head
+        self.binding = head.io_binding()
+        (output,) = head.get_outputs()
+        self.logits = torch.empty(1, 1, output.shape[-1])
+        self.binding.bind_ortvalue_output(output.name, shared(self.logits.numpy()))
+        self.window: Window | None = None
+
+    def run(self, hidden: Tensor, window: Window, source: Source | None) -> tuple[Tensor, Tensor]:
+        """(1, 1, D) embedded -> states (1, 1, D) of the last layer, and logits (1, 1, V), which the next run
+        overwrites."""
+        self.segment.run_in_place(hidden, window, source)
+        if window is not self.window:
+            self.binding.bind_ortvalue_input("hidden", window.bound_outputs[self.segment.branches])
+            self.window = window
+        self.head.run_with_iobinding(self.binding)
+        return window.outputs[0].clone(), self.logits

@@ -7,14 +7,16 @@ only analysis asks for stay modules of torch.
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from models.backends.onnx.engine import Engine, Session
-from models.backends.onnx.state import BoundSegment, Buffers, OnnxState
+from models.backends.onnx.state import BoundSegment, BoundStep, Buffers, OnnxState
 from models.backends.onnx.windows import Array, Biases, Window
 from models.backends.shared import BackendView, Shelf
+from models.decoder_view import DecoderView, advance_in_parts
 from models.errors import UserError
 
 MOST_KEPT = 4  # buffers of past generations
@@ -46,16 +48,28 @@ class OnnxView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend onnx has causal windows only: leave out causal_catch_up=False.")
-        groups = self.engine.groups
-        held = state.lengths[start] + max(hidden.shape[1], 2 if groups is None else groups.most_rows)
-        if hidden.shape[1] > SMALLEST_BLOCK:  # a prompt: room for an answer, too, lest buffers be copied
-            held += held // 4
-        state.reserve(len(hidden), held)
-        parts = hidden.split(self.most_rows, dim=1)
-        made = zip(*(self._run_window(state, part, start, stop) for part in parts), strict=True)
-        hidden, *aside = (outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1) for outputs in made)
-        state.exit_states = aside[0] if aside else None
-        return hidden
+        self._reserve(state, len(hidden), state.lengths[start], hidden.shape[1])
+        if hidden.shape[1] <= self.most_rows:
+            made = self._run_window(state, hidden, start, stop)
+        else:
+            parts = hidden.split(self.most_rows, dim=1)
+            windows = [self._run_window(state, part, start, stop) for part in parts]
+            made = [torch.cat(outputs, dim=1) for outputs in zip(*windows, strict=True)]
+        state.exit_states = made[1] if len(made) > 1 else None
+        return made[0]
+
+    def advance(self, state: OnnxState, token_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        past = state.lengths[0]
+        self._reserve(state, 1, past, 1)
+        step = self._step(state.buffers, layer)
+        if step is None:
+            return advance_in_parts(cast(DecoderView, self), state, token_ids, layer)
+        hidden = self.embed(state, token_ids)
+        for held in step.segment.layers:
+            state.lengths[held] = past + 1
+        hidden, logits = step.run(hidden, self._window(state, past, 1, 1), state.source)
+        adapter = self.eager.adapter_of(layer)
+        return hidden, logits if adapter is None else adapter.complete(logits, self.eager.vocabulary)
 
     def read_exit(self, state: OnnxState, hidden: Tensor, layer: int) -> Tensor:
         """The exit adapter has run with the layers."""
@@ -65,7 +79,7 @@ class OnnxView(BackendView):
         """What layers `start`..`stop - 1` make of (B, Q, D) states, and the exit adapter of that if it reads
         there."""
         past, new = state.lengths[start], hidden.shape[1]
-        window = self._window(state, past, hidden)
+        window = self._window(state, past, len(hidden), new)
         of_prompt = past + new < state.prompt_length  # whose last token is decoded like those to come
         stretches = self.engine.cuts.stretches(start, stop)
         if self.engine.branches(stop) and not self.engine.fuses(stop):
@@ -119,9 +133,24 @@ class OnnxView(BackendView):
         heads, width = self.eager.key_value_shape
         return Buffers(batch, capacity, len(self.eager.layers), heads, width, self.eager.lodgers)
 
-    def _window(self, state: OnnxState, past: int, hidden: Tensor) -> Window:
-        """That of new tokens (B, Q, D) after `past` others."""
-        batch, new = hidden.shape[:2]
+    def _reserve(self, state: OnnxState, batch: int, past: int, new: int) -> None:
+        """Make room for so many new tokens after `past` others, and for the rows that attention adds."""
+        groups = self.engine.groups
+        held = past + max(new, 2 if groups is None else groups.most_rows)
+        if new > SMALLEST_BLOCK:  # a prompt: room for an answer, too, lest buffers be copied
+            held += held // 4
+        state.reserve(batch, held)
+
+    def _step(self, buffers: Buffers, layer: int) -> BoundStep | None:
+        """That of layers 1..`layer`; None where they are several graphs, or modules of torch read them."""
+        step = buffers.steps.get(layer)
+        if step is None and not (self.engine.cuts.heavy or self.eager.has_exit_head(layer)):
+            head = self.engine.head() if self.eager.adapter_of(layer) is None else self.engine.exit_head()
+            step = buffers.steps[layer] = BoundStep(self._segment(buffers, 0, layer, False), head)
+        return step
+
+    def _window(self, state: OnnxState, past: int, batch: int, new: int) -> Window:
+        """That of (B, Q) new tokens after `past` others."""
         # Long ones are as many as prompts have lengths: those go with the generation.
         windows = (state.numbering if new <= SMALLEST_BLOCK else state.own_numbering).windows
         groups = self.engine.groups

@@ -1,0 +1,136 @@
+"""One sequence in numbers against the loop for every call, which a streamer asks for: tokens and statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_models import SHALLOW, SHORTLIST, adapted, make_inputs, make_model
+from decoding_cases import EveryThirdDeep
+from onnx_models import loaded
+from pairs import covering, slow_but
+from tiny_causal import CAUSAL_FAMILIES
+from tiny_models import FAMILIES
+from transformers.generation import BaseStreamer
+
+from models import (
+    AdaptiveThreshold,
+    DecayingThreshold,
+    DecodeStats,
+    ExitConfig,
+    FixedThreshold,
+    Free,
+    FullDepth,
+    SoftmaxGap,
+    StaticExit,
+    prepare,
+)
+from models.backends.onnx import cuts
+from models.exit_heads import attach_exit_heads
+from models.greedy import GreedyDecoding, GreedyFree
+
+GAP = SoftmaxGap()
+POLICIES = {
+    "full": FullDepth,
+    "static": lambda: StaticExit(SHALLOW),
+    "free": lambda: Free(SHALLOW, GAP, EveryThirdDeep()),
+    "free, few wait": lambda: Free(SHALLOW, GAP, -1, max_pending=3),
+    "free, learnt": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, max_sequences=0)),
+    "lossless": lambda: Free(SHALLOW, GAP, DecayingThreshold(0.02, 4, 40), lossless=True),
+    "lossless, all exit": lambda: Free(SHALLOW, GAP, -1, lossless=True),
+    "lossless, few wait": lambda: Free(SHALLOW, GAP, -1, lossless=True, max_pending=2),
+}
+BACKENDS = ("torch", "onnx")
+
+
+class Silent(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which loops decoded."""
+    taken = []
+    run = GreedyDecoding.run
+    monkeypatch.setattr(GreedyDecoding, "run", lambda self: taken.append(type(self)) or run(self))
+    return taken
+
+
+def compare(subject, shape, policy, ways, seeds=4, length=14):
+    """Decode some sequences both ways, every other of them up to a token that full depth ends with."""
+    for seed in range(seeds):
+        inputs = make_inputs(shape, seed=seed)
+        options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
+        if seed % 2:
+            options["eos_token_id"] = int(subject.generate(**inputs, **options)[0, -1])
+            ways.clear()
+        stats, theirs = DecodeStats(), DecodeStats()
+        ids = subject.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
+        assert ways.pop() is (GreedyFree if isinstance(policy, Free) else GreedyDecoding)
+        expected = subject.generate(
+            **inputs, exit_policy=policy, decode_stats=theirs, streamer=Silent(), **options
+        )
+        assert not ways and torch.equal(ids, expected)
+        confidences, others = vars(stats).pop("confidences"), vars(theirs).pop("confidences")
+        assert confidences == others and vars(stats) == vars(theirs)
+
+
+def prepared(subject, backend):
+    return prepare(subject, backend="onnx", threads=1) if backend == "onnx" else subject
+
+
+@pytest.mark.parametrize(
+    ("shape", "policy"), covering((*FAMILIES, *CAUSAL_FAMILIES), [*POLICIES]), ids=lambda value: str(value)
+)
+def test_each_family_decodes_alike_both_ways(ways, shape, policy):
+    compare(loaded(make_model(shape)), shape, POLICIES[policy](), ways)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", slow_but(["t5-tied"], ["t5-tied", "bart-tied", "llama-tied"]))
+def test_each_policy_decodes_alike_both_ways(ways, shape, backend):
+    subject = prepared(loaded(make_model(shape)), backend)
+    for make in POLICIES.values():
+        compare(subject, shape, make(), ways)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kept", ["shortlist", "keys/values", "heads", "heavy layers"])
+def test_whatever_an_exit_has_of_its_own(ways, monkeypatch, kept, backend):
+    shape = "gpt2-tied" if kept == "keys/values" else "llama-tied"
+    subject = loaded(make_model(shape))
+    if kept == "heads":
+        attach_exit_heads(subject.model, ExitConfig(shallow_exit_layer=SHALLOW, per_exit_head="norm"))
+        torch.nn.init.normal_(subject.model.per_exit_heads[str(SHALLOW)].weight)
+    elif kept == "heavy layers":
+        monkeypatch.setattr(cuts, "HEAVY", 0)
+    else:
+        listed, layer = (SHORTLIST, None) if kept == "shortlist" else (None, 4)
+        subject = adapted(shape, shortlist=listed, kv_layer=layer)
+    subject = prepared(subject, backend)
+    for policy in ("full", "static", "free", "lossless, all exit"):
+        compare(subject, shape, POLICIES[policy](), ways, seeds=2)
+
+
+def test_buffers_grow_under_way(ways):
+    """They begin with room for 64 tokens."""
+    subject = prepared(loaded(make_model("t5-tied")), "onnx")
+    for policy in ("full", "free", "lossless, few wait"):
+        compare(subject, "t5-tied", POLICIES[policy](), ways, seeds=1, length=150)
+
+
+def test_whoever_else_has_a_say_gets_the_other_loop(ways):
+    subject, inputs = loaded(make_model("t5-tied")), make_inputs("t5-tied")
+    options = [{"do_sample": True}, {"no_repeat_ngram_size": 2}, {"stop_strings": None, "min_new_tokens": 3}]
+    options += [{"return_dict_in_generate": True, "output_scores": True}]
+    for given in options:
+        subject.generate(**inputs, exit_policy=FullDepth(), max_new_tokens=3, **given)
+    subject.generate(**make_inputs("t5-tied", batch=2), exit_policy=FullDepth(), max_new_tokens=3)
+    free = {"copy_skipped": True}, {"rollback_threshold": 3.0}, {"causal_catch_up": False}
+    policies = [Free(SHALLOW, GAP, FixedThreshold(0.1), **one) for one in free]
+    for policy in (*policies, Free(SHALLOW, GAP, AdaptiveThreshold(0.1))):
+        subject.generate(**inputs, exit_policy=policy, max_new_tokens=3)
+    assert not ways
