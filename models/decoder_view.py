@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -118,8 +119,8 @@ class DecoderView(Protocol):
 
 def advance_in_parts(
     view: DecoderView, state: DecoderState, token_ids: Tensor, layer: int
-) -> tuple[Tensor, Tensor]:
-    """Run the newest token of a single sequence, (1, 1) ids, up to `layer`: states (1, 1, D), and logits
-    (1, 1, V), which are gone with the next call."""
+) -> tuple[Tensor, np.ndarray]:
+    """Run the newest token of a single sequence, (1, 1) ids, up to `layer`: its states (1, 1, D), and logits
+    (V,) of an exit there. The next call may overwrite both."""
     hidden = view.run_layers(state, view.embed(state, token_ids), 0, layer)
-    return hidden, view.predict(view.read_exit(state, hidden, layer), layer)
+    return hidden, view.predict(view.read_exit(state, hidden, layer), layer)[0, 0].float().numpy()

@@ -94,11 +94,11 @@ class GreedyDecoding:
         """Do what is left once the sequence has ended, which may make it go on."""
 
     def advance(self) -> tuple[Tensor, np.ndarray]:
-        """Run the newest token up to the exit: its states (1, 1, D), and what the exit says, (V,)."""
-        hidden, logits = self.run_newest(self.state, self.newest, self.exit_layer)
+        """Run the newest token up to the exit: its states (1, 1, D), and what the exit says, (V,), until the
+        next one does."""
         self.stats.layer_calls += self.layers_run
         self.stats.layer_tokens += self.layers_run
-        return hidden, logits[0, 0].float().numpy()
+        return self.run_newest(self.state, self.newest, self.exit_layer)
 
     def append(self, token: int, layer: int) -> None:
         """Add a token that was chosen after `layer`."""
@@ -130,7 +130,7 @@ class GreedyFree(GreedyDecoding):
         token, confidence = top_and_gap(logits)
         self.stats.confidences.append([[confidence]])
         sure = confidence > self.policy.threshold.at(len(self.tokens))
-        self.waiting.append(hidden)
+        self.waiting.append(hidden.clone())
         if sure and not self.policy.must_catch_up(self.view, self.state, len(self.waiting)):
             self.append(token, self.exit_layer)
         else:

@@ -1,4 +1,4 @@
-"""One sequence in numbers against the loop for every call, which a streamer asks for: tokens and statistics."""
+"""One sequence in numbers, against the loop for every call, which a streamer asks for: tokens and counts."""
 
 from __future__ import annotations
 

@@ -192,15 +192,16 @@ class BoundStep:
         self.binding = head.io_binding()
         (output,) = head.get_outputs()
         self.logits = torch.empty(1, 1, output.shape[-1])
+        self.row = self.logits.numpy()[0, 0]  # the same memory, (V,)
         self.binding.bind_ortvalue_output(output.name, shared(self.logits.numpy()))
         self.window: Window | None = None
 
-    def run(self, hidden: Tensor, window: Window, source: Source | None) -> tuple[Tensor, Tensor]:
-        """(1, 1, D) embedded -> states (1, 1, D) of the last layer, and logits (1, 1, V), which the next run
-        overwrites."""
+    def run(self, hidden: Tensor, window: Window, source: Source | None) -> Tensor:
+        """(1, 1, D) embedded -> states (1, 1, D) of the last layer, which the next run overwrites, as it does
+        `logits`."""
         self.segment.run_in_place(hidden, window, source)
         if window is not self.window:
             self.binding.bind_ortvalue_input("hidden", window.bound_outputs[self.segment.branches])
             self.window = window
         self.head.run_with_iobinding(self.binding)
-        return window.outputs[0].clone(), self.logits
+        return window.outputs[0]

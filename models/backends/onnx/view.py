@@ -58,7 +58,7 @@ class OnnxView(BackendView):
         state.exit_states = made[1] if len(made) > 1 else None
         return made[0]
 
-    def advance(self, state: OnnxState, token_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def advance(self, state: OnnxState, token_ids: Tensor, layer: int) -> tuple[Tensor, Array]:
         past = state.lengths[0]
         self._reserve(state, 1, past, 1)
         step = self._step(state.buffers, layer)
@@ -67,9 +67,11 @@ class OnnxView(BackendView):
         hidden = self.embed(state, token_ids)
         for held in step.segment.layers:
             state.lengths[held] = past + 1
-        hidden, logits = step.run(hidden, self._window(state, past, 1, 1), state.source)
+        hidden = step.run(hidden, self._window(state, past, 1, 1), state.source)
         adapter = self.eager.adapter_of(layer)
-        return hidden, logits if adapter is None else adapter.complete(logits, self.eager.vocabulary)
+        if adapter is None:
+            return hidden, step.row
+        return hidden, adapter.complete(step.logits, self.eager.vocabulary)[0, 0].numpy()
 
     def read_exit(self, state: OnnxState, hidden: Tensor, layer: int) -> Tensor:
         """The exit adapter has run with the layers."""
