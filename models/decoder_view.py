@@ -118,9 +118,14 @@ class DecoderView(Protocol):
 
 
 def advance_in_parts(
-    view: DecoderView, state: DecoderState, token_ids: Tensor, layer: int
+    view: DecoderView, state: DecoderState, hidden: Tensor, start: int, stop: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Run the newest token of a single sequence, (1, 1) ids, up to `layer`: its states (1, 1, D), and logits
-    (V,) of an exit there. The next call may overwrite both."""
-    hidden = view.run_layers(state, view.embed(state, token_ids), 0, layer)
-    return hidden, view.predict(view.read_exit(state, hidden, layer), layer)[0, 0].float().numpy()
+    """Run layers `start`..`stop - 1` on the newest token of a single sequence, (1, 1, D): its states, and
+    logits (V,) of an exit there. The next call may overwrite both."""
+    hidden = view.run_layers(state, hidden, start, stop)
+    return hidden, read_logits(view.predict(view.read_exit(state, hidden, stop), stop))[0]
+
+
+def read_logits(logits: Tensor) -> np.ndarray:
+    """Those of a single sequence on the CPU: (1, Q, V) -> (Q, V)."""
+    return logits[0].float().numpy()

@@ -109,6 +109,11 @@ class Free:
         threshold = self.threshold
         return threshold if isinstance(threshold, AdaptiveThreshold) and threshold.learning else None
 
+    @property
+    def catches_up_at_end(self) -> bool:
+        """Whether tokens that wait when a sequence ends run the deep layers: to be verified, or to teach."""
+        return self.lossless or (self.learner is not None and not self.learner.as_released)
+
     def begin(self, view: DecoderView, batch_size: int) -> None:
         if self.lossless:
             check_windows("Free: lossless", view)
@@ -159,10 +164,8 @@ class Free:
 
     def finish(self, view: DecoderView, state: DecoderState) -> StepResult | None:
         """Catch up on the tokens still waiting, to verify them or to teach an adaptive threshold."""
-        learner = self.learner
-        learns = learner is not None and not learner.as_released
         proposed = any(token.proposed for token in state.waiting)
-        if not state.waiting or not (learns or self.lossless or proposed):
+        if not state.waiting or not (self.catches_up_at_end or proposed):
             return None
         return self._catch_up(view, state, [])
 
@@ -271,8 +274,7 @@ class Free:
         self, learner: AdaptiveThreshold, window: list[WindowToken], deep_logits: Tensor
     ) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
-        alone = len(window) == 1 and not self.copy_skipped
-        if learner.as_released and alone:  # the original counts only tokens that had company
+        if not (self.copy_skipped or learner.counts(len(window))):
             return []
         shallow = torch.stack([waiting.predicted for waiting in window], dim=1)  # (B, W)
         right = (shallow == argmax(deep_logits)).tolist()

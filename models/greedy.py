@@ -7,6 +7,8 @@ counts what `models.decoding.Decoding` does, with tokens as numbers.
 from __future__ import annotations
 
 import functools
+from types import NoneType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from models.confidence import SoftmaxGap
 from models.decode_stats import DecodeStats
-from models.decoder_view import DecoderState, DecoderView, advance_in_parts
-from models.exit_policy import ExitPolicy, FullDepth, StaticExit, layers_run
+from models.decoder_view import DecoderState, DecoderView, advance_in_parts, read_logits
+from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit, layers_run
 from models.free import Free
 from models.host import top_and_gap
+from models.threshold import AdaptiveThreshold
 from models.token_choice import HostCriteria, TokenChooser
 from models.verification import Rollback
 
@@ -37,17 +40,21 @@ def greedy_decoding(
         return None
     if isinstance(policy, Free):
         return GreedyFree(view, state, policy, chooser.ends, stats, input_ids)
+    if isinstance(policy, Calm):
+        return GreedyCalm(view, state, policy, chooser.ends, stats, input_ids)
     return GreedyDecoding(view, state, policy, chooser.ends, stats, input_ids)
 
 
 def knows(policy: ExitPolicy) -> bool:
-    """Full depth, Static-Exiting, and FREE by the softmax gap, lossless or not, where nothing is looked up or
-    learnt. Classes made of them may do anything."""
-    if type(policy) is Free:
-        parallel = policy.causal_catch_up and not policy.copy_skipped
-        fixed = policy.learner is None and type(policy.confidence) is SoftmaxGap
-        return parallel and fixed and policy.lookup is None and not isinstance(policy.verification, Rollback)
-    return type(policy) is StaticExit or (type(policy) is FullDepth and policy.lookup is None)
+    """Full depth, Static-Exiting, CALM and FREE, lossless or not; no lookups, confidences other than the softmax
+    gap, or rarer variants of FREE. Classes made of these may do anything."""
+    if type(policy) not in (FullDepth, StaticExit, Calm, Free) or getattr(policy, "lookup", None) is not None:
+        return False
+    if isinstance(policy, Free) and (policy.copy_skipped or not policy.causal_catch_up):
+        return False
+    if isinstance(policy, Free) and isinstance(policy.verification, Rollback):
+        return False
+    return type(getattr(policy, "confidence", None)) in (SoftmaxGap, NoneType)
 
 
 class GreedyDecoding:
@@ -73,7 +80,7 @@ class GreedyDecoding:
         self.exit_layer = getattr(policy, "exit_layer", None) or view.num_layers
         self.layers_run = layers_run(view, self.exit_layer)
         self.running = True
-        self.run_newest = getattr(view, "advance", None) or functools.partial(advance_in_parts, view)
+        self.run_layers = getattr(view, "advance", None) or functools.partial(advance_in_parts, view)
 
     def run(self) -> Tensor:
         """Append tokens until the sequence has ended: (1, P + T)."""
@@ -96,9 +103,13 @@ class GreedyDecoding:
     def advance(self) -> tuple[Tensor, np.ndarray]:
         """Run the newest token up to the exit: its states (1, 1, D), and what the exit says, (V,), until the
         next one does."""
-        self.stats.layer_calls += self.layers_run
-        self.stats.layer_tokens += self.layers_run
-        return self.run_newest(self.state, self.newest, self.exit_layer)
+        self.count(self.layers_run)
+        return self.run_layers(self.state, self.view.embed(self.state, self.newest), 0, self.exit_layer)
+
+    def count(self, layers: int, tokens: int = 1) -> None:
+        """Note the work of so many layers, run one after the other on so many tokens at once."""
+        self.stats.layer_calls += layers
+        self.stats.layer_tokens += layers * tokens
 
     def append(self, token: int, layer: int) -> None:
         """Add a token that was chosen after `layer`."""
@@ -106,6 +117,50 @@ class GreedyDecoding:
         self.newest_token[0, 0] = token
         self.stats.record_token([layer], [True])
         self.running = self.ends.go_on(token, self.given.shape[1] + len(self.tokens))
+
+
+class GreedyCalm(GreedyDecoding):
+    """CALM: a token stops at the first layer that is sure of it, whose state the deeper ones' keys/values are
+    made of."""
+
+    def __init__(
+        self,
+        view: DecoderView,
+        state: DecoderState,
+        policy: Calm,
+        ends: HostCriteria,
+        stats: DecodeStats,
+        input_ids: Tensor,
+    ) -> None:
+        super().__init__(view, state, policy, ends, stats, input_ids)
+        self.threshold = policy.threshold
+        self.tested = [layer for layer in range(1, view.num_layers) if policy.tests(layer)]
+
+    def step(self) -> None:
+        view, state, last = self.view, self.state, self.view.num_layers
+        threshold, tests = self.threshold.at(len(self.tokens)), []
+        hidden, ran = view.embed(state, self.newest), 0
+        for layer in self.tested:
+            hidden, logits = self.run_layers(state, hidden, ran, layer)
+            ran, (token, confidence) = layer, top_and_gap(logits)
+            tests.append([confidence])
+            if confidence > threshold:
+                view.write_kv(state, hidden, layer, last)
+                break
+        else:
+            _, logits = self.run_layers(state, hidden, ran, last)
+            ran, token = last, int(logits.argmax())
+        self.stats.confidences.append(tests)
+        self.count(ran)
+        self.append(token, ran)
+
+
+class Waiting(NamedTuple):
+    """A token whose deep keys/values are still to come."""
+
+    hidden: Tensor  # (1, 1, D) un-normalized output of the shallow layers
+    said: int  # the exit's token, which follows it
+    confidence: float
 
 
 class GreedyFree(GreedyDecoding):
@@ -123,44 +178,51 @@ class GreedyFree(GreedyDecoding):
         super().__init__(view, state, policy, ends, stats, input_ids)
         self.policy = policy
         self.cached_before = state.lengths[0] + 1  # tokens, the first new one comes after them
-        self.waiting: list[Tensor] = []  # (1, 1, D) states after the exit's layer
+        self.waiting: list[Waiting] = []
 
     def step(self) -> None:
         hidden, logits = self.advance()
-        token, confidence = top_and_gap(logits)
+        said, confidence = top_and_gap(logits)
         self.stats.confidences.append([[confidence]])
+        self.waiting.append(Waiting(hidden.clone(), said, confidence))
         sure = confidence > self.policy.threshold.at(len(self.tokens))
-        self.waiting.append(hidden.clone())
         if sure and not self.policy.must_catch_up(self.view, self.state, len(self.waiting)):
-            self.append(token, self.exit_layer)
+            self.append(said, self.exit_layer)
         else:
-            self.catch_up(self.tokens[len(self.tokens) + 1 - len(self.waiting) :], closing=False)
+            self.catch_up(closing=False)
 
     def close(self) -> None:
-        if self.policy.lossless and self.waiting:
-            self.catch_up(self.tokens[-len(self.waiting) :], closing=True)
+        if self.waiting and self.policy.catches_up_at_end:
+            self.catch_up(closing=True)
 
-    def catch_up(self, drafts: list[int], *, closing: bool) -> None:
-        """Run the deep layers for the W tokens that wait. Lossless, `drafts` are what the exit said to them,
-        all of them or, unless `closing`, all but the newest, which is not sure."""
-        view, deep = self.view, self.view.num_layers - self.exit_layer
-        # Step 1. Exact deep states of all of them.
-        hidden = torch.cat(self.waiting, dim=1)  # (1, W, D)
+    def catch_up(self, *, closing: bool) -> None:
+        """Run the deep layers for the W tokens that wait: the newest is not sure, unless the sequence is
+        `closing`. Lossless, what the exit said to the others are drafts."""
+        view, learner, window = self.view, self.policy.learner, self.waiting
+        lossless, self.waiting = self.policy.lossless, []
+        # Step 1. Exact deep states of all of them; nobody needs all logits but to compare.
+        hidden = torch.cat([token.hidden for token in window], dim=1)  # (1, W, D)
         hidden = view.run_layers(self.state, hidden, self.exit_layer, view.num_layers)
         self.stats.deep_passes += 1
-        self.stats.layer_calls += deep
-        self.stats.layer_tokens += deep * len(self.waiting)
-        self.waiting = []
-        # Step 2. The first draft that is not the deep model's token goes, with all after it.
-        if not self.policy.lossless:
-            drafts, hidden = [], hidden[:, -1:]
-        said = view.predict(hidden, view.num_layers)[0].float().numpy().argmax(-1).tolist()
-        right = next((at for at, draft in enumerate(drafts) if said[at] != draft), len(drafts))
+        self.count(view.num_layers - self.exit_layer, len(window))
+        compared = hidden if lossless or learner is not None else hidden[:, -1:]
+        said = read_logits(view.predict(compared, view.num_layers)).argmax(-1).tolist()
+        # Step 2. Where exit and last layer agree, the threshold learns.
+        if learner is not None and learner.counts(len(window)):
+            self.teach(learner, window, said)
+        # Step 3. The first draft that is not the deep model's token goes, with all after it.
+        drafts = window[: None if closing else -1] if lossless else []
+        right = next((at for at, draft in enumerate(drafts) if draft.said != said[at]), len(drafts))
         if right < len(drafts):
             self.take_back(len(drafts) - right)
-        # Step 3. The deep model's token comes instead of it, or after the newest.
+        # Step 4. The deep model's token comes instead of it, or after the newest.
         if right < len(drafts) or not closing:
-            self.append(said[right], view.num_layers)
+            self.append(said[right if lossless else -1], view.num_layers)
+
+    def teach(self, learner: AdaptiveThreshold, window: list[Waiting], said: list[int]) -> None:
+        pairs = [(token.confidence, token.said == deep) for token, deep in zip(window, said, strict=True)]
+        learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
+        self.stats.calibration += pairs
 
     def take_back(self, count: int) -> None:
         """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""

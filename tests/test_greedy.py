@@ -14,19 +14,22 @@ from transformers.generation import BaseStreamer
 
 from models import (
     AdaptiveThreshold,
+    Calm,
     DecayingThreshold,
     DecodeStats,
     ExitConfig,
     FixedThreshold,
     Free,
     FullDepth,
+    PromptLookup,
     SoftmaxGap,
     StaticExit,
     prepare,
 )
 from models.backends.onnx import cuts
+from models.confidence import Measured
 from models.exit_heads import attach_exit_heads
-from models.greedy import GreedyDecoding, GreedyFree
+from models.greedy import GreedyDecoding
 
 GAP = SoftmaxGap()
 POLICIES = {
@@ -34,12 +37,26 @@ POLICIES = {
     "static": lambda: StaticExit(SHALLOW),
     "free": lambda: Free(SHALLOW, GAP, EveryThirdDeep()),
     "free, few wait": lambda: Free(SHALLOW, GAP, -1, max_pending=3),
+    "free, learning": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, low=0.01)),
+    "free, learning as released": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, as_released=True)),
     "free, learnt": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, max_sequences=0)),
+    "calm": lambda: Calm(GAP, DecayingThreshold(0.02, 4, 40)),
+    "calm at layers": lambda: Calm(GAP, EveryThirdDeep(), exit_layers=[SHALLOW, 5]),
+    "lossless, learning": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, low=0.01), lossless=True),
     "lossless": lambda: Free(SHALLOW, GAP, DecayingThreshold(0.02, 4, 40), lossless=True),
     "lossless, all exit": lambda: Free(SHALLOW, GAP, -1, lossless=True),
     "lossless, few wait": lambda: Free(SHALLOW, GAP, -1, lossless=True, max_pending=2),
 }
 BACKENDS = ("torch", "onnx")
+
+
+class Coin:
+    def __call__(self, view, hidden, layer):
+        return Measured(torch.ones(len(hidden)) / 2, None)
+
+
+class Deeper(FullDepth):
+    pass
 
 
 class Silent(BaseStreamer):
@@ -59,8 +76,9 @@ def ways(monkeypatch):
     return taken
 
 
-def compare(subject, shape, policy, ways, seeds=4, length=14):
+def compare(subject, shape, make, ways, seeds=4, length=14):
     """Decode some sequences both ways, every other of them up to a token that full depth ends with."""
+    policy, other = make(), make()  # a threshold learns from one sequence to the next
     for seed in range(seeds):
         inputs = make_inputs(shape, seed=seed)
         options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
@@ -69,9 +87,9 @@ def compare(subject, shape, policy, ways, seeds=4, length=14):
             ways.clear()
         stats, theirs = DecodeStats(), DecodeStats()
         ids = subject.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
-        assert ways.pop() is (GreedyFree if isinstance(policy, Free) else GreedyDecoding)
+        assert ways.pop()
         expected = subject.generate(
-            **inputs, exit_policy=policy, decode_stats=theirs, streamer=Silent(), **options
+            **inputs, exit_policy=other, decode_stats=theirs, streamer=Silent(), **options
         )
         assert not ways and torch.equal(ids, expected)
         confidences, others = vars(stats).pop("confidences"), vars(theirs).pop("confidences")
@@ -86,7 +104,7 @@ def prepared(subject, backend):
     ("shape", "policy"), covering((*FAMILIES, *CAUSAL_FAMILIES), [*POLICIES]), ids=lambda value: str(value)
 )
 def test_each_family_decodes_alike_both_ways(ways, shape, policy):
-    compare(loaded(make_model(shape)), shape, POLICIES[policy](), ways)
+    compare(loaded(make_model(shape)), shape, POLICIES[policy], ways)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -94,7 +112,7 @@ def test_each_family_decodes_alike_both_ways(ways, shape, policy):
 def test_each_policy_decodes_alike_both_ways(ways, shape, backend):
     subject = prepared(loaded(make_model(shape)), backend)
     for make in POLICIES.values():
-        compare(subject, shape, make(), ways)
+        compare(subject, shape, make, ways)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,14 +130,14 @@ def test_whatever_an_exit_has_of_its_own(ways, monkeypatch, kept, backend):
         subject = adapted(shape, shortlist=listed, kv_layer=layer)
     subject = prepared(subject, backend)
     for policy in ("full", "static", "free", "lossless, all exit"):
-        compare(subject, shape, POLICIES[policy](), ways, seeds=2)
+        compare(subject, shape, POLICIES[policy], ways, seeds=2)
 
 
 def test_buffers_grow_under_way(ways):
     """They begin with room for 64 tokens."""
     subject = prepared(loaded(make_model("t5-tied")), "onnx")
-    for policy in ("full", "free", "lossless, few wait"):
-        compare(subject, "t5-tied", POLICIES[policy](), ways, seeds=1, length=150)
+    for policy in ("full", "calm", "free", "lossless, few wait"):
+        compare(subject, "t5-tied", POLICIES[policy], ways, seeds=1, length=150)
 
 
 def test_whoever_else_has_a_say_gets_the_other_loop(ways):
@@ -131,6 +149,12 @@ def test_whoever_else_has_a_say_gets_the_other_loop(ways):
     subject.generate(**make_inputs("t5-tied", batch=2), exit_policy=FullDepth(), max_new_tokens=3)
     free = {"copy_skipped": True}, {"rollback_threshold": 3.0}, {"causal_catch_up": False}
     policies = [Free(SHALLOW, GAP, FixedThreshold(0.1), **one) for one in free]
-    for policy in (*policies, Free(SHALLOW, GAP, AdaptiveThreshold(0.1))):
+    for policy in (
+        *policies,
+        Free(SHALLOW, Coin(), 0.1),
+        Calm(Coin(), 0.1),
+        Deeper(),
+        FullDepth(PromptLookup(3)),
+    ):
         subject.generate(**inputs, exit_policy=policy, max_new_tokens=3)
     assert not ways

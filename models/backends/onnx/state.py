@@ -65,7 +65,7 @@ class Buffers:
         self.numbering = Numbering()  # of prompts without padding
         # By first layer, the one after the last, and whether it is for prompts.
         self.segments: dict[tuple[int, int, bool], BoundSegment] = {}
-        self.steps: dict[int, BoundStep] = {}  # by their last layer
+        self.steps: dict[tuple[int, int], BoundStep] = {}  # by first layer and the one after the last
 
 
 class OnnxState(DecoderState):
@@ -183,8 +183,8 @@ class BoundSegment:
 
 
 class BoundStep:
-    """The layers up to an exit, or all, on a lone token, and the head, which reads what they have made where
-    they left it."""
+    """Layers before an exit, or the last ones, on a lone token, and the head, which reads what they have made
+    where they left it."""
 
     def __init__(self, segment: BoundSegment, head: Session) -> None:
         self.segment = segment
@@ -197,8 +197,7 @@ class BoundStep:
         self.window: Window | None = None
 
     def run(self, hidden: Tensor, window: Window, source: Source | None) -> Tensor:
-        """(1, 1, D) embedded -> states (1, 1, D) of the last layer, which the next run overwrites, as it does
-        `logits`."""
+        """(1, 1, D) states -> those after the last layer, overwritten by the next run, as are `logits`."""
         self.segment.run_in_place(hidden, window, source)
         if window is not self.window:
             self.binding.bind_ortvalue_input("hidden", window.bound_outputs[self.segment.branches])

@@ -58,17 +58,16 @@ class OnnxView(BackendView):
         state.exit_states = made[1] if len(made) > 1 else None
         return made[0]
 
-    def advance(self, state: OnnxState, token_ids: Tensor, layer: int) -> tuple[Tensor, Array]:
-        past = state.lengths[0]
+    def advance(self, state: OnnxState, hidden: Tensor, start: int, stop: int) -> tuple[Tensor, Array]:
+        past = state.lengths[start]
         self._reserve(state, 1, past, 1)
-        step = self._step(state.buffers, layer)
+        step = self._step(state.buffers, start, stop)
         if step is None:
-            return advance_in_parts(cast(DecoderView, self), state, token_ids, layer)
-        hidden = self.embed(state, token_ids)
+            return advance_in_parts(cast(DecoderView, self), state, hidden, start, stop)
         for held in step.segment.layers:
             state.lengths[held] = past + 1
         hidden = step.run(hidden, self._window(state, past, 1, 1), state.source)
-        adapter = self.eager.adapter_of(layer)
+        adapter = self.eager.adapter_of(stop)
         if adapter is None:
             return hidden, step.row
         return hidden, adapter.complete(step.logits, self.eager.vocabulary)[0, 0].numpy()
@@ -143,12 +142,13 @@ class OnnxView(BackendView):
             held += held // 4
         state.reserve(batch, held)
 
-    def _step(self, buffers: Buffers, layer: int) -> BoundStep | None:
-        """That of layers 1..`layer`; None where they are several graphs, or modules of torch read them."""
-        step = buffers.steps.get(layer)
-        if step is None and not (self.engine.cuts.heavy or self.eager.has_exit_head(layer)):
-            head = self.engine.head() if self.eager.adapter_of(layer) is None else self.engine.exit_head()
-            step = buffers.steps[layer] = BoundStep(self._segment(buffers, 0, layer, False), head)
+    def _step(self, buffers: Buffers, start: int, stop: int) -> BoundStep | None:
+        """That of layers `start`..`stop - 1`; None where they are several graphs, or modules of torch read
+        them."""
+        step = buffers.steps.get((start, stop))
+        if step is None and not (self.engine.cuts.heavy or self.eager.has_exit_head(stop)):
+            head = self.engine.head() if self.eager.adapter_of(stop) is None else self.engine.exit_head()
+            step = buffers.steps[start, stop] = BoundStep(self._segment(buffers, start, stop, False), head)
         return step
 
     def _window(self, state: OnnxState, past: int, batch: int, new: int) -> Window:
