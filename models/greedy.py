@@ -46,8 +46,8 @@ def greedy_decoding(
 
 
 def knows(policy: ExitPolicy) -> bool:
-    """Full depth, Static-Exiting, CALM and FREE, lossless or not; no lookups, confidences other than the softmax
-    gap, or rarer variants of FREE. Classes made of these may do anything."""
+    """Full depth, Static-Exiting, CALM and FREE, lossless or not; no lookups, confidences other than the
+    softmax gap, or rarer variants of FREE. Classes made of these may do anything."""
     if type(policy) not in (FullDepth, StaticExit, Calm, Free) or getattr(policy, "lookup", None) is not None:
         return False
     if isinstance(policy, Free) and (policy.copy_skipped or not policy.causal_catch_up):
@@ -207,8 +207,8 @@ class GreedyFree(GreedyDecoding):
         self.count(view.num_layers - self.exit_layer, len(window))
         compared = hidden if lossless or learner is not None else hidden[:, -1:]
         said = read_logits(view.predict(compared, view.num_layers)).argmax(-1).tolist()
-        # Step 2. Where exit and last layer agree, the threshold learns.
-        if learner is not None and learner.counts(len(window)):
+        # Step 2. Where exit and last layer agree, the threshold learns; as released, of tokens in company.
+        if learner is not None and not (learner.as_released and len(window) == 1):
             self.teach(learner, window, said)
         # Step 3. The first draft that is not the deep model's token goes, with all after it.
         drafts = window[: None if closing else -1] if lossless else []

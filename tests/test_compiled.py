@@ -248,7 +248,7 @@ class Replayer(Compiler):
 
 @pytest.mark.slow
 def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites():
-    model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(1)
+    model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(2)
     policy, expected, stats = torchs_runs(model, inputs)["free"]
     assert stats.deep_passes < stats.exit_share * stats.tokens  # several tokens wait at once
     view = CompiledView(view_for(model), Replayer())
