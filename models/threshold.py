@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import stats
 from scipy.special import expit
 
 from models.checks import as_count, as_number, as_share
@@ -128,7 +127,7 @@ class BetaMixture:
     def _smoothed_moments(self, x: np.ndarray, label: int) -> tuple[float, float]:
         """Method of moments with a few pseudo-observations, so that few or equal samples do no harm."""
         initial_alpha, initial_beta = ((1.0, 2.0), (2.0, 1.0))[label]
-        prior = stats.beta.ppf([0.25, 0.75], initial_alpha, initial_beta)
+        prior = beta_distribution().ppf([0.25, 0.75], initial_alpha, initial_beta)
         samples = np.concatenate([x, prior])
         weights = np.concatenate([np.ones(len(x)), np.full(2, self.PRIOR_STRENGTH / 2)])
         return weighted_beta_moments(samples, weights)
@@ -138,7 +137,7 @@ class BetaMixture:
         if self.as_released:
             return self._released_posterior(confidences)
         wrong, right = (  # in logarithms, since both densities may underflow
-            np.log(self.weights[k]) + stats.beta.logpdf(confidences, self.alphas[k], self.betas[k])
+            np.log(self.weights[k]) + beta_distribution().logpdf(confidences, self.alphas[k], self.betas[k])
             for k in (0, 1)
         )
         return expit(right - wrong)
@@ -148,10 +147,17 @@ class BetaMixture:
         with np.errstate(invalid="ignore", divide="ignore"):
             alphas, betas = np.array(self.alphas), np.array(self.betas)
             densities = [
-                weight * stats.beta.pdf(confidences, alpha, beta)
+                weight * beta_distribution().pdf(confidences, alpha, beta)
                 for weight, alpha, beta in zip(self.weights, alphas, betas, strict=True)
             ]
             return densities[np.argmax(alphas / (alphas + betas))] / (densities[0] + densities[1])
+
+
+def beta_distribution() -> Any:
+    """SciPy's, which takes a third of a second to import: only thresholds that learn need it."""
+    from scipy import stats
+
+    return stats.beta
 
 
 def weighted_beta_moments(x: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
