@@ -59,14 +59,13 @@ def early_exit_decode(
         input_ids: (B, P) prompt, P = 0 if embeddings are given, read as deep as steps may go.
         exit_policy: defaults to `FullDepth()`.
         decode_stats: filled with what happened.
-        decoder_view: the model's view, where one is kept; defaults to `view_for(model)`.
+        decoder_view: where one is kept; defaults to `view_for(model)`.
         lookup_ids: (1, S) further text for a policy's lookup: an encoder's source, which it needs.
         streamer: gets tokens that can no longer be taken back; a `token_choice.DraftStreamer` drafts, too.
-        model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens, and comes
-            back with those that every layer has keys/values for: after early exits, not all.
+        model_kwargs: what the view reads, and a `cache`, which is continued if it holds tokens. It comes back
+            with those that every layer has keys/values for: after early exits, not all.
 
-    Returns:
-        (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
+    Returns: (B, P + T) token ids, or the usual output object if `return_dict_in_generate` is set.
 
     Raises:
         UserError: whatever `generate` can do but this loop cannot, and a policy that does not fit the model.
@@ -74,7 +73,7 @@ def early_exit_decode(
     kept, cache = arguments_kept_by_generate(generation_config), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
     view, policy = decoder_view or view_for(model), checked(exit_policy)
-    stats = decode_stats if decode_stats is not None else DecodeStats()
+    stats = DecodeStats() if decode_stats is None else decode_stats
     stats.reset(view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
@@ -82,14 +81,10 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, generation_config, policy, cache)
-        decoding: Decoding | GreedyDecoding | None = None
-        if lookup_ids is None and stream.streamer is None:
-            decoding = greedy_decoding(view, state, policy, chooser, stats, input_ids)
-        if decoding is None:
-            decoding = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
-        input_ids = decoding.run()
+        begun = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
+        sequences = fastest(begun).run()
     delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
-    return chooser.output(output_class(model.config), input_ids, delivered)
+    return chooser.output(output_class(model.config), sequences, delivered)
 
 
 def checked(policy: ExitPolicy | None) -> ExitPolicy:
@@ -98,6 +93,14 @@ def checked(policy: ExitPolicy | None) -> ExitPolicy:
         return FullDepth()
     check_policy(policy)
     return policy
+
+
+def fastest(begun: Decoding) -> Decoding | GreedyDecoding[Any]:
+    """The same call with tokens as numbers, where that can be."""
+    if begun.stream.streamer is not None or begun.lookup_ids is not None:
+        return begun
+    given = (begun.view, begun.state, begun.policy, begun.chooser, begun.stats, begun.input_ids)
+    return greedy_decoding(*given) or begun
 
 
 def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:

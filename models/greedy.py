@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from types import NoneType
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from models.threshold import AdaptiveThreshold
 from models.token_choice import HostCriteria, TokenChooser
 from models.verification import Rollback
 
+Policy = TypeVar("Policy", bound=ExitPolicy)
+
 
 def greedy_decoding(
     view: DecoderView,
@@ -32,7 +34,7 @@ def greedy_decoding(
     chooser: TokenChooser,
     stats: DecodeStats,
     input_ids: Tensor,
-) -> GreedyDecoding | None:
+) -> GreedyDecoding[Any] | None:
     """That of (B, P) ids; None where tokens are not simply a single sequence's most probable ones, ids not on
     the CPU, or the policy is none that `knows` says yes to."""
     alone = len(input_ids) == 1 and input_ids.device.type == "cpu" and state.prompt_embeds is None
@@ -57,20 +59,21 @@ def knows(policy: ExitPolicy) -> bool:
     return type(getattr(policy, "confidence", None)) in (SoftmaxGap, NoneType)
 
 
-class GreedyDecoding:
+class GreedyDecoding(Generic[Policy]):
     """One `generate` call under way in which all tokens run the same layers. D width, V vocabulary."""
 
     def __init__(
         self,
         view: DecoderView,
         state: DecoderState,
-        policy: ExitPolicy,
+        policy: Policy,
         ends: HostCriteria,
         stats: DecodeStats,
         input_ids: Tensor,
     ) -> None:
         self.view = view
         self.state = state
+        self.policy = policy
         self.ends = ends
         self.stats = stats
         self.given = input_ids  # (1, P)
@@ -93,16 +96,16 @@ class GreedyDecoding:
 
     def step(self) -> None:
         """Decode one token."""
-        _, logits = self.advance()
+        _, logits = self.run_to_exit()
         self.stats.confidences.append([])
         self.append(int(logits.argmax()), self.exit_layer)
 
     def close(self) -> None:
         """Do what is left once the sequence has ended, which may make it go on."""
 
-    def advance(self) -> tuple[Tensor, np.ndarray]:
-        """Run the newest token up to the exit: its states (1, 1, D), and what the exit says, (V,), until the
-        next one does."""
+    def run_to_exit(self) -> tuple[Tensor, np.ndarray]:
+        """The newest token's states after the exit's layer, (1, 1, D), and what the exit says, (V,): both
+        until the next token comes."""
         self.count(self.layers_run)
         return self.run_layers(self.state, self.view.embed(self.state, self.newest), 0, self.exit_layer)
 
@@ -119,28 +122,15 @@ class GreedyDecoding:
         self.running = self.ends.go_on(token, self.given.shape[1] + len(self.tokens))
 
 
-class GreedyCalm(GreedyDecoding):
+class GreedyCalm(GreedyDecoding[Calm]):
     """CALM: a token stops at the first layer that is sure of it, whose state the deeper ones' keys/values are
     made of."""
 
-    def __init__(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        policy: Calm,
-        ends: HostCriteria,
-        stats: DecodeStats,
-        input_ids: Tensor,
-    ) -> None:
-        super().__init__(view, state, policy, ends, stats, input_ids)
-        self.threshold = policy.threshold
-        self.tested = [layer for layer in range(1, view.num_layers) if policy.tests(layer)]
-
     def step(self) -> None:
         view, state, last = self.view, self.state, self.view.num_layers
-        threshold, tests = self.threshold.at(len(self.tokens)), []
+        threshold, tests = self.policy.threshold.at(len(self.tokens)), []
         hidden, ran = view.embed(state, self.newest), 0
-        for layer in self.tested:
+        for layer in filter(self.policy.tests, range(1, last)):
             hidden, logits = self.run_layers(state, hidden, ran, layer)
             ran, (token, confidence) = layer, top_and_gap(logits)
             tests.append([confidence])
@@ -163,25 +153,16 @@ class Waiting(NamedTuple):
     confidence: float
 
 
-class GreedyFree(GreedyDecoding):
+class GreedyFree(GreedyDecoding[Free]):
     """FREE: tokens that are sure stop at the exit and wait, until one that is not takes them along."""
 
-    def __init__(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        policy: Free,
-        ends: HostCriteria,
-        stats: DecodeStats,
-        input_ids: Tensor,
-    ) -> None:
-        super().__init__(view, state, policy, ends, stats, input_ids)
-        self.policy = policy
-        self.cached_before = state.lengths[0] + 1  # tokens, the first new one comes after them
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.cached_before = self.state.lengths[0] + 1  # tokens, the first new one comes after them
         self.waiting: list[Waiting] = []
 
     def step(self) -> None:
-        hidden, logits = self.advance()
+        hidden, logits = self.run_to_exit()
         said, confidence = top_and_gap(logits)
         self.stats.confidences.append([[confidence]])
         self.waiting.append(Waiting(hidden.clone(), said, confidence))
