@@ -17,13 +17,9 @@ from sacrebleu.significance import PairedTest
 
 from util.calibration.consistency import sample_scores
 from util.evaluation.metrics import METRICS, compute_scores, make_metric, measure
+from util.evaluation.rouge import UnicodeTokenizer, split_sentences
 from util.evaluation.significance import confidence_intervals, paired_bootstrap
-from util.evaluation.text_tokens import (
-    UnicodeTokenizer,
-    bleu_tokenizer,
-    split_sentences,
-    warn_of_unspaced_text,
-)
+from util.evaluation.writing import bleu_tokenizer, warn_of_unspaced_text
 
 PREDICTIONS = ["The cat sat on the mat.", "A library for C. It is small.", "tools to build packages"]
 REFERENCES = ["The cat is on the mat.", "A small library for C. It is free.", "tools for building packages"]

@@ -1,7 +1,7 @@
 """Quality of predictions, without network access: BLEU and chrF, ROUGE, SQuAD's EM and F1.
 
 `compute_scores("translation", predictions, references, language="zh")`: the language that texts are written
-in chooses BLEU's tokenizer; the script of each reference chooses ROUGE's (`util.text_tokens`).
+in chooses BLEU's tokenizer; the script of each reference chooses ROUGE's (`util.evaluation.rouge`).
 
 Every metric maps predictions and references to sufficient statistics, one row a sample, and those to scores
 on a 0-100 scale; resampling rows of statistics is all that confidence intervals need.
@@ -9,31 +9,20 @@ on a 0-100 scale; resampling rows of statistics is all that confidence intervals
 
 from __future__ import annotations
 
-import logging
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
-from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from util.evaluation.text_tokens import (
-    UnicodeTokenizer,
-    bleu_tokenizer,
-    is_latin,
-    split_sentences,
-    warn_of_script,
-)
+from util.evaluation.writing import bleu_tokenizer, warn_of_script
 from util.tasks import TASKS
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-logging.getLogger("absl").setLevel(logging.WARNING)  # rouge_score announces its tokenizer again and again
 Reference = str | list[str]
 """One reference text, or several of which the best counts."""
 
@@ -112,23 +101,9 @@ def as_list(reference: Reference) -> list[str]:
 
 
 def make_rouge() -> SampleMean:
-    """ROUGE F1 (Lin, 2004); for ROUGE-Lsum one sentence is one line.
+    from util.evaluation import rouge  # slow to import
 
-    Words are rouge_score's own, stemmed, which know the letters a to z alone; where a reference is not
-    written in Latin letters, they are `UnicodeTokenizer`'s.
-    """
-    latin = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
-    other = rouge_scorer.RougeScorer(list(ROUGE_TYPES), tokenizer=UnicodeTokenizer())
-
-    def score_sample(text: str, references: list[str]) -> tuple[float, ...]:
-        scorer = latin if is_latin(references[0]) else other
-        score = scorer.score(split_sentences(references[0]), split_sentences(text))
-        return tuple(100 * score[kind].fmeasure for kind in ROUGE_TYPES)
-
-    signature = (
-        f"tok:latin-stemmed,else-unicode|sent:punkt|package:rouge_score|version:{version('rouge_score')}"
-    )
-    return SampleMean(ROUGE_TYPES, score_sample, {"rouge": signature})
+    return SampleMean(rouge.TYPES, rouge.score_sample, {"rouge": rouge.SIGNATURE})
 
 
 def score_answer(text: str, references: list[str]) -> tuple[float, float]:
