@@ -74,8 +74,9 @@ def softmax_gap(logits: Tensor) -> Tensor:
     """Top-1 minus top-2 probability: (..., V) -> (...)."""
     logits = logits.float()
     if logits.device.type == "cpu":
-        rows = logits.detach().flatten(0, -2).numpy()
-        return torch.tensor([top_and_gap(row)[1] for row in rows]).view(logits.shape[:-1])
+        rows = logits.detach().reshape(-1, logits.shape[-1]).numpy()
+        gaps = [top_and_gap(row)[1] for row in rows]
+        return torch.tensor(gaps, dtype=torch.float32, device="cpu").view(logits.shape[:-1])
     shares = torch.softmax(logits, dim=-1)
     place = argmax(shares).unsqueeze(-1)
     others = shares.scatter(-1, place, -1.0)

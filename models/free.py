@@ -274,8 +274,7 @@ class Free:
         self, learner: AdaptiveThreshold, window: list[WindowToken], deep_logits: Tensor
     ) -> list[tuple[float, bool]]:
         """Tell the threshold where shallow and deep predictions agree: pairs over the parallel window."""
-        alone = len(window) == 1 and not self.copy_skipped
-        if learner.as_released and alone:  # the original counts only tokens that had company
+        if not (self.copy_skipped or learner.counts(len(window))):
             return []
         shallow = torch.stack([waiting.predicted for waiting in window], dim=1)  # (B, W)
         right = (shallow == argmax(deep_logits)).tolist()

@@ -83,7 +83,7 @@ class GreedyDecoding(Generic[Policy]):
         self.exit_layer = getattr(policy, "exit_layer", None) or view.num_layers
         self.layers_run = layers_run(view, self.exit_layer)
         self.running = True
-        self.run_layers = getattr(view, "advance", None) or functools.partial(advance_in_parts, view)
+        self.advance = getattr(view, "advance", None) or functools.partial(advance_in_parts, view)
 
     def run(self) -> Tensor:
         """Append tokens until the sequence has ended: (1, P + T)."""
@@ -92,7 +92,8 @@ class GreedyDecoding(Generic[Policy]):
             self.stats.steps += 1
             if not self.running:
                 self.close()
-        return torch.cat([self.given, self.given.new_tensor([self.tokens])], dim=1)
+        new = torch.tensor([self.tokens], dtype=torch.long, device="cpu")
+        return torch.cat([self.given, new], dim=1)
 
     def step(self) -> None:
         """Decode one token."""
@@ -107,7 +108,7 @@ class GreedyDecoding(Generic[Policy]):
         """The newest token's states after the exit's layer, (1, 1, D), and what the exit says, (V,): both
         until the next token comes."""
         self.count(self.layers_run)
-        return self.run_layers(self.state, self.view.embed(self.state, self.newest), 0, self.exit_layer)
+        return self.advance(self.state, self.view.embed(self.state, self.newest), 0, self.exit_layer)
 
     def count(self, layers: int, tokens: int = 1) -> None:
         """Note the work of so many layers, run one after the other on so many tokens at once."""
@@ -131,14 +132,14 @@ class GreedyCalm(GreedyDecoding[Calm]):
         threshold, tests = self.policy.threshold.at(len(self.tokens)), []
         hidden, ran = view.embed(state, self.newest), 0
         for layer in filter(self.policy.tests, range(1, last)):
-            hidden, logits = self.run_layers(state, hidden, ran, layer)
+            hidden, logits = self.advance(state, hidden, ran, layer)
             ran, (token, confidence) = layer, top_and_gap(logits)
             tests.append([confidence])
             if confidence > threshold:
                 view.write_kv(state, hidden, layer, last)
                 break
         else:
-            _, logits = self.run_layers(state, hidden, ran, last)
+            _, logits = self.advance(state, hidden, ran, last)
             ran, token = last, int(logits.argmax())
         self.stats.confidences.append(tests)
         self.count(ran)
@@ -188,8 +189,8 @@ class GreedyFree(GreedyDecoding[Free]):
         self.count(view.num_layers - self.exit_layer, len(window))
         compared = hidden if lossless or learner is not None else hidden[:, -1:]
         said = read_logits(view.predict(compared, view.num_layers)).argmax(-1).tolist()
-        # Step 2. Where exit and last layer agree, the threshold learns; as released, of tokens in company.
-        if learner is not None and not (learner.as_released and len(window) == 1):
+        # Step 2. Where exit and last layer agree, the threshold learns.
+        if learner is not None and learner.counts(len(window)):
             self.teach(learner, window, said)
         # Step 3. The first draft that is not the deep model's token goes, with all after it.
         drafts = window[: None if closing else -1] if lossless else []

@@ -243,6 +243,10 @@ class AdaptiveThreshold:
                 self.confidences.extend(confidences)
                 self.right.extend(int(flag) for flag in right)
 
+    def counts(self, tokens: int) -> bool:
+        """Whether what a pass over so many tokens shows is counted: the original wants them in company."""
+        return not (self.as_released and tokens == 1)
+
     def _refit(self) -> None:
         self.mixture.fit(np.array(self.confidences), np.array(self.right))
         self.value = self.best_threshold()

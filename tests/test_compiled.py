@@ -247,12 +247,14 @@ class Replayer(Compiler):
 
 
 @pytest.mark.slow
-def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites():
-    model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(2)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites(rows):
+    model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(rows)
     policy, expected, stats = torchs_runs(model, inputs)["free"]
     assert stats.deep_passes < stats.exit_share * stats.tokens  # several tokens wait at once
     view = CompiledView(view_for(model), Replayer())
-    assert not torch.equal(decode(model, policy, inputs, view)[0], expected)
+    overwritten = decode(model, policy, inputs, view)[0]
+    assert rows == 1 or not torch.equal(overwritten, expected)  # a lone sequence's wait as copies anyway
     view.replays = True
     assert torch.equal(decode(model, policy, inputs, view)[0], expected)
 

@@ -297,7 +297,7 @@ def test_script_estimates_without_a_key(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("status", "last"), [(1, "score"), (2, "run")])
 def test_script_scores_what_is_answered_where_requests_failed_for_good(tmp_path, status, last):
-    tool = f'#!/bin/sh\necho "$3" >> commands\n[ "$3" != run ] || exit {status}\n'
+    tool = f'#!/bin/sh\necho "$3" >> {tmp_path}/commands\n[ "$3" != run ] || exit {status}\n'
     write_tool(tmp_path / "python", tool)
     variables = {"DATASET": "debian_synopsis", "MODEL": "judge", "OUTPUT_DIR": str(tmp_path / "out")}
     variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}

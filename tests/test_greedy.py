@@ -27,6 +27,7 @@ from models import (
     prepare,
 )
 from models.backends.onnx import cuts
+from models.backends.onnx.state import BoundStep
 from models.confidence import Measured
 from models.exit_heads import attach_exit_heads
 from models.greedy import GreedyDecoding
@@ -69,10 +70,21 @@ class Silent(BaseStreamer):
 
 @pytest.fixture
 def ways(monkeypatch):
-    """Which loops decoded."""
+    """The states of what was decoded in numbers."""
     taken = []
     run = GreedyDecoding.run
-    monkeypatch.setattr(GreedyDecoding, "run", lambda self: taken.append(type(self)) or run(self))
+    monkeypatch.setattr(GreedyDecoding, "run", lambda self: taken.append(self.state) or run(self))
+    return taken
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Layers that ran with the head where buffers lie."""
+    taken = []
+    run = BoundStep.run
+    monkeypatch.setattr(
+        BoundStep, "run", lambda self, *given: taken.append(self.segment.layers) or run(self, *given)
+    )
     return taken
 
 
@@ -82,18 +94,27 @@ def compare(subject, shape, make, ways, seeds=4, length=14):
     for seed in range(seeds):
         inputs = make_inputs(shape, seed=seed)
         options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
+        options["return_dict_in_generate"] = True
         if seed % 2:
-            options["eos_token_id"] = int(subject.generate(**inputs, **options)[0, -1])
+            options["eos_token_id"] = int(subject.generate(**inputs, **options).sequences[0, -1])
             ways.clear()
         stats, theirs = DecodeStats(), DecodeStats()
-        ids = subject.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
+        ours = subject.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
         assert ways.pop()
         expected = subject.generate(
             **inputs, exit_policy=other, decode_stats=theirs, streamer=Silent(), **options
         )
-        assert not ways and torch.equal(ids, expected)
+        assert not ways and torch.equal(ours.sequences, expected.sequences)
+        for one, another in zip(layers_of(ours.cache), layers_of(expected.cache), strict=True):
+            assert torch.equal(one.keys, another.keys) and torch.equal(one.values, another.values)
         confidences, others = vars(stats).pop("confidences"), vars(theirs).pop("confidences")
         assert confidences == others and vars(stats) == vars(theirs)
+    learnt = [getattr(one, "threshold", None) for one in (policy, other)]
+    assert getattr(learnt[0], "value", None) == getattr(learnt[1], "value", None)
+
+
+def layers_of(cache):
+    return getattr(cache, "self_attention_cache", cache).layers
 
 
 def prepared(subject, backend):
@@ -115,9 +136,12 @@ def test_each_policy_decodes_alike_both_ways(ways, shape, backend):
         compare(subject, shape, make, ways)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kept", ["shortlist", "keys/values", "heads", "heavy layers"])
-def test_whatever_an_exit_has_of_its_own(ways, monkeypatch, kept, backend):
+@pytest.mark.parametrize(
+    ("kept", "backend"),
+    [(kept, way) for kept in ("shortlist", "keys/values", "heads") for way in BACKENDS]
+    + [("heavy layers", "onnx")],
+)
+def test_whatever_an_exit_has_of_its_own(ways, steps, monkeypatch, kept, backend):
     shape = "gpt2-tied" if kept == "keys/values" else "llama-tied"
     subject = loaded(make_model(shape))
     if kept == "heads":
@@ -131,6 +155,16 @@ def test_whatever_an_exit_has_of_its_own(ways, monkeypatch, kept, backend):
     subject = prepared(subject, backend)
     for policy in ("full", "static", "free", "lossless, all exit"):
         compare(subject, shape, POLICIES[policy], ways, seeds=2)
+    to_exit = {tuple(layers) for layers in steps if SHALLOW - 1 in layers and 5 not in layers}
+    assert bool(to_exit) == (backend == "onnx" and kept not in ("heads", "heavy layers"))
+
+
+def test_a_head_that_is_attached_later_is_asked(ways):
+    subject = prepared(loaded(make_model("llama-tied")), "onnx")
+    compare(subject, "llama-tied", POLICIES["static"], ways, seeds=1)
+    attach_exit_heads(subject.model, ExitConfig(shallow_exit_layer=SHALLOW, per_exit_head="norm"))
+    torch.nn.init.normal_(subject.model.per_exit_heads[str(SHALLOW)].weight)
+    compare(subject, "llama-tied", POLICIES["static"], ways, seeds=1)
 
 
 def test_buffers_grow_under_way(ways):
@@ -142,10 +176,11 @@ def test_buffers_grow_under_way(ways):
 
 def test_whoever_else_has_a_say_gets_the_other_loop(ways):
     subject, inputs = loaded(make_model("t5-tied")), make_inputs("t5-tied")
-    options = [{"do_sample": True}, {"no_repeat_ngram_size": 2}, {"stop_strings": None, "min_new_tokens": 3}]
+    options = [{"do_sample": True}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 3}, {"max_time": 100.0}]
     options += [{"return_dict_in_generate": True, "output_scores": True}]
     for given in options:
         subject.generate(**inputs, exit_policy=FullDepth(), max_new_tokens=3, **given)
+        assert not ways, given
     subject.generate(**make_inputs("t5-tied", batch=2), exit_policy=FullDepth(), max_new_tokens=3)
     free = {"copy_skipped": True}, {"rollback_threshold": 3.0}, {"causal_catch_up": False}
     policies = [Free(SHALLOW, GAP, FixedThreshold(0.1), **one) for one in free]
@@ -157,4 +192,11 @@ def test_whoever_else_has_a_say_gets_the_other_loop(ways):
         FullDepth(PromptLookup(3)),
     ):
         subject.generate(**inputs, exit_policy=policy, max_new_tokens=3)
-    assert not ways
+        assert not ways, policy
+
+
+def test_ids_of_fewer_bits_become_ids_of_64(ways):
+    subject, inputs = loaded(make_model("llama-tied")), make_inputs("llama-tied")
+    inputs["input_ids"] = inputs["input_ids"].int()
+    assert subject.generate(**inputs, max_new_tokens=3).dtype == torch.long
+    assert ways

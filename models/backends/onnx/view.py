@@ -145,8 +145,10 @@ class OnnxView(BackendView):
     def _step(self, buffers: Buffers, start: int, stop: int) -> BoundStep | None:
         """That of layers `start`..`stop - 1`; None where they are several graphs, or modules of torch read
         them."""
+        if self.engine.cuts.heavy or self.eager.has_exit_head(stop):  # one may be attached at any time
+            return None
         step = buffers.steps.get((start, stop))
-        if step is None and not (self.engine.cuts.heavy or self.eager.has_exit_head(stop)):
+        if step is None:
             head = self.engine.head() if self.eager.adapter_of(stop) is None else self.engine.exit_head()
             step = buffers.steps[start, stop] = BoundStep(self._segment(buffers, start, stop, False), head)
         return step
