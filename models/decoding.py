@@ -97,10 +97,8 @@ def checked(policy: ExitPolicy | None) -> ExitPolicy:
 
 def fastest(begun: Decoding) -> Decoding | GreedyDecoding[Any]:
     """The same call with tokens as numbers, where that can be."""
-    if begun.stream.streamer is not None or begun.lookup_ids is not None:
-        return begun
-    given = (begun.view, begun.state, begun.policy, begun.chooser, begun.stats, begun.input_ids)
-    return greedy_decoding(*given) or begun
+    given = (begun.view, begun.state, begun.policy, begun.chooser, begun.stream, begun.stats, begun.input_ids)
+    return (greedy_decoding(*given) if begun.lookup_ids is None else None) or begun
 
 
 def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:

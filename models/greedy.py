@@ -21,7 +21,7 @@ from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit, layers_r
 from models.free import Free
 from models.host import top_and_gap
 from models.threshold import AdaptiveThreshold
-from models.token_choice import HostCriteria, TokenChooser
+from models.token_choice import HostCriteria, TokenChooser, TokenStream
 from models.verification import Rollback
 
 Policy = TypeVar("Policy", bound=ExitPolicy)
@@ -32,6 +32,7 @@ def greedy_decoding(
     state: DecoderState,
     policy: ExitPolicy,
     chooser: TokenChooser,
+    stream: TokenStream,
     stats: DecodeStats,
     input_ids: Tensor,
 ) -> GreedyDecoding[Any] | None:
@@ -40,11 +41,9 @@ def greedy_decoding(
     alone = len(input_ids) == 1 and input_ids.device.type == "cpu" and state.prompt_embeds is None
     if not (alone and chooser.takes_the_most_probable and chooser.ends is not None and knows(policy)):
         return None
-    if isinstance(policy, Free):
-        return GreedyFree(view, state, policy, chooser.ends, stats, input_ids)
-    if isinstance(policy, Calm):
-        return GreedyCalm(view, state, policy, chooser.ends, stats, input_ids)
-    return GreedyDecoding(view, state, policy, chooser.ends, stats, input_ids)
+    kinds: dict[type, type[GreedyDecoding[Any]]] = {Free: GreedyFree, Calm: GreedyCalm}
+    kind = kinds.get(type(policy), GreedyDecoding)
+    return kind(view, state, policy, chooser.ends, stream, stats, input_ids)
 
 
 def knows(policy: ExitPolicy) -> bool:
@@ -68,6 +67,7 @@ class GreedyDecoding(Generic[Policy]):
         state: DecoderState,
         policy: Policy,
         ends: HostCriteria,
+        stream: TokenStream,
         stats: DecodeStats,
         input_ids: Tensor,
     ) -> None:
@@ -75,6 +75,7 @@ class GreedyDecoding(Generic[Policy]):
         self.state = state
         self.policy = policy
         self.ends = ends
+        self.stream = stream
         self.stats = stats
         self.given = input_ids  # (1, P)
         self.tokens: list[int] = []  # new ones
@@ -88,12 +89,25 @@ class GreedyDecoding(Generic[Policy]):
     def run(self) -> Tensor:
         """Append tokens until the sequence has ended: (1, P + T)."""
         while self.running:
+            before = self.stats.deep_passes
             self.step()
             self.stats.steps += 1
+            self.show(final=self.stats.deep_passes > before)
             if not self.running:
                 self.close()
+        self.stream.end(self.ids)
+        return self.ids
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, P + t) so far."""
         new = torch.tensor([self.tokens], dtype=torch.long, device="cpu")
         return torch.cat([self.given, new], dim=1)
+
+    def show(self, *, final: bool) -> None:
+        """Feed the streamer, if there is one."""
+        if self.stream.streamer is not None:
+            self.stream.show(self.ids, final=final)
 
     def step(self) -> None:
         """Decode one token."""
@@ -176,6 +190,7 @@ class GreedyFree(GreedyDecoding[Free]):
     def close(self) -> None:
         if self.waiting and self.policy.catches_up_at_end:
             self.catch_up(closing=True)
+            self.show(final=True)
 
     def catch_up(self, *, closing: bool) -> None:
         """Run the deep layers for the W tokens that wait: the newest is not sure, unless the sequence is
@@ -210,4 +225,5 @@ class GreedyFree(GreedyDecoding[Free]):
         """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""
         del self.tokens[-count:]
         self.stats.take_back(count)
+        self.stream.take_back(count)
         self.state.truncate(self.cached_before + len(self.tokens))

@@ -1,4 +1,4 @@
-"""One sequence in numbers, against the loop for every call, which a streamer asks for: tokens and counts."""
+"""One sequence in numbers, against the loop for every call, which a processor asks for: tokens and counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from onnx_models import loaded
 from pairs import covering, slow_but
 from tiny_causal import CAUSAL_FAMILIES
 from tiny_models import FAMILIES
+from transformers import LogitsProcessor
 from transformers.generation import BaseStreamer
 
 from models import (
@@ -60,12 +61,29 @@ class Deeper(FullDepth):
     pass
 
 
-class Silent(BaseStreamer):
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Recorder(BaseStreamer):
+    """What it is told, drafts included, and how many tokens are counted by then."""
+
+    def __init__(self, stats):
+        self.stats = stats
+        self.told = []
+
     def put(self, value):
-        pass
+        self.told.append(("put", value.tolist(), self.stats.tokens))
+
+    def put_draft(self, value):
+        self.told.append(("draft", value.tolist(), self.stats.tokens))
+
+    def take_back(self, count):
+        self.told.append(("take back", count, self.stats.tokens))
 
     def end(self):
-        pass
+        self.told.append(("end", self.stats.tokens))
 
 
 @pytest.fixture
@@ -99,11 +117,14 @@ def compare(subject, shape, make, ways, seeds=4, length=14):
             options["eos_token_id"] = int(subject.generate(**inputs, **options).sequences[0, -1])
             ways.clear()
         stats, theirs = DecodeStats(), DecodeStats()
-        ours = subject.generate(**inputs, exit_policy=policy, decode_stats=stats, **options)
-        assert ways.pop()
-        expected = subject.generate(
-            **inputs, exit_policy=other, decode_stats=theirs, streamer=Silent(), **options
+        streams = [Recorder(stats), Recorder(theirs)] if seed < 2 else [None, None]
+        ours = subject.generate(
+            **inputs, exit_policy=policy, decode_stats=stats, streamer=streams[0], **options
         )
+        assert ways.pop()
+        options |= {"logits_processor": [Nothing()], "streamer": streams[1]}
+        expected = subject.generate(**inputs, exit_policy=other, decode_stats=theirs, **options)
+        assert seed > 1 or streams[0].told == streams[1].told
         assert not ways and torch.equal(ours.sequences, expected.sequences)
         for one, another in zip(layers_of(ours.cache), layers_of(expected.cache), strict=True):
             assert torch.equal(one.keys, another.keys) and torch.equal(one.values, another.values)
