@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from models.call import Call
 from models.decode_stats import DecodeStats
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
@@ -35,7 +36,7 @@ from models.generate_contract import (
     output_class,
     refuse_unsupported,
 )
-from models.greedy import GreedyDecoding, greedy_decoding
+from models.greedy import greedy_decoding
 from models.prompt_lookup import Proposer, check_text, proposer_of, vocabulary_of
 from models.token_choice import TokenChooser, TokenStream
 
@@ -81,8 +82,8 @@ def early_exit_decode(
         policy.begin(view, len(input_ids))
         state = view.begin(cache, **model_arguments(view, model_kwargs))
         prefill(view, state, input_ids, generation_config, policy, cache)
-        begun = Decoding(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
-        sequences = fastest(begun).run()
+        call = Call(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
+        sequences = (greedy_decoding(call) or Decoding(call)).run()
     delivered = view.deliver_cache(state, cache) if wants_cache(generation_config, cache) else None
     return chooser.output(output_class(model.config), sequences, delivered)
 
@@ -93,12 +94,6 @@ def checked(policy: ExitPolicy | None) -> ExitPolicy:
         return FullDepth()
     check_policy(policy)
     return policy
-
-
-def fastest(begun: Decoding) -> Decoding | GreedyDecoding[Any]:
-    """The same call with tokens as numbers, where that can be."""
-    given = (begun.view, begun.state, begun.policy, begun.chooser, begun.stream, begun.stats, begun.input_ids)
-    return (greedy_decoding(*given) if begun.lookup_ids is None else None) or begun
 
 
 def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
@@ -161,32 +156,22 @@ def prefill(
 class Decoding:
     """One `generate` call under way: (B, P + t) ids so far, and which rows are unfinished."""
 
-    def __init__(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        policy: ExitPolicy,
-        chooser: TokenChooser,
-        stream: TokenStream,
-        stats: DecodeStats,
-        input_ids: Tensor,
-        lookup_ids: Tensor | None = None,
-    ) -> None:
-        self.view = view
-        self.state = state
-        self.policy = policy
-        self.chooser = chooser
-        self.stream = stream
-        self.stats = stats
-        self.input_ids = input_ids
+    def __init__(self, call: Call) -> None:
+        self.view = call.view
+        self.state = state = call.state
+        self.policy = call.policy
+        self.chooser = call.chooser
+        self.stream = call.stream
+        self.stats = call.stats
+        self.input_ids = input_ids = call.input_ids
         self.active = [True] * len(input_ids)
         self.prompt_length = input_ids.shape[1]
         # The newest token of the ids is not cached yet; a cache given by the caller may hold more than them.
         self.cached_before = state.lengths[0] + 1 - input_ids.shape[1]
         self.first_step_ids = prompt_ids(state, input_ids)[:, -1:]
-        self.proposer = proposer_of(policy)
-        check_text(self.proposer, view, lookup_ids)
-        self.lookup_ids = None if lookup_ids is None else lookup_ids.to(input_ids.device)  # (1, S)
+        self.proposer = proposer_of(call.policy)
+        check_text(self.proposer, call.view, call.lookup_ids)
+        self.lookup_ids = None if call.lookup_ids is None else call.lookup_ids.to(input_ids.device)  # (1, S)
 
     def run(self) -> Tensor:
         """Append tokens until every row has stopped: (B, P + T)."""

@@ -14,36 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.call import Call
 from models.confidence import SoftmaxGap
-from models.decode_stats import DecodeStats
-from models.decoder_view import DecoderState, DecoderView, advance_in_parts, read_logits
+from models.decoder_view import advance_in_parts, read_logits
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit, layers_run
 from models.free import Free
 from models.host import top_and_gap
 from models.threshold import AdaptiveThreshold
-from models.token_choice import HostCriteria, TokenChooser, TokenStream
+from models.token_choice import HostCriteria
 from models.verification import Rollback
 
 Policy = TypeVar("Policy", bound=ExitPolicy)
 
 
-def greedy_decoding(
-    view: DecoderView,
-    state: DecoderState,
-    policy: ExitPolicy,
-    chooser: TokenChooser,
-    stream: TokenStream,
-    stats: DecodeStats,
-    input_ids: Tensor,
-) -> GreedyDecoding[Any] | None:
-    """That of (B, P) ids; None where tokens are not simply a single sequence's most probable ones, ids not on
-    the CPU, or the policy is none that `knows` says yes to."""
-    alone = len(input_ids) == 1 and input_ids.device.type == "cpu" and state.prompt_embeds is None
-    if not (alone and chooser.takes_the_most_probable and chooser.ends is not None and knows(policy)):
+def greedy_decoding(call: Call) -> GreedyDecoding[Any] | None:
+    """That of a call; None where tokens are not simply a single sequence's most probable ones, ids not on the
+    CPU, or the policy is none that `knows` says yes to."""
+    ids, ends = call.input_ids, call.chooser.ends
+    alone = len(ids) == 1 and ids.device.type == "cpu"
+    alone = alone and call.state.prompt_embeds is None and call.lookup_ids is None
+    if not (alone and call.chooser.takes_the_most_probable and knows(call.policy)) or ends is None:
         return None
-    kinds: dict[type, type[GreedyDecoding[Any]]] = {Free: GreedyFree, Calm: GreedyCalm}
-    kind = kinds.get(type(policy), GreedyDecoding)
-    return kind(view, state, policy, chooser.ends, stream, stats, input_ids)
+    if isinstance(call.policy, Free):
+        return GreedyFree(call, call.policy, ends)
+    if isinstance(call.policy, Calm):
+        return GreedyCalm(call, call.policy, ends)
+    return GreedyDecoding(call, call.policy, ends)
 
 
 def knows(policy: ExitPolicy) -> bool:
@@ -51,32 +47,25 @@ def knows(policy: ExitPolicy) -> bool:
     softmax gap, or rarer variants of FREE. Classes made of these may do anything."""
     if type(policy) not in (FullDepth, StaticExit, Calm, Free) or getattr(policy, "lookup", None) is not None:
         return False
-    if isinstance(policy, Free) and (policy.copy_skipped or not policy.causal_catch_up):
-        return False
-    if isinstance(policy, Free) and isinstance(policy.verification, Rollback):
-        return False
+    if isinstance(policy, Free):
+        rare = policy.copy_skipped or not policy.causal_catch_up or isinstance(policy.verification, Rollback)
+        if rare:
+            return False
     return type(getattr(policy, "confidence", None)) in (SoftmaxGap, NoneType)
 
 
 class GreedyDecoding(Generic[Policy]):
     """One `generate` call under way in which all tokens run the same layers. D width, V vocabulary."""
 
-    def __init__(
-        self,
-        view: DecoderView,
-        state: DecoderState,
-        policy: Policy,
-        ends: HostCriteria,
-        stream: TokenStream,
-        stats: DecodeStats,
-        input_ids: Tensor,
-    ) -> None:
+    def __init__(self, call: Call, policy: Policy, ends: HostCriteria) -> None:
+        """`policy` and `ends` are the call's."""
+        view, state, input_ids = call.view, call.state, call.input_ids
         self.view = view
         self.state = state
         self.policy = policy
         self.ends = ends
-        self.stream = stream
-        self.stats = stats
+        self.stream = call.stream
+        self.stats = call.stats
         self.given = input_ids  # (1, P)
         self.tokens: list[int] = []  # new ones
         self.newest = input_ids[:, -1:].clone()  # (1, 1), not cached yet
@@ -171,8 +160,8 @@ class Waiting(NamedTuple):
 class GreedyFree(GreedyDecoding[Free]):
     """FREE: tokens that are sure stop at the exit and wait, until one that is not takes them along."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, call: Call, policy: Free, ends: HostCriteria) -> None:
+        super().__init__(call, policy, ends)
         self.cached_before = self.state.lengths[0] + 1  # tokens, the first new one comes after them
         self.waiting: list[Waiting] = []
 
