@@ -7,15 +7,14 @@ counts what `models.decoding.Decoding` does, with tokens as numbers.
 from __future__ import annotations
 
 import functools
-from types import NoneType
+import math
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from models.call import Call
-from models.confidence import SoftmaxGap
+from models.confidence import ConfidenceMeasure, SoftmaxGap
 from models.decoder_view import advance_in_parts, read_logits
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit, layers_run
 from models.free import Free
@@ -43,15 +42,21 @@ def greedy_decoding(call: Call) -> GreedyDecoding[Any] | None:
 
 
 def knows(policy: ExitPolicy) -> bool:
-    """Full depth, Static-Exiting, CALM and FREE, lossless or not; no lookups, confidences other than the
-    softmax gap, or rarer variants of FREE. Classes made of these may do anything."""
+    """Full depth, Static-Exiting, CALM and FREE, lossless or not; no lookups or rarer variants of FREE.
+    Classes made of these may do anything."""
     if type(policy) not in (FullDepth, StaticExit, Calm, Free) or getattr(policy, "lookup", None) is not None:
         return False
-    if isinstance(policy, Free):
-        rare = policy.copy_skipped or not policy.causal_catch_up or isinstance(policy.verification, Rollback)
-        if rare:
-            return False
-    return type(getattr(policy, "confidence", None)) in (SoftmaxGap, NoneType)
+    if not isinstance(policy, Free):
+        return True
+    return policy.causal_catch_up and not (policy.copy_skipped or isinstance(policy.verification, Rollback))
+
+
+class Answer(NamedTuple):
+    """What an exit says to a token."""
+
+    hidden: Tensor  # (1, 1, D) un-normalized states after its layer, until the next token comes
+    confidence: float
+    token: int | None  # that follows it; None where it is not sure enough to be asked
 
 
 class GreedyDecoding(Generic[Policy]):
@@ -100,18 +105,32 @@ class GreedyDecoding(Generic[Policy]):
 
     def step(self) -> None:
         """Decode one token."""
-        _, logits = self.run_to_exit()
+        hidden = self.view.embed(self.state, self.newest)
+        _, logits = self.advance(self.state, hidden, 0, self.exit_layer)
+        self.count(self.layers_run)
         self.stats.confidences.append([])
         self.append(int(logits.argmax()), self.exit_layer)
 
     def close(self) -> None:
         """Do what is left once the sequence has ended, which may make it go on."""
 
-    def run_to_exit(self) -> tuple[Tensor, np.ndarray]:
-        """The newest token's states after the exit's layer, (1, 1, D), and what the exit says, (V,): both
-        until the next token comes."""
-        self.count(self.layers_run)
-        return self.advance(self.state, self.view.embed(self.state, self.newest), 0, self.exit_layer)
+    def ask(
+        self, measure: ConfidenceMeasure, hidden: Tensor, start: int, layer: int, threshold: float
+    ) -> Answer:
+        """Run layers `start`..`layer - 1` on the newest token and ask an exit there: for its token, if its
+        confidence exceeds `threshold`."""
+        if type(measure) is SoftmaxGap:
+            hidden, logits = self.advance(self.state, hidden, start, layer)
+            token, confidence = top_and_gap(logits)
+            return Answer(hidden, confidence, token if confidence > threshold else None)
+        hidden = self.view.run_layers(self.state, hidden, start, layer)
+        states = self.view.read_exit(self.state, hidden, layer)[:, -1]
+        measured = measure(self.view, states, layer)
+        confidence = measured.confidence.item()
+        if not confidence > threshold:
+            return Answer(hidden, confidence, None)
+        said = self.view.predict(states, layer) if measured.logits is None else measured.logits
+        return Answer(hidden, confidence, int(read_logits(said[None])[0].argmax()))
 
     def count(self, layers: int, tokens: int = 1) -> None:
         """Note the work of so many layers, run one after the other on so many tokens at once."""
@@ -135,10 +154,10 @@ class GreedyCalm(GreedyDecoding[Calm]):
         threshold, tests = self.policy.threshold.at(len(self.tokens)), []
         hidden, ran = view.embed(state, self.newest), 0
         for layer in filter(self.policy.tests, range(1, last)):
-            hidden, logits = self.advance(state, hidden, ran, layer)
-            ran, (token, confidence) = layer, top_and_gap(logits)
+            hidden, confidence, token = self.ask(self.policy.confidence, hidden, ran, layer, threshold)
+            ran = layer
             tests.append([confidence])
-            if confidence > threshold:
+            if token is not None:
                 view.write_kv(state, hidden, layer, last)
                 break
         else:
@@ -149,32 +168,27 @@ class GreedyCalm(GreedyDecoding[Calm]):
         self.append(token, ran)
 
 
-class Waiting(NamedTuple):
-    """A token whose deep keys/values are still to come."""
-
-    hidden: Tensor  # (1, 1, D) un-normalized output of the shallow layers
-    said: int  # the exit's token, which follows it
-    confidence: float
-
-
 class GreedyFree(GreedyDecoding[Free]):
     """FREE: tokens that are sure stop at the exit and wait, until one that is not takes them along."""
 
     def __init__(self, call: Call, policy: Free, ends: HostCriteria) -> None:
         super().__init__(call, policy, ends)
         self.cached_before = self.state.lengths[0] + 1  # tokens, the first new one comes after them
-        self.waiting: list[Waiting] = []
+        self.waiting: list[Answer] = []  # to tokens whose deep keys/values are still to come
 
     def step(self) -> None:
-        hidden, logits = self.run_to_exit()
-        said, confidence = top_and_gap(logits)
-        self.stats.confidences.append([[confidence]])
-        self.waiting.append(Waiting(hidden.clone(), said, confidence))
-        sure = confidence > self.policy.threshold.at(len(self.tokens))
-        if sure and not self.policy.must_catch_up(self.view, self.state, len(self.waiting)):
-            self.append(said, self.exit_layer)
-        else:
+        policy, hidden = self.policy, self.view.embed(self.state, self.newest)
+        threshold = policy.threshold.at(len(self.tokens))
+        asked_at = threshold if policy.learner is None else -math.inf  # who learns compares all tokens
+        answer = self.ask(policy.confidence, hidden, 0, self.exit_layer, asked_at)
+        self.count(self.layers_run)
+        self.stats.confidences.append([[answer.confidence]])
+        self.waiting.append(answer._replace(hidden=answer.hidden.clone()))
+        token, goes_on = answer.token, policy.must_catch_up(self.view, self.state, len(self.waiting))
+        if token is None or goes_on or answer.confidence <= threshold:
             self.catch_up(closing=False)
+        else:
+            self.append(token, self.exit_layer)
 
     def close(self) -> None:
         if self.waiting and self.policy.catches_up_at_end:
@@ -198,15 +212,15 @@ class GreedyFree(GreedyDecoding[Free]):
             self.teach(learner, window, said)
         # Step 3. The first draft that is not the deep model's token goes, with all after it.
         drafts = window[: None if closing else -1] if lossless else []
-        right = next((at for at, draft in enumerate(drafts) if draft.said != said[at]), len(drafts))
+        right = next((at for at, draft in enumerate(drafts) if draft.token != said[at]), len(drafts))
         if right < len(drafts):
             self.take_back(len(drafts) - right)
         # Step 4. The deep model's token comes instead of it, or after the newest.
         if right < len(drafts) or not closing:
             self.append(said[right if lossless else -1], view.num_layers)
 
-    def teach(self, learner: AdaptiveThreshold, window: list[Waiting], said: list[int]) -> None:
-        pairs = [(token.confidence, token.said == deep) for token, deep in zip(window, said, strict=True)]
+    def teach(self, learner: AdaptiveThreshold, window: list[Answer], said: list[int]) -> None:
+        pairs = [(exit.confidence, exit.token == deep) for exit, deep in zip(window, said, strict=True)]
         learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
         self.stats.calibration += pairs
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.backend_arguments import BackendArguments
 from util.flag_help import answer_help
 from util.script_arguments import DistillationArguments
 
 if __name__ == "__main__":
-    answer_help((DistillationArguments,), __doc__)  # before torch is imported
+    answer_help((DistillationArguments, BackendArguments), __doc__)  # before torch is imported
 
 import torch
 from datasets import Dataset
@@ -28,10 +29,12 @@ from transformers import set_seed
 
 from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
+from util.backend import limit_threads, run_by_backend
 from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.data_arguments import DataArguments
-from util.device import move_model
+from util.device import best_device, move_model
+from util.exit_arguments import ExitArguments
 from util.files import json_line, locked_output_file, written_aside
 from util.flags import parse_groups
 from util.progress import track
@@ -43,16 +46,16 @@ MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        (flags,) = parse_groups((DistillationArguments,), __doc__, argv)
+        flags, backend = parse_groups((DistillationArguments, BackendArguments), __doc__, argv)
+        backend = backend.for_evaluation(ExitArguments(), flags.num_beams)
         with locked_output_file(flags.output_file):
-            distill(flags)
+            distill(flags, backend)
 
 
-def distill(flags: DistillationArguments) -> None:
+def distill(flags: DistillationArguments, backend: BackendArguments) -> None:
     """Write the source and the chosen hypothesis of each training row."""
     set_seed(0)
-    loaded = load_model(flags.model_name_or_path)
-    move_model(loaded.model, dtype=torch.bfloat16)
+    loaded = open_teacher(flags.model_name_or_path, backend)
     examples = load_training_rows(flags, loaded)
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
     with written_aside(flags.output_file) as aside, gzip.open(aside, "wt", encoding="utf8") as out:
@@ -61,6 +64,15 @@ def distill(flags: DistillationArguments) -> None:
             for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
                 target = closest(hypotheses, row["target"])
                 out.write(json_line({"source": row["source"], "target": target}))
+
+
+def open_teacher(path: str, backend: BackendArguments) -> LoadedModel:
+    """The model, run by the backend: torch's in bfloat16."""
+    limit_threads(backend)
+    loaded = load_model(path)
+    modules = backend.backend == "torch" or best_device().type != "cpu"
+    move_model(loaded.model, dtype=torch.bfloat16 if modules else torch.float32)
+    return run_by_backend(loaded, backend)
 
 
 def load_training_rows(flags: DistillationArguments, loaded: LoadedModel) -> Dataset:
@@ -80,7 +92,8 @@ def decode_beams(loaded: LoadedModel, sources: list[str], flags: DistillationArg
     """All finished beams of each source."""
     encoder = encoder_for(loaded)
     inputs = encoder.inputs(sources).to(loaded.model.device)
-    outputs = loaded.model.generate(
+    decode = loaded.generate if flags.num_beams == 1 else loaded.model.generate  # beams are Hugging Face's
+    outputs = decode(
         **inputs,
         num_beams=flags.num_beams,
         num_return_sequences=flags.num_beams,

@@ -16,12 +16,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.backend_arguments import BackendArguments
 from util.data_arguments import DataArguments, refuse_flags_of_run
 from util.flag_help import answer_help
 from util.script_arguments import ShortlistArguments
 
 if __name__ == "__main__":
-    answer_help((ShortlistArguments, DataArguments), __doc__)  # before torch is imported
+    answer_help((ShortlistArguments, DataArguments, BackendArguments), __doc__)  # before torch is imported
 
 import torch
 from datasets import Dataset
@@ -29,8 +30,10 @@ from torch import Tensor
 
 from models.confidence import ShortlistGap, SoftmaxGap
 from models.errors import UserError, one_line_errors
+from models.families import view_for
 from models.loading import LoadedModel
 from models.trace import trace_layers
+from util.backend import limit_threads
 from util.console import prepare_console
 from util.data.encoding import encoder_for
 from util.files import locked_output_file, write_json
@@ -55,10 +58,13 @@ COLUMNS = {
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors():
-        flags, data = parse_groups((ShortlistArguments, DataArguments), __doc__, argv)
+        flags, data, backend = parse_groups(
+            (ShortlistArguments, DataArguments, BackendArguments), __doc__, argv
+        )
         refuse_flags_of_run(data, limits=HOW_MANY)
+        limit_threads(backend)
         with locked_output_file(Path(flags.output_file)) as path:
-            loaded = open_checkpoint(flags.model_name_or_path, data)
+            loaded = open_checkpoint(flags.model_name_or_path, data, backend)
             shortlist = learn_shortlist(loaded, read_split(data, flags.split, loaded), flags.size)
             shortlist["decisions"] = measure_decisions(flags, data, loaded, shortlist["token_ids"])
             write_json(path, shortlist)
@@ -83,7 +89,7 @@ def measure_decisions(
     layer = flags.shallow_layer or loaded.exit_config.shallow_exit_layer
     if layer is None:
         raise UserError(f"{flags.model_name_or_path} was not trained with an exit: name a --shallow_layer.")
-    view = loaded.view
+    view = view_for(loaded.model)  # traces read the modules, whatever decodes
     require_exits("shallow_layer", [layer], view.num_layers)
     measures = (SoftmaxGap(), ShortlistGap(view, torch.tensor(token_ids)))
     confidences: list[list[Tensor]] = [[], []]
@@ -93,7 +99,7 @@ def measure_decisions(
     sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])
     for source in track(sources, "Comparing", "sample"):
         inputs = encoder.inputs([source]).to(loaded.model.device)
-        sequences = loaded.model.generate(**inputs, **limit, do_sample=False)
+        sequences = loaded.generate(**inputs, **limit, do_sample=False)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])

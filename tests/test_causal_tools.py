@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_causal import tiny_causal
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -15,6 +17,7 @@ from models.exit_heads import ExitConfig
 from models.loading import load_model
 from scripts import calibrate, choose_exit, distill_targets, learn_shortlist, report, sweep
 from util.backend_arguments import BackendArguments
+from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.data_arguments import DataArguments
 from util.script_arguments import DistillationArguments
@@ -97,8 +100,11 @@ def test_a_shortlist_holds_tokens_of_answers(folder, tmp_path):
     argv = as_argv(
         model_name_or_path=folder, size=50, num_samples=3, output_file=tmp_path / "list.json", **DATA
     )
-    learn_shortlist.main([*argv, "--split", "test"])
-    tokens = json.loads((tmp_path / "list.json").read_text())["token_ids"]
+    learn_shortlist.main([*argv, "--split", "test", "--backend", "onnx"])
+    learnt = json.loads((tmp_path / "list.json").read_text())
+    learn_shortlist.main([*argv, "--split", "test", "--backend", "torch"])
+    assert learnt == json.loads((tmp_path / "list.json").read_text())
+    tokens = learnt["token_ids"]
     words = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(tokens)
     assert "</s>" in words and "▁package" in words and "▁Translation" not in words
 
@@ -109,6 +115,27 @@ def test_distilled_hypotheses_hold_no_prompt(folder):
     flags = DistillationArguments(folder, "debian_de_en", "unused", max_length=8, num_beams=2)
     (hypotheses,) = distill_targets.decode_beams(loaded, ["Eine Bibliothek"], flags)
     assert len(hypotheses) == 2 and not any("Translation" in text for text in hypotheses)
+
+
+def test_distilled_on_exported_graphs_a_teacher_says_the_same(folder, tmp_path, monkeypatch, capsys):
+    rows = Dataset.from_dict({"source": ["Eine Bibliothek", "Dateien"], "target": ["A library", "files"]})
+    monkeypatch.setattr(distill_targets, "read_split", lambda *_: rows)
+    path = tmp_path / "rows.jsonl.gz"
+    argv = as_argv(model_name_or_path=folder, dataset_name="debian_de_en", output_file=path, max_length=40)
+    with pytest.raises(SystemExit):
+        distill_targets.main([*argv, *as_argv(backend="onnx")])
+    assert "error: --num_beams needs --backend torch" in capsys.readouterr().err
+    distill_targets.main([*argv, *as_argv(num_beams=1, backend="onnx")])
+    with gzip.open(path, "rt", encoding="utf8") as lines:
+        written = {row["source"]: row["target"] for row in map(json.loads, lines)}
+    loaded = load_model(folder)
+    prepare(loaded, DataArguments(**DATA))
+    encoder = encoder_for(loaded)
+    assert len(written) == 2
+    for source, target in written.items():
+        inputs = encoder.inputs([source])
+        expected = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=44)
+        assert encoder.texts(expected[:, inputs["input_ids"].shape[1] :].tolist()) == [target]
 
 
 def test_models_of_two_kinds_are_not_swept_together(folder, tmp_path):

@@ -43,6 +43,10 @@ POLICIES = {
     "free, learning as released": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, as_released=True)),
     "free, learnt": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, max_sequences=0)),
     "calm": lambda: Calm(GAP, DecayingThreshold(0.02, 4, 40)),
+    "free, a coin": lambda: Free(SHALLOW, Coin(), DecayingThreshold(0.02, 4, 40)),
+    "free, a coin, learning": lambda: Free(SHALLOW, Coin(), AdaptiveThreshold(0.02, low=0.01)),
+    "calm, a coin": lambda: Calm(Coin(), EveryThirdDeep()),
+    "lossless, a coin": lambda: Free(SHALLOW, Coin(), EveryThirdDeep(), lossless=True),
     "calm at layers": lambda: Calm(GAP, EveryThirdDeep(), exit_layers=[SHALLOW, 5]),
     "lossless, learning": lambda: Free(SHALLOW, GAP, AdaptiveThreshold(0.02, low=0.01), lossless=True),
     "lossless": lambda: Free(SHALLOW, GAP, DecayingThreshold(0.02, 4, 40), lossless=True),
@@ -53,8 +57,15 @@ BACKENDS = ("torch", "onnx")
 
 
 class Coin:
+    """A measure that reads no logits, but knows them every other time."""
+
+    def __init__(self):
+        self.thrown = 0
+
     def __call__(self, view, hidden, layer):
-        return Measured(torch.ones(len(hidden)) / 2, None)
+        self.thrown += 1
+        known = view.predict(hidden, layer) if self.thrown % 2 else None
+        return Measured(torch.full((len(hidden),), self.thrown * 0.37 % 1), known)
 
 
 class Deeper(FullDepth):
@@ -207,8 +218,6 @@ def test_whoever_else_has_a_say_gets_the_other_loop(ways):
     policies = [Free(SHALLOW, GAP, FixedThreshold(0.1), **one) for one in free]
     for policy in (
         *policies,
-        Free(SHALLOW, Coin(), 0.1),
-        Calm(Coin(), 0.1),
         Deeper(),
         FullDepth(PromptLookup(3)),
     ):

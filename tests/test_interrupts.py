@@ -62,8 +62,7 @@ def test_an_interrupted_distillation_is_not_taken_for_a_finished_one(monkeypatch
         return answer
 
     rows = Dataset.from_dict({"source": ["one", "two "], "target": ["eins", "zwei"]})
-    monkeypatch.setattr(distill_targets, "move_model", lambda *_, **__: None)
-    monkeypatch.setattr(distill_targets, "load_model", lambda _: type("Loaded", (), {"model": None}))
+    monkeypatch.setattr(distill_targets, "open_teacher", lambda *_: None)
     monkeypatch.setattr(distill_targets, "load_training_rows", lambda *_: rows)
     monkeypatch.setattr(distill_targets, "decode_beams", decode)
     output = tmp_path / "distilled.jsonl.gz"
