@@ -12,9 +12,8 @@ from tiny_causal import CAUSAL_FAMILIES, LAYERS, decode_causal, greedy_causal, p
 from transformers import AutoTokenizer, DynamicCache, set_seed
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from models import Free, LoadedModel, SoftmaxGap, StaticExit, UserError, generate, prepare, view_for
+from models import Free, SoftmaxGap, StaticExit, UserError, generate, view_for
 from models.decode_stats import DecodeStats
-from models.exit_heads import ExitConfig
 from models.families import llama
 from models.generation import Generation
 
@@ -261,11 +260,6 @@ def test_scaled_rotary_positions_equal_generate(rope):
     model, inputs = tiny_causal(rope_parameters=settings).double(), prompts(2)
     expected = greedy_causal(model, inputs, max_new_tokens=20)
     assert torch.equal(decode_causal(model, inputs, lossless(), max_new_tokens=20), expected)
-
-
-def test_a_backend_says_that_it_does_not_serve_them_yet():
-    with pytest.raises(UserError, match="no compiled layers"):
-        prepare(LoadedModel(tiny_causal(), None, ExitConfig()), "compile")
 
 
 def test_a_keyword_that_nothing_reads_is_refused():

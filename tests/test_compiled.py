@@ -11,14 +11,12 @@ import weakref
 
 import pytest
 import torch
+from compiled_cases import Compiler, SideBySide, assert_every_policy_agrees, compiled, decode, torchs_runs
 from decoding_cases import EveryThirdDeep
 from pairs import slow_but, thin
 from tiny_models import FAMILIES, VOCABULARY, empty_cache, padded_inputs, tiny_model
 
 from models import (
-    Calm,
-    DecodeStats,
-    FixedThreshold,
     Free,
     FullDepth,
     LoadedModel,
@@ -26,12 +24,10 @@ from models import (
     SoftmaxGap,
     StaticExit,
     UserError,
-    early_exit_decode,
 )
 from models.backends import prepare
-from models.backends.compiled.view import CompiledView
+from models.backends.compiled.encoder_decoder import CompiledEncoderDecoderView
 from models.exit_heads import ExitConfig
-from models.families import view_for
 
 logging.getLogger("torch.__trace").propagate = False  # thousands of lines, which pytest would keep
 
@@ -49,78 +45,26 @@ HALVES = [
 ]
 
 
-class Compiler:
-    """Counts the graphs it is given."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, examples):
-        self.graphs += 1
-        return graph.forward
-
-
-def decode(model, policy, inputs, view=None, **options):
-    """Output of `generate` and what it did."""
-    stats = DecodeStats()
-    options = {"do_sample": False, "max_new_tokens": 24, "custom_generate": early_exit_decode} | options
-    given = inputs | {"exit_policy": policy, "decode_stats": stats, "decoder_view": view}
-    return model.generate(**given, **options), stats
-
-
-def policies(threshold):
-    return {
-        "full depth": FullDepth(),
-        "static": StaticExit(1),
-        "calm": Calm(SoftmaxGap(), FixedThreshold(threshold)),
-        "free": Free(1, SoftmaxGap(), FixedThreshold(threshold)),
-        "lossless": Free(1, SoftmaxGap(), FixedThreshold(threshold), lossless=True),
-    }
-
-
-def torchs_runs(model, inputs):
-    """Every method by backend torch, some tokens exiting: its threshold is no confidence but for rounding."""
-    _, stats = decode(model, Free(1, SoftmaxGap(), 1.0), inputs)
-    confidences = torch.tensor(stats.confidences).flatten().sort().values
-    for gap in confidences.diff().argsort(descending=True):
-        threshold = confidences[gap : gap + 2].mean().item()
-        runs = {
-            name: (policy, *decode(model, policy, inputs)) for name, policy in policies(threshold).items()
-        }
-        tests = [test for *_, stats in runs.values() for step in stats.confidences for test in step]
-        distance = (torch.tensor(tests) - threshold).abs().min()
-        if distance > ROUNDING and 0.1 < runs["free"][2].exit_share < 0.9:
-            return runs
-    raise AssertionError("No threshold is far from all confidences.")
-
-
-def assert_every_policy_agrees(model, view, inputs):
-    for name, (policy, expected, torchs) in torchs_runs(model, inputs).items():
-        tokens, stats = decode(model, policy, inputs, view)
-        assert torch.equal(tokens, expected), name
-        assert stats.exit_layers == torchs.exit_layers, name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "batch"), slow_but([("t5-tied", 1)], CASES))
 def test_tokens_are_torchs_and_more_sentences_compile_nothing(family, batch):
     model, compiler = tiny_model(family, num_layers=3), Compiler()
-    view = CompiledView(view_for(model), compiler)
+    view = compiled(model, compiler)
     assert_every_policy_agrees(model, view, padded_inputs(batch))
-    compiled = compiler.graphs
-    assert compiled == len(view.segments) > 0
+    graphs = compiler.graphs
+    assert graphs == len(view.segments) > 0
     for seed, length in enumerate((5, 23, 60)):
         inputs = padded_inputs(batch, length, seed)
         for policy in (FullDepth(), StaticExit(1)):
             assert torch.equal(decode(model, policy, inputs, view)[0], decode(model, policy, inputs)[0])
-    assert compiler.graphs == compiled
+    assert compiler.graphs == graphs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DAILY)
 def test_lookups_change_no_token(family):
     model, inputs, lookup = tiny_model(family, num_layers=2), padded_inputs(1), PromptLookup(5, shortest=1)
-    view = CompiledView(view_for(model), Compiler())
+    view = compiled(model, Compiler())
     expected, _ = decode(model, FullDepth(), inputs)
     for policy in (FullDepth(lookup), Free(1, SoftmaxGap(), 0.1, lossless=True, lookup=lookup)):
         tokens, stats = decode(model, policy, inputs, view, lookup_ids=expected)
@@ -131,7 +75,7 @@ def test_lookups_change_no_token(family):
 @pytest.mark.parametrize("family", OTHERS)
 def test_tokens_are_torchs_without_side_effects(family):
     model = tiny_model(family, num_layers=2)
-    assert_every_policy_agrees(model, CompiledView(view_for(model), "aot_eager"), padded_inputs(3))
+    assert_every_policy_agrees(model, compiled(model, "aot_eager"), padded_inputs(3))
 
 
 @pytest.mark.slow
@@ -140,44 +84,11 @@ def test_tokens_are_torchs_without_side_effects(family):
 def test_tokens_are_torchs_as_inductor_compiles(family):
     """In windows of one and, padded to four, of three tokens; other tests decode with every method."""
     model, policy = tiny_model(family, num_layers=2), Free(1, SoftmaxGap(), EveryThirdDeep())
-    view = CompiledView(view_for(model))
+    view = compiled(model, "inductor")
     expected, torchs = decode(model, policy, padded_inputs(1), max_new_tokens=10)
     tokens, stats = decode(model, policy, padded_inputs(1), view, max_new_tokens=10)
     assert torch.equal(tokens, expected) and stats.exit_layers == torchs.exit_layers
     assert {key[:2] for key in view.segments} == {(0, 1), (1, 2)} and stats.deep_passes < stats.steps
-
-
-class SideBySide:
-    """The same calls of a family's view and of the compiled one."""
-
-    def __init__(self, model, rows=2, compiler="eager"):
-        eager, inputs = view_for(model), padded_inputs(rows)
-        self.views = eager, CompiledView(eager, compiler)
-        with torch.inference_mode():
-            source = eager.encode(**inputs)
-            mask = inputs["attention_mask"]
-            self.states = [
-                view.begin(None, encoder_outputs=source, attention_mask=mask) for view in self.views
-            ]
-
-    @torch.inference_mode()
-    def run(self, hidden, start, stop):
-        outputs = [
-            view.run_layers(state, hidden, start, stop)
-            for view, state in zip(self.views, self.states, strict=True)
-        ]
-        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
-        assert self.states[0].lengths == self.states[1].lengths
-        return outputs[0]
-
-    @torch.inference_mode()
-    def write(self, hidden, start, stop):
-        for view, state in zip(self.views, self.states, strict=True):
-            view.write_kv(state, hidden, start, stop)
-
-    def truncate(self, length):
-        for state in self.states:
-            state.truncate(length)
 
 
 @pytest.mark.slow
@@ -219,7 +130,7 @@ def test_prompts_padded_on_the_left_give_torchs_tokens(family):
     prompts = torch.randint(2, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(3))
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     given = inputs | {"decoder_input_ids": prompts * mask, "decoder_attention_mask": mask}
-    view = CompiledView(view_for(model), "eager")
+    view = compiled(model, "eager")
     options = {"return_dict_in_generate": True, "output_logits": True}
     ours, theirs = (decode(model, FullDepth(), given, by, **options)[0] for by in (view, None))
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -252,7 +163,7 @@ def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites(rows
     model, inputs = tiny_model("mt5", num_layers=2), padded_inputs(rows)
     policy, expected, stats = torchs_runs(model, inputs)["free"]
     assert stats.deep_passes < stats.exit_share * stats.tokens  # several tokens wait at once
-    view = CompiledView(view_for(model), Replayer())
+    view = compiled(model, Replayer())
     overwritten = decode(model, policy, inputs, view)[0]
     assert rows == 1 or not torch.equal(overwritten, expected)  # a lone sequence's wait as copies anyway
     view.replays = True
@@ -261,7 +172,7 @@ def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites(rows
 
 def test_a_cache_is_delivered_and_continued():
     model, inputs = tiny_model(num_layers=2), padded_inputs(2)
-    view, whole = CompiledView(view_for(model), "eager"), decode(model, FullDepth(), inputs)[0]
+    view, whole = compiled(model, "eager"), decode(model, FullDepth(), inputs)[0]
     options = {"return_dict_in_generate": True, "max_new_tokens": 9, "cache": empty_cache()}
     first = decode(model, FullDepth(), inputs, view, **options)[0]
     torchs = decode(model, FullDepth(), inputs, **options | {"cache": empty_cache()})[0]
@@ -278,9 +189,11 @@ def test_a_cache_is_delivered_and_continued():
 
 def test_buffers_serve_one_generation_at_a_time_and_come_back_clean():
     model, inputs = tiny_model(num_layers=1), padded_inputs(1)
-    view = CompiledView(view_for(model), "eager")
+    view = compiled(model, "eager")
     source = view.encode(**inputs)
     first, second = (view.begin(None, encoder_outputs=source) for _ in range(2))
+    for state in (first, second):
+        state.reserve(1, 1)
     keys = [state.buffers.pairs[0][0].data_ptr() for state in (first, second)]
     assert keys[0] != keys[1]
     for tensor in (*first.buffers.pairs[0], *first.memory.pairs[0]):
@@ -289,6 +202,7 @@ def test_buffers_serve_one_generation_at_a_time_and_come_back_clean():
     del first
     assert gone() is None
     third = view.begin(None, encoder_outputs=source)
+    third.reserve(1, 1)
     assert third.buffers.pairs[0][0].data_ptr() == keys[0]
     assert third.buffers.pairs[0][0].isfinite().all()
     del second, third
@@ -304,8 +218,8 @@ def test_prepare_gives_a_model_that_decodes_with_compiled_layers():
     given = loaded(tiny_model(num_layers=2))
     fast = prepare(given, backend="compile")
     assert (fast.backend, fast.precision, fast.model) == ("compile", "fp32", given.model)
-    assert isinstance(fast.view, CompiledView)
-    assert not isinstance(given.view, CompiledView)
+    assert isinstance(fast.view, CompiledEncoderDecoderView)
+    assert not isinstance(given.view, CompiledEncoderDecoderView)
 
 
 def test_what_cannot_be_compiled_is_refused_by_name():
@@ -319,7 +233,7 @@ def test_what_cannot_be_compiled_is_refused_by_name():
     policy = Free(1, SoftmaxGap(), 0.5, causal_catch_up=False)
     model, inputs = tiny_model(num_layers=2), padded_inputs(1)
     with pytest.raises(UserError, match="causal windows only: leave out causal_catch_up=False"):
-        decode(model, policy, inputs, CompiledView(view_for(model), "eager"))
+        decode(model, policy, inputs, compiled(model, "eager"))
 
 
 @pytest.mark.slow

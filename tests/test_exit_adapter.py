@@ -229,11 +229,6 @@ def test_what_an_adapter_cannot_do_is_refused_by_name(backend):
         decode(loaded, given, gap(0.1), cache=first.cache)
 
 
-def test_compiled_layers_run_no_adapter():
-    with pytest.raises(UserError, match="it runs no exit adapter"):
-        prepare(model_of("t5-tied"), "compile")
-
-
 @pytest.mark.parametrize("family", ["t5-tied", "llama-tied", "gemma3", "opt-350m"])
 def test_a_trace_shows_what_the_exit_says(family):
     """Along an output all of whose tokens took the exit, the trace finds these very tokens there."""

@@ -5,7 +5,7 @@
 
 - torch: the unmodified modules; every model and device, and training;
 - onnx: exported graphs in ONNX Runtime; models in float32 on a CPU;
-- compile: `torch.compile` over buffers of fixed size; encoder-decoder models, on CUDA as CUDA graphs.
+- compile: `torch.compile` over buffers of fixed size; on CUDA as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from models.loading import LoadedModel
 from models.lora import is_adapted
 
 if TYPE_CHECKING:
-    from models.backends.compiled.view import CompiledView
+    from models.backends.compiled.causal import CompiledCausalView
+    from models.backends.compiled.encoder_decoder import CompiledEncoderDecoderView
     from models.backends.onnx.causal import OnnxCausalView
     from models.backends.onnx.encoder_decoder import OnnxEncoderDecoderView
 
@@ -110,15 +111,17 @@ def modules_of(loaded: LoadedModel) -> DecoderView:
     return replace(loaded, backend="torch", _view=getattr(loaded._view, "eager", None)).view
 
 
-def open_compiled(loaded: LoadedModel) -> CompiledView:
-    from models.backends.compiled.view import CompiledView, why_not_compiled
+def open_compiled(loaded: LoadedModel) -> CompiledCausalView | CompiledEncoderDecoderView:
+    from models.backends.compiled.causal import CompiledCausalView
+    from models.backends.compiled.encoder_decoder import CompiledEncoderDecoderView
+    from models.backends.compiled.view import why_not_compiled
 
     view = modules_of(loaded)
     reason = why_not_compiled(view)
     if reason is not None:
         raise UserError(f"backend compile: {reason}; use backend torch.")
-    assert isinstance(view, EncoderDecoderView)
-    return CompiledView(view)
+    assert isinstance(view, EncoderDecoderView | CausalView)
+    return CompiledCausalView(view) if isinstance(view, CausalView) else CompiledEncoderDecoderView(view)
 
 
 def open_onnx(

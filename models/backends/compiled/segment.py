@@ -1,7 +1,8 @@
 """What is compiled: layers of a decoder as a function of tensors, over buffers of fixed size.
 
-`segment(view, start, stop)` drives the unmodified layers. Keys/values are written in place at positions that
-are a tensor, and every query looks at the whole buffer, behind a mask: one graph serves all positions.
+`segment(view, start, stop, make_inputs)` drives the unmodified layers. Keys/values are written in place at
+positions that are a tensor, and every query looks at the whole buffer, behind a mask: one graph serves all
+positions.
 """
 
 from __future__ import annotations
@@ -14,58 +15,62 @@ import torch
 from torch import Tensor
 
 from models.backends.shared import GivenMemory, Pair
-from models.families.encoder_decoder import EncoderDecoderView
+from models.families.masks import smallest
+from models.families.stack import StackView
+
+
+class Source(NamedTuple):
+    """What cross-attention reads. B batch, H heads, W their width, S room for source tokens."""
+
+    memory: list[Pair]  # (B, H, S, W) of each of a segment's layers
+    padding: Tensor  # (B, S) bool
 
 
 class Given(NamedTuple):
-    """What a segment reads besides the states of its window. B batch, H heads, W their width, N room for
-    decoder tokens, S for source tokens."""
+    """What a segment reads besides the states of its window. N room for tokens, others see `Source`."""
 
     buffers: list[Pair]  # (B, H, N, W) of each of its layers
     padding: Tensor  # (B, N) bool, true where a prompt is padded
-    memory: list[Pair]  # (B, H, S, W) of each of its layers, what cross-attention makes of the source
-    source_padding: Tensor  # (B, S) bool
-    bias: Tensor | None  # (H, N) relative bias by distance, of families whose layers share one
+    source: Source | None = None  # of models that have an encoder
+    bias: Tensor | None = None  # (H, N) relative bias by distance, of families whose layers share one
+    tables: dict[str, Pair] | None = None  # (B, N, W) cosines, sines by kind of layer, where layers rotate
+
+
+class Window(NamedTuple):
+    """Q tokens of a segment's call."""
+
+    hidden: Tensor  # (B, Q, D)
+    positions: Tensor  # (Q,)
+    distance: Tensor  # (Q, N) of each key before its query
+    unseen: Tensor  # (B, 1, Q, N) bool, where a query must not look
 
 
 Segment = Callable[[Tensor, Tensor, Given], Tensor]
+InputsOf = Callable[[Any, Window, Given], dict[str, Any]]  # what layers of a view are called with
 
 
-def segment(view: EncoderDecoderView, start: int, stop: int) -> Segment:
+def segment(view: StackView, start: int, stop: int, make_inputs: InputsOf) -> Segment:
     """Layers `start`..`stop - 1`: (B, Q, D) states, the position of the first one, and what is given, to
     (B, Q, D)."""
 
     def run(hidden: Tensor, position: Tensor, given: Given) -> Tensor:
-        positions = position + torch.arange(hidden.shape[1], device=hidden.device)  # (Q,)
-        keys = torch.arange(given.padding.shape[1], device=hidden.device)  # (N,)
-        distance = positions[:, None] - keys  # (Q, N)
+        positions = position + torch.arange(hidden.shape[1], device=hidden.device)
+        keys = torch.arange(given.padding.shape[1], device=hidden.device)
+        distance = positions[:, None] - keys
         # A token sees itself even where it is padding, lest a row of scores have no key at all.
-        unseen = (distance < 0) | (given.padding[:, None, None] & (distance != 0))  # (B, 1, Q, N)
-        mask, source_mask = additive(unseen, hidden), additive(given.source_padding[:, None, None], hidden)
-        bias = None if given.bias is None else given.bias[:, distance.clamp(min=0)][None]  # (1, H, Q, N)
-        inputs = view.layer_inputs(hidden, mask, source_mask, bias)
-        return view.apply_layers(hidden, inputs, SegmentCache(start, given, positions), start, stop)
+        unseen = (distance < 0) | (given.padding[:, None, None] & (distance != 0))
+        inputs = make_inputs(view, Window(hidden, positions, distance, unseen), given)
+        own = WrittenBuffers(start, given.buffers, positions)
+        cache = own if given.source is None else SegmentCache(start, own, given.source)
+        return view.apply_layers(hidden, inputs, cache, start, stop)
 
     # Torch counts compilations by code object, up to a limit: each segment has one of its own.
     return types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
 
 
 def additive(unseen: Tensor, like: Tensor) -> Tensor:
-    """The smallest number of the type of `like` where a key is not seen, else 0."""
-    return torch.zeros_like(unseen, dtype=like.dtype).masked_fill(unseen, torch.finfo(like.dtype).min)
-
-
-class SegmentCache(GivenMemory):
-    """The cache that layers see: buffers to write into, and memory that they need not make again."""
-
-    def __init__(self, start: int, given: Given, positions: Tensor) -> None:
-        memory = {start + index: pair for index, pair in enumerate(given.memory)}
-        super().__init__(WrittenBuffers(start, given.buffers, positions), memory)
-        self.position = positions[0]
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """A tensor: UMT5's layers compute their relative biases from it."""
-        return self.position
+    """What hides a key, typed as `like`, where it is not seen, else 0."""
+    return torch.zeros_like(unseen, dtype=like.dtype).masked_fill(unseen, smallest(like.dtype))
 
 
 class WrittenBuffers:
@@ -81,3 +86,16 @@ class WrittenBuffers:
         for buffer, new in zip(held, (keys, values), strict=True):
             buffer.index_copy_(2, self.positions, new)
         return held
+
+
+class SegmentCache(GivenMemory):
+    """The cache that layers with cross-attention see: buffers to write into, and memory that they need not
+    make again."""
+
+    def __init__(self, start: int, own: WrittenBuffers, source: Source) -> None:
+        super().__init__(own, {start + index: pair for index, pair in enumerate(source.memory)})
+        self.position = own.positions[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """A tensor: UMT5's layers compute their relative biases from it."""
+        return self.position

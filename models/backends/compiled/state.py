@@ -5,15 +5,17 @@ CUDA graphs know tensors by their address: they come from the view's `Shelf`, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
-from models.families.encoder_decoder import EncoderDecoderView
+from models.families.stack import StackView
 
 INITIAL_CAPACITY = 128
-SOURCE_STEP = 64
 
 
 class Held:
@@ -41,13 +43,19 @@ class Held:
         return [self.padding, *(tensor for pair in self.pairs for tensor in pair)]
 
 
-def make_held(view: EncoderDecoderView, batch: int, capacity: int) -> Held:
+def make_held(view: StackView, batch: int, capacity: int) -> Held:
     """Empty ones, at addresses that stay."""
     heads, width = view.key_value_shape
     weight = view.model.get_output_embeddings().weight
+    layers = range(len(view.layers))
     with torch.inference_mode(False):  # lest they can be written in that mode only
         shape = (batch, heads, capacity, width)
-        pairs = [(weight.new_empty(shape), weight.new_empty(shape)) for _ in range(view.num_layers)]
+        own = {
+            index: (weight.new_empty(shape), weight.new_empty(shape))
+            for index in layers
+            if index not in view.lodgers
+        }
+        pairs = [own[view.lodgers.get(index, index)] for index in layers]
         made = Held(pairs, weight.new_empty((batch, capacity), dtype=torch.bool))
     for tensor in made.tensors():
         torch._dynamo.mark_static_address(tensor)
@@ -55,37 +63,53 @@ def make_held(view: EncoderDecoderView, batch: int, capacity: int) -> Held:
 
 
 class CompiledState(DecoderState):
-    """Of B rows and S source tokens."""
+    """Of as many rows as its first tokens have, N growing."""
 
-    def __init__(self, shelf: Shelf[Held], layers: int, batch: int, source_length: int) -> None:
-        super().__init__(layers)
+    buffers: Held  # once there are tokens
+
+    def __init__(
+        self, shelf: Shelf[Held], layers: int, prompt_mask: Tensor | None, padding: Tensor | None
+    ) -> None:
+        """`padding`: (B, 1, 1, P) additive, where prompts are padded."""
+        super().__init__(layers, prompt_mask)
         self.shelf = shelf
-        self.batch = batch
-        self.source_length = source_length
-        # Multiples, lest every length compile anew.
-        self.memory = self._lend(-(-source_length // SOURCE_STEP) * SOURCE_STEP)
-        self.memory.padding[:, source_length:] = True
-        self.buffers = self._lend(INITIAL_CAPACITY)
+        self.padded = None if padding is None else padding[:, 0, 0] != 0  # (B, P)
+        self.capacity = 0
 
-    def reserve(self, needed: int) -> None:
+    def reserve(self, batch: int, needed: int) -> None:
         """Make room for `needed` tokens in every layer: a power of two."""
-        if needed <= self.buffers.capacity:
+        if needed <= self.capacity:
             return
-        old, capacity = self.buffers, 1 << (needed - 1).bit_length()
-        self.buffers = self._lend(capacity)
-        self.buffers.padding[:, : old.capacity] = old.padding
-        for layer, held in enumerate(self.lengths):
-            keys, values = old.pairs[layer]
+        old = self.buffers.pairs if self.capacity else []
+        self.capacity = max(INITIAL_CAPACITY, 1 << (needed - 1).bit_length())
+        self.buffers = self.lend(batch, self.capacity)
+        if self.padded is not None:
+            self.buffers.padding[:, : self.padded.shape[1]] = self.padded[:, : self.capacity]
+        for layer, (keys, values) in enumerate(old):
+            held = self.lengths[layer]
             self.buffers.write(layer, 0, keys[:, :, :held], values[:, :, :held])
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Append (B, H, Q, W) keys/values to those of a layer."""
         start = self.lengths[layer]
-        self.reserve(start + keys.shape[2])
+        self.reserve(len(keys), start + keys.shape[2])
         self.buffers.write(layer, start, keys, values)
         self.lengths[layer] = start + keys.shape[2]
 
-    def _lend(self, capacity: int) -> Held:
-        held = self.shelf.lend(self, self.batch, capacity)
+    def continue_from(self, cache: Cache) -> None:
+        """Take over the keys/values that a cache holds of each layer."""
+        for index, layer in enumerate(cache.layers[: len(self.lengths)]):
+            held = layer.get_seq_length()
+            if held > 0:
+                self.write(index, layer.keys[:, :, :held], layer.values[:, :, :held])
+
+    def held_by_all(self, layers: int) -> Iterable[Pair]:
+        """Keys/values of the tokens that each of the first `layers` holds; none if there are none."""
+        held = min(self.lengths[:layers])
+        pairs = self.buffers.pairs[:layers] if held > 0 else []
+        return ((keys[:, :, :held], values[:, :, :held]) for keys, values in pairs)
+
+    def lend(self, batch: int, capacity: int) -> Held:
+        held = self.shelf.lend(self, batch, capacity)
         held.clear()
         return held

@@ -13,23 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from models.backends.compiled.segment import Given, Segment, segment
-from models.backends.compiled.state import CompiledState, Held, make_held
-from models.backends.shared import BackendView, Shelf, deliver_copies
-from models.decoder_view import DecoderView, ModelInputs
+from models.backends.compiled.segment import Given, Segment, Window, segment
+from models.backends.compiled.state import CompiledState, make_held
+from models.backends.shared import BackendView, Shelf
+from models.decoder_view import DecoderView
 from models.errors import UserError
-from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView, read_source
+from models.families.causal import CausalView
+from models.families.encoder_decoder import EncoderDecoderView
+from models.families.stack import StackView
 
 WINDOWS = (1, 2, 4, 8, 16)  # sizes that are compiled: others are padded, longer ones taken apart
+LONGEST = 64  # a longer one is a prompt, which the layers read at once, as they are
 
 
 class CompiledView(BackendView):
-    """See `models.decoder_view.DecoderView`. Shapes: B batch, Q new tokens, S source tokens, D width."""
+    """See `models.decoder_view.DecoderView`: each kind of models adds `read`, `begin`, `write_kv`,
+    `deliver_cache`, and what its layers are called with. Shapes: B batch, Q new tokens, D width."""
 
-    def __init__(self, eager: EncoderDecoderView, compiler: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, eager: StackView, compiler: str | Callable[..., Any] = "inductor") -> None:
         """`compiler`: the `backend` of `torch.compile`; "aot_eager" captures graphs and compiles nothing."""
         super().__init__(eager)
         self.compiler = compiler
@@ -37,43 +39,16 @@ class CompiledView(BackendView):
         self.replays = compiler == "inductor" and eager.model.device.type == "cuda"
         self.shelf = Shelf(functools.partial(make_held, eager))
         self.segments: dict[tuple[int, ...], Segment] = {}  # compiled, by layers and shapes
-        self.biases: dict[int, Tensor | None] = {}  # (H, N) by capacity
         self.positions = torch.arange(0)  # on the device, as many as the largest capacity
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
-        return read_source(self, input_ids, attention_mask)
+    @staticmethod
+    def layer_inputs(eager: Any, window: Window, given: Given) -> dict[str, Any]:
+        """What layers are called with besides states and cache: traced."""
+        raise NotImplementedError
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        """The encoder's output for (B, S) ids and a mask that is 0 at padding."""
-        return self.eager.encode(input_ids, attention_mask)
-
-    @torch.inference_mode()
-    def begin(
-        self,
-        cache: Cache | None,
-        *,
-        encoder_outputs: BaseModelOutput,
-        attention_mask: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-    ) -> CompiledState:
-        begun = self.eager.begin(
-            cache,
-            encoder_outputs=encoder_outputs,
-            attention_mask=attention_mask,
-            decoder_attention_mask=decoder_attention_mask,
-        )
-        batch, length, _ = begun.encoder_hidden.shape
-        state = CompiledState(self.shelf, self.num_layers, batch, length)
-        state.prompt_mask = decoder_attention_mask
-        self._fill_memory(state.memory, begun)
-        if begun.padding is not None:
-            prompt = begun.padding.shape[-1]
-            state.reserve(prompt)
-            state.buffers.padding[:, :prompt] = begun.padding[:, 0, 0] != 0
-        for index, layer in enumerate(begun.cache.self_attention_cache.layers if begun.lengths[0] else ()):
-            held = begun.lengths[index]
-            state.write(index, layer.keys[:, :, :held], layer.values[:, :, :held])
-        return state
+    def given(self, state: Any, start: int, stop: int) -> Given:
+        """What a segment reads of the state."""
+        raise NotImplementedError
 
     @torch.inference_mode()
     def run_layers(
@@ -81,48 +56,43 @@ class CompiledView(BackendView):
     ) -> Tensor:
         if not causal:
             raise UserError("backend compile has causal windows only: leave out causal_catch_up=False.")
-        outputs = [self._run_window(state, part, start, stop) for part in hidden.split(WINDOWS[-1], dim=1)]
+        if hidden.shape[1] > LONGEST:
+            return self._run_window(state, hidden, start, stop, hidden.shape[1])
+        outputs = [
+            self._run_window(
+                state, part, start, stop, next(size for size in WINDOWS if size >= part.shape[1])
+            )
+            for part in hidden.split(WINDOWS[-1], dim=1)
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    @torch.inference_mode()
-    def write_kv(self, state: CompiledState, hidden: Tensor, start: int, stop: int) -> None:
-        for index in range(start, stop):
-            state.write(index, *self.eager.project_kv(self.eager.layers[index], hidden))
-
-    def deliver_cache(self, state: CompiledState, cache: Cache | None) -> EncoderDecoderCache:
-        held, kept = min(state.lengths), state.source_length
-        buffers, memory = (state.buffers.pairs, state.memory.pairs) if held > 0 else ([], [])
-        own = ((keys[:, :, :held], values[:, :, :held]) for keys, values in buffers)
-        source = ((keys[:, :, :kept], values[:, :, :kept]) for keys, values in memory)
-        return deliver_copies(own, source, cache)
-
     def read_exit(self, state: CompiledState, hidden: Tensor, layer: int) -> Tensor:
-        return hidden
+        adapter = self.eager.adapter_of(layer)
+        if adapter is None or adapter.block is None:
+            return hidden
+        return self.run_layers(state, adapter.enter(hidden), self.num_layers, self.num_layers + 1)
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
         return self.eager.predict(hidden, layer)
 
-    def _run_window(self, state: CompiledState, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """(B, Q, D) of at most 16 tokens. What padding writes lies beyond the lengths: the next tokens
+    def _run_window(self, state: CompiledState, hidden: Tensor, start: int, stop: int, size: int) -> Tensor:
+        """(B, Q, D), padded to `size` tokens. What padding writes lies beyond the lengths: the next tokens
         overwrite it."""
         past, new = state.lengths[start], hidden.shape[1]
-        size = next(size for size in WINDOWS if size >= new)
-        state.reserve(past + size)
+        state.reserve(len(hidden), past + size)
         padded = hidden if size == new else torch.nn.functional.pad(hidden, (0, 0, 0, size - new))
-        given = self._given(state, start, stop)
-        output = self._call(start, stop, padded, self._position(past, state.buffers.capacity), given)
+        given, position = self.given(state, start, stop), self._position(past, state.capacity)
+        if size > LONGEST:
+            output = segment(self.eager, start, stop, self.layer_inputs)(padded, position, given)
+        else:
+            output = self._call(start, stop, padded, position, given)
         state.lengths[start:stop] = [past + new] * (stop - start)
         return output[:, :new]
 
-    def _given(self, state: CompiledState, start: int, stop: int) -> Given:
-        own, memory = state.buffers, state.memory
-        bias = self._bias(own.capacity)
-        return Given(own.pairs[start:stop], own.padding, memory.pairs[start:stop], memory.padding, bias)
-
     def _call(self, start: int, stop: int, hidden: Tensor, position: Tensor, given: Given) -> Tensor:
         # What the guards would look at that are left out.
-        sizes = given.padding.shape[1], given.source_padding.shape[1]
-        key = (start, stop, *hidden.shape, *sizes, self.model.training)
+        source = 0 if given.source is None else given.source.padding.shape[1]
+        key = (start, stop, *hidden.shape, given.padding.shape[1], source, self.model.training)
         run = self.segments.get(key)
         if run is None:
             run = self._compile(start, stop)
@@ -138,24 +108,8 @@ class CompiledView(BackendView):
         options: dict[str, Any] = torch._inductor.list_mode_options("reduce-overhead") if self.replays else {}
         # Guards on hundreds of modules, which nobody changes while decoding, take longer than a graph.
         options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe
-        function = segment(self.eager, start, stop)
+        function = segment(self.eager, start, stop, self.layer_inputs)
         return torch.compile(function, fullgraph=True, dynamic=False, backend=self.compiler, options=options)
-
-    def _fill_memory(self, memory: Held, begun: EncoderDecoderState) -> None:
-        """Write what cross-attention makes of the source, as layers would at their first step."""
-        memory.padding[:, : begun.encoder_hidden.shape[1]] = begun.source_mask[:, 0, 0] != 0
-        for index, layer in enumerate(self.eager.layers):
-            memory.write(index, 0, *self.eager.project_memory(layer, begun.encoder_hidden))
-
-    def _bias(self, capacity: int) -> Tensor | None:
-        """(H, N) of families whose layers share one relative bias."""
-        if capacity not in self.biases:
-            shared = len({self.eager.bias_owner(index) for index in range(self.num_layers)}) == 1
-            with torch.inference_mode(False), torch.no_grad():
-                bias = self.biases[capacity] = self.eager.distance_bias(0, capacity) if shared else None
-            if bias is not None:
-                torch._dynamo.mark_static_address(bias)
-        return self.biases[capacity]
 
     def _position(self, past: int, capacity: int) -> Tensor:
         """() on the device, without a transfer."""
@@ -168,10 +122,8 @@ class CompiledView(BackendView):
 def why_not_compiled(view: DecoderView) -> str | None:
     """What keeps a model from being compiled; None if nothing does."""
     config, dtype = view.model.config, view.model.dtype
-    if not isinstance(view, EncoderDecoderView):
+    if not isinstance(view, EncoderDecoderView | CausalView):
         return f"there are no compiled layers for model family {config.model_type!r}"
-    if view.exit_adapter is not None:
-        return "it runs no exit adapter"
     if config.model_type == "longt5" and dtype == torch.float16:
         return "LongT5's layers branch on their states in float16: load it in bfloat16 or float32"
     return None

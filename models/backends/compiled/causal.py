@@ -1,0 +1,93 @@
+"""Decoder-only models run by `torch.compile`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from models.backends.compiled.segment import Given, Window, additive
+from models.backends.compiled.state import CompiledState, Held
+from models.backends.compiled.view import CompiledView
+from models.backends.shared import Pair, Shelf, copied
+from models.decoder_view import ModelInputs
+from models.families.buffers import hand_over
+from models.families.causal import CausalState, CausalView
+
+
+class CompiledCausalState(CompiledState):
+    """What the modules' own view has begun, which keeps positions and given embeddings: `begun`."""
+
+    def __init__(self, shelf: Shelf[Held], view: CausalView, begun: CausalState) -> None:
+        super().__init__(shelf, len(view.layers), begun.prompt_mask, begun.padding)
+        self.view = view
+        self.begun = begun
+        self.prompt_embeds = begun.prompt_embeds
+        self.made_tables: tuple[int, dict[str, Pair]] = (0, {})  # by which capacity
+        self.continue_from(begun.cache)
+        begun.lengths = self.lengths
+
+    def tables(self) -> dict[str, Pair]:
+        """Cosines and sines of all positions, (B, N, W) by kind of layer, of families that rotate."""
+        capacity, batch = self.capacity, len(self.buffers.padding)
+        if self.made_tables[0] != capacity:
+            self.view.number_tokens(self.begun, capacity)
+            tables = {kind: table for kind, table in self.begun.tables.items() if table is not None}
+            rows = {
+                kind: tuple(part[:, :capacity].expand(batch, -1, -1).contiguous() for part in table)
+                for kind, table in tables.items()
+            }
+            self.made_tables = capacity, rows
+        return self.made_tables[1]
+
+
+class CompiledCausalView(CompiledView):
+    """See `CompiledView`. P prompt tokens."""
+
+    @staticmethod
+    def layer_inputs(eager: CausalView, window: Window, given: Given) -> dict[str, Any]:
+        inputs, tables = {}, given.tables or {}
+        for kind, reach in eager.windows.items():
+            unseen = window.unseen if reach is None else window.unseen | (window.distance >= reach)
+            table = [part[:, window.positions] for part in tables.get(kind, ())]  # (B, Q, W)
+            mask = additive(unseen, window.hidden)
+            inputs[kind] = eager.layer_inputs(table, mask, 0, window.hidden.shape[1])
+        return inputs
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
+        return self.eager.read(input_ids, attention_mask)
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        cache: Cache | None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> CompiledCausalState:
+        begun = self.eager.begin(
+            cache, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        return CompiledCausalState(self.shelf, self.eager, begun)
+
+    def embed(self, state: CompiledCausalState, token_ids: Tensor) -> Tensor:
+        return self.eager.embed(state.begun, token_ids)
+
+    @torch.inference_mode()
+    def write_kv(self, state: CompiledCausalState, hidden: Tensor, start: int, stop: int) -> None:
+        if start == stop:
+            return
+        inputs = self.eager.step_inputs(state.begun, start, hidden.shape[1], True)
+        for index in range(start, stop):
+            layer, given = self.eager.layers[index], self.eager.inputs_of(inputs, index)
+            state.write(index, *self.eager.project_kv(layer, hidden, given))
+
+    def deliver_cache(self, state: CompiledState, cache: Cache | None) -> DynamicCache:
+        return hand_over(copied(state.held_by_all(self.num_layers)), cache)
+
+    def given(self, state: CompiledCausalState, start: int, stop: int) -> Given:
+        own = state.buffers
+        return Given(own.pairs[start:stop], own.padding, tables=state.tables())
