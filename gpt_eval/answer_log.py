@@ -12,23 +12,32 @@ from types import TracebackType
 from typing import Any
 
 from models.errors import UserError
+from models.json_files import check_fields
 from util.files import JsonLog, read_json_lines
+
+ANSWER = {"key": str, "model": str, "answer": str | None}  # what others read of a line
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """Answers by key of request; a last line that a kill cut off does not count.
 
     Raises:
-        UserError: a whole line is not an answer, or two answer the same request.
+        UserError: a whole line is not an answer, two answer the same request, or two models do.
     """
-    return index_answers(path, (row for _, row in read_json_lines(path)) if path.is_file() else ())
+    rows = (row for _, row in read_json_lines(path)) if path.is_file() else ()
+    answers = index_answers(path, rows)
+    models = sorted({record["model"] for record in answers.values()})
+    if len(models) > 1:
+        raise UserError(f"{path} holds answers of {' and '.join(models)}: one file a judge.")
+    return answers
 
 
 def index_answers(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     answers: dict[str, dict[str, Any]] = {}
     for number, record in enumerate(rows, 1):
-        if not {"key", "answer"} <= record.keys():
+        if not ANSWER.keys() <= record.keys():
             raise UserError(f"{path}, line {number}: not an answer of `run`; take that line out.")
+        check_fields({name: record[name] for name in ANSWER}, ANSWER, f"{path}, line {number}")
         key = record["key"]
         if key in answers:
             raise UserError(f"{path}, line {number}: a second answer to {key}; take one of them out.")
@@ -71,6 +80,6 @@ class AnswerLog:
         self.answers[key] = record
 
     def _refuse_other_model(self) -> None:
-        others = {record.get("model") for record in self.answers.values()} - {self.model}
+        others = {record["model"] for record in self.answers.values()} - {self.model}
         if others:
             raise UserError(f"{self.path} holds answers of {others.pop()}: give --answers another file.")

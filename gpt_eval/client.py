@@ -33,6 +33,7 @@ from util.progress import Progress
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_FAILURES_IN_A_ROW = 20
 LONGEST_BACKOFF = 60.0
+LONGEST_HOLD = 600.0  # that an endpoint may ask for: longer, and the run ends, to be continued later
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,10 @@ class Sender:
         reason = describe_error(error, self._redact)
         self.outcome.failures[key] = reason
         self._failures_in_a_row += 1
-        hopeless = False
-        if isinstance(error, (openai.APIStatusError, ResponseError)):
+        hopeless = asks_too_long(error)
+        if hopeless:
+            reason += f" (the endpoint asks to wait {retry_after(error):,.0f} s)"
+        elif isinstance(error, (openai.APIStatusError, ResponseError)):
             hopeless = is_hopeless(*status_and_codes(error))
         if hopeless or self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self.outcome.stopped = reason
@@ -198,9 +201,16 @@ class Sender:
 
 def may_succeed_later(error: BaseException) -> bool:
     """Whether the same request is worth another attempt."""
+    if asks_too_long(error):
+        return False
     return isinstance(error, openai.APIConnectionError) or (
         isinstance(error, (openai.APIStatusError, ResponseError)) and is_transient(*status_and_codes(error))
     )
+
+
+def asks_too_long(error: BaseException) -> bool:
+    """Whether the endpoint asks for a wait of hours, as where a day's quota is spent."""
+    return (retry_after(error) or 0.0) > LONGEST_HOLD
 
 
 def status_and_codes(error: openai.APIStatusError | ResponseError) -> tuple[int | None, frozenset[str]]:

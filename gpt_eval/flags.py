@@ -15,6 +15,7 @@ from util.flags import (
     flag,
     list_flag,
     parse_groups,
+    refuse_flags_without,
     require,
     require_known,
     require_not_negative,
@@ -41,9 +42,11 @@ class MakeArguments(RequestArguments):
     judgements: list[str] = list_flag([], f"Of {', '.join(JUDGEMENTS)} (default: all there are files for).")
     dataset_name: str | None = flag(None, "Where the predictions' source texts are, as in run.py.")
     source_file: Path | None = flag(None, "Or a .jsonl, .csv or .parquet file of them.")
-    split: str = flag("test", "Of --dataset_name.", ("train", "validation", "test"))
-    source_column: str = flag("document", "Of --source_file.")
-    id_column: str | None = flag(None, "Of --source_file (default: id, or the row number).")
+    split: str = flag("test", "Of --dataset_name.", ("train", "validation", "test"), method="dataset_name")
+    source_column: str = flag("document", "Of --source_file.", method="source_file")
+    id_column: str | None = flag(
+        None, "Of --source_file (default: id, or the row number).", method="source_file"
+    )
     prompts: Path = flag(PROMPTS, "Folder of prompts (default: the paper's).")
     num_samples: int | None = flag(None, "Draw as many (default: all).")
     seed: int = flag(0, "Of --num_samples, and sent along.")
@@ -71,6 +74,14 @@ class MakeArguments(RequestArguments):
             require_not_negative(name, getattr(self, name))
         self.body = self.body or {}
         require(not OURS & set(self.body), f"--body: leave out {', '.join(sorted(OURS))}.")
+        require(
+            self.repeats == 1 or "seed" not in self.body,
+            f"--repeats {self.repeats} asks with another seed each time: leave seed out of --body.",
+        )
+        texts = "dataset_name" if self.dataset_name else "source_file"
+        refuse_flags_without(
+            self, [texts], {"dataset_name": "--dataset_name", "source_file": "--source_file"}
+        )
 
 
 @dataclass(kw_only=True)

@@ -88,15 +88,22 @@ def score_pairwise(judged: list[Judged]) -> dict[str, Any]:
     """Wins, losses and ties of the first system, and what the order of the summaries did.
 
     A system wins a pair of answers if it is better in both orders; else the pair is a tie. Over repeats it
-    wins the sample if it wins more pairs than it loses. Pairs that lack a readable answer are left out.
+    wins the sample if it wins more pairs than it loses. Pairs that lack a readable answer are left out, and
+    where both texts are the same, one answer to both orders says nothing of their places.
     """
     first, second = judged[0].systems
     pairs = group_orders(judged)
-    complete = {key: pair for key, pair in pairs.items() if all(row.verdict is not None for row in pair)}
+    complete = {
+        name: pair
+        for name, pair in pairs.items()
+        if len(pair) == 2 and all(row.verdict is not None for row in pair)
+    }
+    placed = {name: pair for name, pair in complete.items() if pair[0].key != pair[1].key}
     outcomes: dict[str, list[int]] = defaultdict(list)
     slots: dict[str, list[int]] = defaultdict(list)
     for (name, _), (one, other) in complete.items():
         outcomes[name].append((one.preference == other.preference) * sign(one.preference, first, second))
+    for (name, _), (one, other) in placed.items():
         slots[name].append((one.verdict == other.verdict) * sign(one.verdict, "Summary 0", "Summary 1"))
     wins, losses, ties = count_signs(outcomes)
     test = sign_test(wins, losses)
@@ -111,7 +118,7 @@ def score_pairwise(judged: list[Judged]) -> dict[str, Any]:
         "win_rate": test["share"],
         "interval": test["interval"],
         "p_value": test["p_value"],
-        "position": score_position(list(complete.values()), slots),
+        "position": score_position(list(placed.values()), slots),
     }
 
 

@@ -21,6 +21,7 @@ class Judged:
     id: str
     systems: tuple[str, ...]
     repeat: int
+    key: str  # of the request: those with the same body share an answer
     verdict: Any
     state: str  # one of STATES
 
@@ -43,7 +44,7 @@ def read_verdicts(
             text = answers[request["key"]]["answer"]
             verdict, state = parse_answer(request["judgement"], text) if text else (None, "refused")
         names = request["judgement"], request["id"], tuple(request["systems"]), request["repeat"]
-        judged.append(Judged(judge, *names, verdict, state))
+        judged.append(Judged(judge, *names, request["key"], verdict, state))
     return judged
 
 

@@ -128,6 +128,14 @@ def test_retry_after_holds_everything_back(tmp_path, form):
     assert calls[1]["time"] - calls[0]["time"] >= (0.5 if form == "seconds" else 0.9)
 
 
+def test_an_endpoint_that_asks_for_hours_ends_the_run(tmp_path, capsys):
+    make(tmp_path, 3, "--judgements", "likert")
+    with StandInServer(fault_rate=1.0, faults=("rate_limit",), retry_after=86400) as server:
+        assert main(run_flags(tmp_path, server, "--concurrency", "1")) == 1
+        assert len(server.calls) == 1
+    assert "the endpoint asks to wait 86,400 s" in capsys.readouterr().err
+
+
 def test_permanent_failures_are_listed_and_tried_again_later(tmp_path, capsys):
     make(tmp_path, 2)
     with StandInServer(answer=lambda prompt: 400 if prompt.endswith("Summary: bad s1") else "?") as server:

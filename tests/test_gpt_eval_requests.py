@@ -54,6 +54,25 @@ def test_body_flags_override_and_take_out(tmp_path):
     assert set(body) == {"messages", "temperature", "max_completion_tokens"}
 
 
+def test_repeats_need_their_seeds(tmp_path, capsys):
+    flags = ["make", "--predictions", "a=b.csv", "--source_file", "c.csv", "--repeats", "3"]
+    assert main([*flags, "--body", '{"seed": null}']) == 2
+    assert "--repeats 3 asks with another seed each time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts", "flag", "wanted"),
+    [
+        (["--dataset_name", "samsum"], ["--source_column", "x"], "source_file"),
+        (["--dataset_name", "samsum"], ["--id_column", "x"], "source_file"),
+        (["--source_file", "c.csv"], ["--split", "train"], "dataset_name"),
+    ],
+)
+def test_flags_of_other_texts_are_refused(capsys, texts, flag, wanted):
+    assert main(["make", "--predictions", "a=b.csv", *texts, *flag]) == 2
+    assert f"{flag[0]} has no effect here: add --{wanted}" in capsys.readouterr().err
+
+
 ROW = {"id": "s0", "prediction": "x"}
 
 

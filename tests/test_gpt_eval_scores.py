@@ -130,6 +130,26 @@ def test_pairwise_counts_wins_in_both_orders_only():
     assert position["consistency"] == 6 / 8
 
 
+def test_a_pair_of_which_one_order_was_asked_is_incomplete():
+    (first, _), other = pair("1", "Summary 0", "Summary 1"), pair("2", "Summary 0", "Summary 1")
+    pairwise = score_all(first, *other)["judges"]["m"]["pairwise"]
+    assert (pairwise["samples"], pairwise["incomplete_pairs"], pairwise["wins"]) == (1, 1, 1)
+
+
+def test_equal_texts_say_nothing_of_places():
+    """They are one request, whose answer names the same place in both orders."""
+    rows = []
+    for name in "12345678":
+        both = pair(name, "Summary 0", "Summary 0")
+        for request, answer in both:
+            request["key"] = answer["key"] = name
+        rows += both
+    pairwise = score_all(*rows, *pair("9", "Summary 1", "Summary 1"))["judges"]["m"]["pairwise"]
+    assert (pairwise["samples"], pairwise["ties"]) == (9, 9)
+    position = pairwise["position"]
+    assert (position["first_share"], position["always_first"], position["always_second"]) == (0, 0, 1)
+
+
 def test_repeats_vote_and_count_once():
     zero, one = "Summary 0", "Summary 1"
     votes = [pair("1", zero, one, 0), pair("1", zero, one, 1), pair("1", one, zero, 2)]
@@ -176,6 +196,24 @@ def test_log_drops_a_torn_line_and_keeps_others_out(tmp_path):
     path.write_bytes(whole + whole)
     with pytest.raises(UserError, match="line 2: a second answer"):
         AnswerLog(path, "m")
+    path.write_bytes(whole + whole.replace(b'"a"', b'"b"').replace(b'"m"', b'"n"'))
+    with pytest.raises(UserError, match="holds answers of m and n: one file a judge"):
+        read_answers(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"key": "a", "answer": "1"}, "line 1: not an answer of `run`"),
+        ({"key": "a", "model": "m", "answer": 5}, "line 1: answer must be"),
+        ({"key": "a", "model": None, "answer": "1"}, "line 1: model must be"),
+    ],
+)
+def test_answers_of_another_shape_are_refused(tmp_path, line, message):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_answers(path)
 
 
 def test_failed_write_leaves_whole_lines(tmp_path, monkeypatch):
