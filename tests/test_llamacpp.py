@@ -10,6 +10,7 @@ from test_causal_gguf import write_gguf
 from tiny_causal import greedy_causal, tiny_causal
 
 from models import load_model
+from models.errors import UserError
 from scripts.benchmarking import llamacpp
 from scripts.benchmarking.causal import Prompt, llama_cpp_contestants
 
@@ -73,3 +74,11 @@ def test_it_is_left_out_without_its_package_or_file(written, monkeypatch):
     assert enter(path, []) == []
     monkeypatch.setattr(llamacpp, "is_installed", lambda: True)
     assert llama_cpp_contestants(str(path.parent), load_model(str(path)), [], TOKENS) == []
+
+
+def test_an_installation_that_lacks_something_is_named(monkeypatch, tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("import diskcache_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    with pytest.raises(UserError, match=r"No module named 'diskcache_that_is_missing'.*install it again"):
+        llamacpp.open_generator(tmp_path / "x.gguf", {7}, context=20, threads=1)
