@@ -22,10 +22,7 @@ class PromptLengthArguments:
     model: str | None = flag(
         None, "Decoder-only model: hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)."
     )
-    backends: list[str] = list_flag(
-        ["torch", "onnx fp32", "onnx w8"],
-        f"Of {', '.join(BENCHMARK_BACKENDS)}, of which compile is not built.",
-    )
+    backends: list[str] = list_flag(["torch", "onnx fp32", "onnx w8"], f"Of {', '.join(BENCHMARK_BACKENDS)}.")
     short: int = flag(16, "Tokens of the short prompt.")
     long: int = flag(1000, "Tokens of the long one.")
     new_tokens: int = flag(32, "Tokens decoded after each.")
