@@ -7,7 +7,7 @@ A new measure is one more class with the same `__call__`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,38 @@ class Measured(NamedTuple):
 class ConfidenceMeasure(Protocol):
     def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
         """Measure (B, D) un-normalized states after `layer`."""
+
+
+def measure_states(measure: ConfidenceMeasure, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+    """What a measure says of (B, D) states, as a `Measured` also where it gives another pair.
+
+    Raises:
+        UserError: confidences that are no tensor of B numbers, or logits that are none of B rows.
+    """
+    measured: Any = measure(view, hidden, layer)
+    if isinstance(measured, tuple | list) and len(measured) == 2:
+        confidence, logits = measured
+        if is_of_rows(confidence, len(hidden), 1) and (logits is None or is_of_rows(logits, len(hidden), 2)):
+            return Measured(confidence, logits)
+    name = getattr(measure, "__name__", type(measure).__name__)
+    raise UserError(
+        f"confidence: {name} must return Measured(confidence, logits), tensors of shape "
+        f"({len(hidden)},) and ({len(hidden)}, V) or None for {len(hidden)} rows, got {spell(measured)}."
+    )
+
+
+def is_of_rows(value: Any, rows: int, dimensions: int) -> bool:
+    """Whether `value` is a tensor with so many rows and dimensions."""
+    return isinstance(value, Tensor) and value.dim() == dimensions and len(value) == rows
+
+
+def spell(value: Any) -> str:
+    """A value in the words of an error: tensors by their shapes."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {(*value.shape,)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(spell, value))})"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class SoftmaxGap:
