@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.checks import spell
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.host import argmax, top_and_gap
@@ -48,15 +49,6 @@ def measure_states(measure: ConfidenceMeasure, view: DecoderView, hidden: Tensor
 def is_of_rows(value: Any, rows: int, dimensions: int) -> bool:
     """Whether `value` is a tensor with so many rows and dimensions."""
     return isinstance(value, Tensor) and value.dim() == dimensions and len(value) == rows
-
-
-def spell(value: Any) -> str:
-    """A value in the words of an error: tensors by their shapes."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {(*value.shape,)}"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(spell, value))})"
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class SoftmaxGap:

@@ -24,8 +24,9 @@ from transformers import (
 from models.decode_stats import DecodeStats
 from models.decoder_view import DecoderView, ModelInputs
 from models.decoding import early_exit_decode
+from models.errors import UserError
 from models.exit_policy import ExitPolicy
-from models.generate_contract import NEUTRAL, Output, with_stop_strings
+from models.generate_contract import NEUTRAL, Output, check_inputs, with_stop_strings
 from models.prompt_lookup import proposer_of
 from models.token_choice import is_stateless
 
@@ -62,6 +63,10 @@ def generate(
 ) -> Output:
     """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
     tokenizer `generate` keeps from custom loops."""
+    ways = (options.get("inputs_embeds"), inputs, options.get("input_ids"))
+    given = next((way for way in ways if way is not None), None)
+    if given is not None and options.get("encoder_outputs") is None:
+        check_inputs(model, given, options.get("attention_mask"))
     criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
     return model.generate(inputs, custom_generate=custom_generate, stopping_criteria=criteria, **options)
 
@@ -109,9 +114,14 @@ class Generation:
         exit_policy: ExitPolicy | None = None,
         decode_stats: DecodeStats | None = None,
         lookup_ids: Tensor | None = None,
+        custom_generate: Any = early_exit_decode,
         **options: Any,
     ) -> Output:
         """As `generate`: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output object."""
+        if custom_generate is not early_exit_decode:
+            raise UserError("custom_generate: early_exit_decode alone is prepared: leave it out.")
+        if inputs is not None and input_ids is not None:
+            raise UserError("Give inputs or input_ids, not both.")
         source = input_ids if inputs is None else inputs
         if lookup_ids is None and self.model.config.is_encoder_decoder and proposer_of(exit_policy):
             lookup_ids = source
@@ -123,6 +133,7 @@ class Generation:
         }
         if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
+        check_inputs(self.model, source, attention_mask)
         mask = self._mask(source, options) if attention_mask is None else attention_mask
         with torch.no_grad():
             read = self.view.read(source, mask)

@@ -254,11 +254,11 @@ def test_ids_of_fewer_bits_become_ids_of_64(ways):
 
 
 MEASURED = {
-    "columns": (lambda rows: Measured(torch.rand(rows, 1), None), "of shape (1, 1), None)"),
-    "one number": (lambda rows: Measured(torch.tensor(0.5), None), "of shape (), None)"),
+    "columns": (lambda rows: Measured(torch.rand(rows, 1), None), "and shape (1, 1), None)"),
+    "one number": (lambda rows: Measured(torch.tensor(0.5), None), "and shape (), None)"),
     "numbers": (lambda rows: ([0.5] * rows, None), "(a float), None)"),
-    "alone": (lambda rows: torch.rand(rows), "got a tensor of shape (1,)."),
-    "logits of one row": (lambda rows: (torch.rand(rows), torch.rand(97)), "of shape (97,))"),
+    "alone": (lambda rows: torch.rand(rows), "got a tensor of float32 and shape (1,)."),
+    "logits of one row": (lambda rows: (torch.rand(rows), torch.rand(97)), "and shape (97,))"),
     "nothing": (lambda rows: None, "got None."),
 }
 
