@@ -114,12 +114,10 @@ class Generation:
         exit_policy: ExitPolicy | None = None,
         decode_stats: DecodeStats | None = None,
         lookup_ids: Tensor | None = None,
-        custom_generate: Any = early_exit_decode,
         **options: Any,
     ) -> Output:
         """As `generate`: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output object."""
-        if custom_generate is not early_exit_decode:
-            raise UserError("custom_generate: early_exit_decode alone is prepared: leave it out.")
+        self._refuse_others(options)
         if inputs is not None and input_ids is not None:
             raise UserError("Give inputs or input_ids, not both.")
         source = input_ids if inputs is None else inputs
@@ -153,6 +151,13 @@ class Generation:
                 **read.arguments,
                 **own,
             )
+
+    def _refuse_others(self, options: dict[str, Any]) -> None:
+        """Take the loop and the view out of the options; UserError where they are not its own."""
+        for name, own in (("custom_generate", early_exit_decode), ("decoder_view", self.view)):
+            given = options.pop(name, None)
+            if given is not None and given is not own:
+                raise UserError(f"{name}: loaded.generate has its own: leave it out.")
 
     def _key(self, options: dict[str, Any]) -> Any:
         """What tells options apart; None if they say more than plain settings."""

@@ -21,6 +21,7 @@ from models import (
     early_exit_decode,
     generate,
     prepare,
+    view_for,
 )
 
 LENGTH = {"do_sample": False, "max_new_tokens": 9}
@@ -136,7 +137,11 @@ def test_nothing_to_read_is_refused(kind):
         ({"inputs": IDS.float()}, r"inputs must be token ids .* float32 and shape \(2, 7\)"),
         ({"inputs": IDS.tolist()}, "inputs must be token ids"),
         ({"inputs": IDS, "attention_mask": torch.ones(2, 7).tolist()}, "attention_mask must have the shape"),
-        ({"inputs": IDS, "custom_generate": "org/other"}, "custom_generate: early_exit_decode alone"),
+        ({"inputs": IDS, "custom_generate": "org/other"}, "custom_generate: loaded.generate has its own"),
+        (
+            {"inputs": IDS, "decoder_view": view_for(tiny_model())},
+            "decoder_view: loaded.generate has its own",
+        ),
         ({"inputs": IDS, "decode_stats": DecodeStats}, r"decode_stats must be an object, DecodeStats\(\)"),
         ({"inputs": IDS, "decode_stats": 3}, "decode_stats must be an object"),
     ],
@@ -161,11 +166,10 @@ def test_embeddings_of_other_rows_than_the_ids_are_refused():
         model.generate(**given, custom_generate=early_exit_decode, **LENGTH)
 
 
-def test_the_own_loop_may_be_named():
+def test_the_own_loop_and_view_may_be_named():
     subject = loaded(tiny_causal())
-    assert torch.equal(
-        subject.generate(IDS, custom_generate=early_exit_decode, **LENGTH), subject.generate(IDS, **LENGTH)
-    )
+    own = {"custom_generate": early_exit_decode, "decoder_view": subject.view}
+    assert torch.equal(subject.generate(IDS, **own, **LENGTH), subject.generate(IDS, **LENGTH))
 
 
 @pytest.mark.parametrize("threads", [0, -3, 1.5])
