@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
-
 from models.errors import UserError
 
 
@@ -57,8 +55,9 @@ def as_object(name: str, value: Any, example: str) -> Any:
 
 def spell(value: Any) -> str:
     """A value in the words of an error, on one line: tensors by type and shape."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {(*value.shape,)}"
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"a {kind.lower()} of {str(value.dtype).removeprefix('torch.')} and shape {(*value.shape,)}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(spell, value))})" if len(value) < 3 else f"{len(value)} values"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else f"a {kind}"
