@@ -51,12 +51,11 @@ class Watch:
         """As a threshold that learns: every pass does."""
         return True
 
-    def observe(self, confidences: list[float], agrees: list[bool]) -> None:
+    def observe(self, pairs: list[tuple[float, bool]]) -> None:
         """Take note of the tokens of one deep pass."""
-        self.window = on_path = len(agrees)
-        if self.lossless and False in agrees:
-            on_path = agrees.index(False) + 1
-        self.pairs += list(zip(confidences[:on_path], agrees[:on_path], strict=True))
+        self.window = len(pairs)
+        wrong = (index for index, (_, agrees) in enumerate(pairs) if not agrees)
+        self.pairs += pairs[: next(wrong, len(pairs)) + 1] if self.lossless else pairs
 
     def time(self, result: StepResult, seconds: float) -> None:
         if result.deep_pass:
@@ -108,7 +107,7 @@ class AutoExit:
         requests: int = 8,
         min_agreement: float = 0.99,
     ) -> None:
-        self.layers = sorted(as_layers("AutoExit: layers", layers))
+        self.layers = sorted(set(as_layers("AutoExit: layers", layers)))
         if not self.layers:
             raise UserError("AutoExit: layers: name at least one.")
         self.confidence = as_object("AutoExit: confidence", confidence, "SoftmaxGap()")

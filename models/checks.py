@@ -51,3 +51,13 @@ def as_object(name: str, value: Any, example: str) -> Any:
     if isinstance(value, type) or not callable(value):
         raise UserError(f"{name} must be an object such as {example}, got {value!r}.")
     return value
+
+
+def spell(value: Any) -> str:
+    """A value in the words of an error, on one line: tensors by type and shape."""
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"a {kind.lower()} of {str(value.dtype).removeprefix('torch.')} and shape {(*value.shape,)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(spell, value))})" if len(value) < 3 else f"{len(value)} values"
+    return "None" if value is None else f"a {kind}"

@@ -7,11 +7,12 @@ A new measure is one more class with the same `__call__`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from models.checks import spell
 from models.decoder_view import DecoderView
 from models.errors import UserError
 from models.host import argmax, top_and_gap
@@ -25,6 +26,29 @@ class Measured(NamedTuple):
 class ConfidenceMeasure(Protocol):
     def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
         """Measure (B, D) un-normalized states after `layer`."""
+
+
+def measure_states(measure: ConfidenceMeasure, view: DecoderView, hidden: Tensor, layer: int) -> Measured:
+    """What a measure says of (B, D) states, as a `Measured` also where it gives another pair.
+
+    Raises:
+        UserError: confidences that are no tensor of B numbers, or logits that are none of B rows.
+    """
+    measured: Any = measure(view, hidden, layer)
+    if isinstance(measured, tuple | list) and len(measured) == 2:
+        confidence, logits = measured
+        if is_of_rows(confidence, len(hidden), 1) and (logits is None or is_of_rows(logits, len(hidden), 2)):
+            return Measured(confidence, logits)
+    name = getattr(measure, "__name__", type(measure).__name__)
+    raise UserError(
+        f"confidence: {name} must return Measured(confidence, logits), tensors of shape "
+        f"({len(hidden)},) and ({len(hidden)}, V) or None for {len(hidden)} rows, got {spell(measured)}."
+    )
+
+
+def is_of_rows(value: Any, rows: int, dimensions: int) -> bool:
+    """Whether `value` is a tensor with so many rows and dimensions."""
+    return isinstance(value, Tensor) and value.dim() == dimensions and len(value) == rows
 
 
 class SoftmaxGap:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
+from models.checks import spell
 from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
 from models.decode_stats import DecodeStats
 from models.decoding import early_exit_decode
@@ -117,6 +118,8 @@ def generate(
         UserError: an option that is not served, or does not fit the model or the other options.
     """
     refuse_not_served(model, options)
+    if decode_stats is not None and not isinstance(decode_stats, dict):
+        raise UserError(f"decode_stats must be a dict to fill, got {spell(decode_stats)}.")
     given = {name: value for name in OPTIONS if (value := options.pop(name, None)) is not None}
     exits = ExitOptions(**given)
     exits.refuse_unread(given)

@@ -31,6 +31,7 @@ from models.families import view_for
 from models.generate_contract import (
     Output,
     arguments_kept_by_generate,
+    check_arguments,
     length_of_mask,
     model_arguments,
     output_class,
@@ -74,13 +75,15 @@ def early_exit_decode(
     kept, cache = arguments_kept_by_generate(generation_config), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
     view, policy = decoder_view or view_for(model), checked(exit_policy)
-    stats = DecodeStats() if decode_stats is None else decode_stats
+    stats = checked_stats(decode_stats)
     stats.reset(view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
-        state = view.begin(cache, **model_arguments(view, model_kwargs))
+        arguments = model_arguments(view, model_kwargs)
+        check_arguments(input_ids, arguments)
+        state = view.begin(cache, **arguments)
         prefill(view, state, input_ids, generation_config, policy, cache)
         call = Call(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
         sequences = (greedy_decoding(call) or Decoding(call)).run()
@@ -94,6 +97,15 @@ def checked(policy: ExitPolicy | None) -> ExitPolicy:
         return FullDepth()
     check_policy(policy)
     return policy
+
+
+def checked_stats(stats: DecodeStats | None) -> DecodeStats:
+    """What a call fills, new ones by default; UserError for what are none."""
+    if stats is None:
+        return DecodeStats()
+    if not isinstance(stats, DecodeStats):
+        raise UserError(f"decode_stats must be an object, DecodeStats(), got {stats!r}.")
+    return stats
 
 
 def wants_cache(config: GenerationConfig, cache: Cache | None) -> bool:
@@ -137,9 +149,10 @@ def prefill(
     cached, given = state.lengths[0], ids.shape[1]
     start = cached if mask_length == given else 0
     if mask_length not in (None, given, cached + given):
+        name = "decoder_attention_mask" if view.model.config.is_encoder_decoder else "attention_mask"
+        more = f", or {(len(ids), cached + given)} with what is cached" if cached else ""
         raise UserError(
-            f"The prompt's attention mask has {mask_length} positions for {given} token ids and {cached} "
-            "cached."
+            f"{name} must have the shape of the prompt, {(*ids.shape,)}{more}, got {(len(ids), mask_length)}."
         )
     if start >= given:
         raise UserError(f"The cache holds {cached} tokens: the prompt must go on from there, got {given}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.checks import as_count, as_layers, as_object
 from models.choices import EXACT_PRECISIONS
-from models.confidence import ConfidenceMeasure
+from models.confidence import ConfidenceMeasure, measure_states
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
@@ -174,6 +174,8 @@ class Calm(SequencePolicy):
         self.exit_layers = (
             None if exit_layers is None else frozenset(as_layers("Calm: exit_layers", exit_layers))
         )
+        if self.exit_layers is not None and not self.exit_layers:
+            raise UserError("Calm: exit_layers: name at least one, or leave it out.")
 
     def begin(self, view: DecoderView, batch_size: int) -> None:
         if view.exit_adapter is not None:
@@ -202,7 +204,7 @@ class Calm(SequencePolicy):
             hidden = run_undecided(view, state, hidden, ran, layer, undecided)
             ran = layer
             exit_hidden = hidden[:, -1]
-            confidence, layer_logits = self.confidence(view, exit_hidden, layer)
+            confidence, layer_logits = measure_states(self.confidence, view, exit_hidden, layer)
             tests.append(confidence.tolist())
             exits = [row and value > threshold for row, value in zip(undecided, tests[-1], strict=True)]
             if not any(exits):

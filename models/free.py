@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.checks import as_count, as_number, as_object
-from models.confidence import ConfidenceMeasure
+from models.confidence import ConfidenceMeasure, measure_states
 from models.decoder_view import DecoderState, DecoderView
 from models.errors import UserError
 from models.exit_policy import (
@@ -24,7 +24,7 @@ from models.exit_policy import (
 )
 from models.host import argmax
 from models.prompt_lookup import PromptLookup, as_lookup, check_lookup
-from models.threshold import AdaptiveThreshold, Threshold, as_threshold
+from models.threshold import AdaptiveThreshold, Threshold, as_threshold, without_nan
 from models.verification import Drafting, Rollback, Verification, WindowToken
 
 
@@ -175,7 +175,7 @@ class Free:
         """What the exit says to the newest W tokens, (B, W, D) of which B or W is 1."""
         width = hidden.shape[1]
         states = view.read_exit(state, hidden, self.shallow_layer).flatten(0, 1)  # (B * W, D)
-        measured = self.confidence(view, states, self.shallow_layer)
+        measured = measure_states(self.confidence, view, states, self.shallow_layer)
         values, logits = measured.confidence.tolist(), measured.logits
         confidence = [values] if width == 1 else [[value] for value in values]
         thresholds = [self.threshold.at(position + index) for index in range(width)]
@@ -282,10 +282,10 @@ class Free:
             (waiting.confidence[row], right[row][index])
             for index, waiting in enumerate(window)
             for row, running in enumerate(waiting.active)
-            if running
+            if running and not (self.copy_skipped and waiting.sure[row])  # which ran no deep layers
         ]
-        learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
-        return pairs
+        learner.observe(pairs)
+        return without_nan(pairs)
 
 
 def mark_proposed(tokens: list[WindowToken], token_ids: Tensor) -> list[WindowToken]:

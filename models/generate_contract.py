@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -25,6 +26,7 @@ from transformers.generation import (
     GenerationMode,
 )
 
+from models.checks import spell
 from models.decoder_view import DecoderView
 from models.errors import UserError
 
@@ -92,10 +94,62 @@ def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
 def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
     """Those of `given` that `view.begin` reads; UserError if there is any other with a value."""
     known = parameters_of(getattr(view.begin, "__func__", view.begin))
-    unread = [name for name, value in given.items() if value is not None and name not in {*known, *NEUTRAL}]
+    done = {*NEUTRAL, "inputs_embeds"} if "encoder_outputs" in known else NEUTRAL  # which were made of them
+    unread = [name for name, value in given.items() if value is not None and name not in {*known, *done}]
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
     return {name: value for name, value in given.items() if name in known}
+
+
+def check_inputs(model: PreTrainedModel, inputs: Any, mask: Any) -> None:
+    """Raise UserError unless `inputs` are ids (B, S) or embeddings (B, S, D) of sources or prompts, and the
+    mask fits them."""
+    if not isinstance(inputs, Tensor) or inputs.dim() != 2 + inputs.is_floating_point() or not inputs.numel():
+        raise UserError(
+            f"inputs must be token ids (B, S), or inputs_embeds (B, S, D), of at least one token, got "
+            f"{spell(inputs)}."
+        )
+    check_mask("attention_mask", mask, inputs, of_all=model.config.is_encoder_decoder)
+
+
+def check_arguments(input_ids: Tensor, given: dict[str, Any]) -> None:
+    """Raise UserError where what a view's `begin` is given is empty, or not of the same rows as the prompt
+    (B, P)."""
+    rows, mask, embeds = len(input_ids), given.get("attention_mask"), given.get("inputs_embeds")
+    outputs = given.get("encoder_outputs")
+    if outputs is not None:
+        check_mask("attention_mask", mask, outputs[0], of_all=True)
+        check_mask("decoder_attention_mask", given.get("decoder_attention_mask"), input_ids)
+        if len(outputs[0]) != rows:
+            raise UserError(
+                f"decoder_input_ids has {rows} rows and the source {len(outputs[0])}: give as many."
+            )
+        return
+    prompt = input_ids if embeds is None else embeds
+    if not prompt.numel():
+        raise UserError("The prompt is empty: give at least one token, such as the one of bos_token_id.")
+    if len(prompt) != rows:
+        raise UserError(f"inputs_embeds has {len(prompt)} rows and input_ids {rows}: give as many.")
+    positions = given.get("position_ids")
+    if positions is not None and (positions.dim() != 2 or len(positions) not in (1, rows)):
+        raise UserError(
+            f"position_ids, or the attention_mask that they are counted from, has shape "
+            f"{(*positions.shape,)}, and the prompt {rows} rows: give as many."
+        )
+    check_mask("attention_mask", mask, prompt)
+
+
+def check_mask(name: str, mask: Any, masked: Tensor, *, of_all: bool = False) -> None:
+    """Raise UserError for a mask that does not have the rows of what it masks, (B, N) or (B, N, D), or, where
+    it is `of_all` tokens and not also of cached ones, the columns."""
+    shape = (*masked.shape[:2],)
+    if mask is not None and not (
+        isinstance(mask, Tensor)
+        and mask.dim() == 2
+        and len(mask) == shape[0]
+        and (not of_all or mask.shape[1] == shape[1])
+    ):
+        raise UserError(f"{name} must have the shape of what it masks, {shape}, got {spell(mask)}.")
 
 
 def with_stop_strings(

@@ -24,8 +24,9 @@ from transformers import (
 from models.decode_stats import DecodeStats
 from models.decoder_view import DecoderView, ModelInputs
 from models.decoding import early_exit_decode
+from models.errors import UserError
 from models.exit_policy import ExitPolicy
-from models.generate_contract import NEUTRAL, Output, with_stop_strings
+from models.generate_contract import NEUTRAL, Output, check_inputs, with_stop_strings
 from models.prompt_lookup import proposer_of
 from models.token_choice import is_stateless
 
@@ -62,6 +63,10 @@ def generate(
 ) -> Output:
     """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
     tokenizer `generate` keeps from custom loops."""
+    ways = (options.get("inputs_embeds"), inputs, options.get("input_ids"))
+    given = next((way for way in ways if way is not None), None)
+    if given is not None and options.get("encoder_outputs") is None:
+        check_inputs(model, given, options.get("attention_mask"))
     criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
     return model.generate(inputs, custom_generate=custom_generate, stopping_criteria=criteria, **options)
 
@@ -112,6 +117,9 @@ class Generation:
         **options: Any,
     ) -> Output:
         """As `generate`: (B, S) ids of sources or prompts -> (B, P + T) ids, or the usual output object."""
+        self._refuse_others(options)
+        if inputs is not None and input_ids is not None:
+            raise UserError("Give inputs or input_ids, not both.")
         source = input_ids if inputs is None else inputs
         if lookup_ids is None and self.model.config.is_encoder_decoder and proposer_of(exit_policy):
             lookup_ids = source
@@ -123,6 +131,7 @@ class Generation:
         }
         if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
+        check_inputs(self.model, source, attention_mask)
         mask = self._mask(source, options) if attention_mask is None else attention_mask
         with torch.no_grad():
             read = self.view.read(source, mask)
@@ -142,6 +151,13 @@ class Generation:
                 **read.arguments,
                 **own,
             )
+
+    def _refuse_others(self, options: dict[str, Any]) -> None:
+        """Take the loop and the view out of the options; UserError where they are not its own."""
+        for name, own in (("custom_generate", early_exit_decode), ("decoder_view", self.view)):
+            given = options.pop(name, None)
+            if given is not None and given is not own:
+                raise UserError(f"{name}: loaded.generate has its own: leave it out.")
 
     def _key(self, options: dict[str, Any]) -> Any:
         """What tells options apart; None if they say more than plain settings."""

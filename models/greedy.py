@@ -7,19 +7,18 @@ counts what `models.decoding.Decoding` does, with tokens as numbers.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from models.call import Call
-from models.confidence import ConfidenceMeasure, SoftmaxGap
+from models.confidence import ConfidenceMeasure, SoftmaxGap, measure_states
 from models.decoder_view import advance_in_parts, read_logits
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit, layers_run
 from models.free import Free
 from models.host import top_and_gap
-from models.threshold import AdaptiveThreshold
+from models.threshold import AdaptiveThreshold, without_nan
 from models.token_choice import HostCriteria
 from models.verification import Rollback
 
@@ -115,19 +114,19 @@ class GreedyDecoding(Generic[Policy]):
         """Do what is left once the sequence has ended, which may make it go on."""
 
     def ask(
-        self, measure: ConfidenceMeasure, hidden: Tensor, start: int, layer: int, threshold: float
+        self, measure: ConfidenceMeasure, hidden: Tensor, start: int, layer: int, threshold: float | None
     ) -> Answer:
         """Run layers `start`..`layer - 1` on the newest token and ask an exit there: for its token, if its
-        confidence exceeds `threshold`."""
+        confidence exceeds `threshold`, or if that is None."""
         if type(measure) is SoftmaxGap:
             hidden, logits = self.advance(self.state, hidden, start, layer)
             token, confidence = top_and_gap(logits)
-            return Answer(hidden, confidence, token if confidence > threshold else None)
+            return Answer(hidden, confidence, token if threshold is None or confidence > threshold else None)
         hidden = self.view.run_layers(self.state, hidden, start, layer)
         states = self.view.read_exit(self.state, hidden, layer)[:, -1]
-        measured = measure(self.view, states, layer)
+        measured = measure_states(measure, self.view, states, layer)
         confidence = measured.confidence.item()
-        if not confidence > threshold:
+        if threshold is not None and not confidence > threshold:
             return Answer(hidden, confidence, None)
         said = self.view.predict(states, layer) if measured.logits is None else measured.logits
         return Answer(hidden, confidence, int(read_logits(said[None])[0].argmax()))
@@ -179,13 +178,13 @@ class GreedyFree(GreedyDecoding[Free]):
     def step(self) -> None:
         policy, hidden = self.policy, self.view.embed(self.state, self.newest)
         threshold = policy.threshold.at(len(self.tokens))
-        asked_at = threshold if policy.learner is None else -math.inf  # who learns compares all tokens
+        asked_at = threshold if policy.learner is None else None  # who learns compares all tokens
         answer = self.ask(policy.confidence, hidden, 0, self.exit_layer, asked_at)
         self.count(self.layers_run)
         self.stats.confidences.append([[answer.confidence]])
         self.waiting.append(answer._replace(hidden=answer.hidden.clone()))
         token, goes_on = answer.token, policy.must_catch_up(self.view, self.state, len(self.waiting))
-        if token is None or goes_on or answer.confidence <= threshold:
+        if token is None or goes_on or not answer.confidence > threshold:  # nor NaN
             self.catch_up(closing=False)
         else:
             self.append(token, self.exit_layer)
@@ -221,8 +220,8 @@ class GreedyFree(GreedyDecoding[Free]):
 
     def teach(self, learner: AdaptiveThreshold, window: list[Answer], said: list[int]) -> None:
         pairs = [(exit.confidence, exit.token == deep) for exit, deep in zip(window, said, strict=True)]
-        learner.observe([confidence for confidence, _ in pairs], [agrees for _, agrees in pairs])
-        self.stats.calibration += pairs
+        learner.observe(pairs)
+        self.stats.calibration += without_nan(pairs)
 
     def take_back(self, count: int) -> None:
         """Forget the newest tokens, with their keys/values: inputs up to the first one's predecessor stay."""

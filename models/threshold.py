@@ -54,6 +54,11 @@ def as_level(name: str, value: Any) -> float:
     return level
 
 
+def without_nan(pairs: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
+    """Those whose confidence says something: NaN exceeds no threshold, and teaches none."""
+    return [pair for pair in pairs if not math.isnan(pair[0])]
+
+
 class FixedThreshold:
     """The same at every position; -1 lets every token exit, 2 none."""
 
@@ -216,11 +221,11 @@ class AdaptiveThreshold:
 
     def reset(self) -> None:
         """Forget everything that was observed."""
-        self.value = self.initial
-        self.mixture = BetaMixture(self.as_released)
-        self.num_sequences = 0
-        self.confidences: deque[float] = deque(maxlen=self.capacity)
-        self.right: deque[int] = deque(maxlen=self.capacity)
+        with self.lock:
+            self.value = self.initial
+            self.mixture = BetaMixture(self.as_released)
+            self.num_sequences = 0
+            self.pairs: deque[tuple[float, bool]] = deque(maxlen=self.capacity)
 
     @property
     def learning(self) -> bool:
@@ -229,27 +234,31 @@ class AdaptiveThreshold:
 
     def start_sequence(self) -> None:
         with self.lock:
-            if self.confidences and self.learning:
+            if self.pairs and self.learning:
                 self._refit()
             self.num_sequences += 1
 
     def at(self, position: int) -> float:
         return self.value
 
-    def observe(self, confidences: list[float], right: list[bool]) -> None:
-        """Add pairs of shallow confidence and agreement with the deep prediction."""
+    def observe(self, pairs: list[tuple[float, bool]]) -> None:
+        """Add pairs of shallow confidence, taken into [0, 1], and agreement with the deep prediction, but for
+        those that `without_nan` leaves out."""
         with self.lock:
             if self.learning:
-                self.confidences.extend(confidences)
-                self.right.extend(int(flag) for flag in right)
+                self.pairs += [(min(max(sure, 0.0), 1.0), right) for sure, right in without_nan(pairs)]
 
     def counts(self, tokens: int) -> bool:
         """Whether what a pass over so many tokens shows is counted: the original wants them in company."""
         return not (self.as_released and tokens == 1)
 
     def _refit(self) -> None:
-        self.mixture.fit(np.array(self.confidences), np.array(self.right))
+        self._fit()
         self.value = self.best_threshold()
+
+    def _fit(self) -> None:
+        confidences, right = (np.array(column) for column in zip(*self.pairs, strict=True))
+        self.mixture.fit(confidences, right)
 
     def best_threshold(self) -> float:
         """Smallest grid point from which on the posterior exceeds zeta; `high` if there is none."""
@@ -261,12 +270,13 @@ class AdaptiveThreshold:
     def save(self, path: str | Path) -> None:
         """Write settings and observations as JSON."""
         state = {name: getattr(self, name) for name in SAVED_SETTINGS}
-        observed = {
-            "num_sequences": self.num_sequences,
-            "confidences": list(self.confidences),
-            "right": list(self.right),
-            "value": self.value,
-        }
+        with self.lock:
+            observed = {
+                "num_sequences": self.num_sequences,
+                "confidences": [confidence for confidence, _ in self.pairs],
+                "right": [int(right) for _, right in self.pairs],
+                "value": self.value,
+            }
         Path(path).write_text(json.dumps({"settings": state, "observed": observed}), encoding="utf8")
 
     @classmethod
@@ -284,10 +294,11 @@ class AdaptiveThreshold:
         if len(observed["confidences"]) != len(observed["right"]):
             raise UserError(f"{path}: confidences and right must be of one length.")
         threshold = cls(**state["settings"])
-        threshold.num_sequences = observed["num_sequences"]
-        threshold.confidences.extend(observed["confidences"])
-        threshold.right.extend(observed["right"])
-        if threshold.confidences:
-            threshold.mixture.fit(np.array(threshold.confidences), np.array(threshold.right))
-        threshold.value = observed["value"]
+        threshold.num_sequences = as_count(f"{path}: num_sequences", observed["num_sequences"], low=0)
+        for confidence, right in zip(observed["confidences"], observed["right"], strict=True):
+            confidence = as_share(f"{path}: confidences", confidence)
+            threshold.pairs.append((confidence, bool(as_share(f"{path}: right", right))))
+        if threshold.pairs:
+            threshold._fit()
+        threshold.value = as_level(f"{path}: value", observed["value"])
         return threshold

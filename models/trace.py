@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models.confidence import ConfidenceMeasure, SoftmaxGap
+from models.confidence import ConfidenceMeasure, SoftmaxGap, measure_states
 from models.decoder_view import DecoderView
 from models.families import view_for
 from models.families.drafts import read_drafts
@@ -87,7 +87,7 @@ def ask(
     """Confidence in, and most probable, next tokens of (B, P - 1 + T, D) states of a layer: (B, T) both."""
     predicting = hidden[:, prompt_length - 1 :]  # (B, T, D)
     states = predicting.flatten(0, 1)  # (B * T, D)
-    measured = measure(view, states, layer)
+    measured = measure_states(measure, view, states, layer)
     logits = view.predict(states, layer) if measured.logits is None else measured.logits
     shape = predicting.shape[:2]
     return measured.confidence.view(shape), logits.argmax(-1).view(shape)

@@ -99,7 +99,7 @@ class SlowFree:
             return
         pairs = [(confidence, shallow == int(logits.argmax()))
                  for (_, confidence, shallow), logits in zip(window, deep, strict=True)]  # fmt: skip
-        self.threshold.observe([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        self.threshold.observe(pairs)
         result.pairs += pairs
 
     def read_shallow(self, tokens) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,14 @@ def test_seconds_of_a_choice_by_hand():
     assert policy._rate(2, 0.5, 8).seconds == pytest.approx((4 * 1.0 + 3.0 + 4 * 1.0) / 4)
 
 
+def test_a_layer_that_is_named_twice_is_one():
+    policy = AutoExit([2, 2], SoftmaxGap())
+    assert policy.layers == [2] and policy.exit_layer == 2
+
+
 def test_tokens_after_a_wrong_draft_are_not_learnt_from():
     watch = Watch(2, lossless=True)
-    watch.observe([0.9, 0.8, 0.7], [True, False, True])
+    watch.observe([(0.9, True), (0.8, False), (0.7, True)])
     assert watch.pairs == [(0.9, True), (0.8, False)]
     watch.time(StepResult(torch.zeros(1, 3), [6], 6, 2 + 4 * 3, deep_pass=True), 0.5)
     assert watch.deep == [(3, 0.5)]

@@ -88,6 +88,24 @@ def test_rows_that_ended_are_charged_no_catch_up():
     assert stats.deep_passes == 1 and stats.average_layers == 6
 
 
+def test_rows_that_exit_by_copying_teach_nothing():
+    """They ran no deep layers that could agree: only the other row does, as it would alone."""
+    model, inputs = tiny_model().double(), padded_inputs(2)
+
+    def first_row_is_sure(view, hidden, layer):
+        return Measured(torch.tensor([0.9, 0.1])[-len(hidden) :], None)
+
+    learnt = []
+    for rows in (slice(None), slice(1, 2)):
+        given, stats = {name: tensor[rows] for name, tensor in inputs.items()}, DecodeStats()
+        threshold = AdaptiveThreshold(0.5)
+        policy = Free(2, first_row_is_sure, threshold, copy_skipped=True)
+        decode(model, given, policy, stats, min_length=14)
+        learnt.append(stats.calibration)
+        assert [*threshold.pairs] == stats.calibration
+    assert learnt[0] == learnt[1] and len(learnt[1]) == 13
+
+
 def test_stats_count_the_work_that_ran():
     model, inputs = tiny_model(), padded_inputs()
     stats = DecodeStats()

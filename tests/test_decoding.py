@@ -240,7 +240,7 @@ def test_adaptive_threshold_learns_from_the_tail_of_a_sequence():
     threshold = AdaptiveThreshold(-1.0)
     stats = DecodeStats()
     sequence = decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats)
-    assert len(threshold.confidences) == sequence.shape[1] - 1 == len(stats.calibration)
+    assert len(threshold.pairs) == sequence.shape[1] - 1 == len(stats.calibration)
     assert stats.deep_passes == 1
 
 
@@ -249,7 +249,7 @@ def test_adaptive_threshold_ignores_finished_rows():
     threshold, stats = AdaptiveThreshold(-1.0), DecodeStats()
     decode(model, inputs, Free(2, SoftmaxGap(), threshold), stats, **MANY_ENDS)
     assert len(set(map(len, stats.exit_layers))) > 1
-    assert len(threshold.confidences) == stats.tokens
+    assert len(threshold.pairs) == stats.tokens
 
 
 def test_processors_that_write_in_place_do_no_harm():

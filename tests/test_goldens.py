@@ -111,9 +111,7 @@ def test_adaptive_threshold_trajectory(decoded, name):
     run, (_, _, thresholds, policy) = RUNS["runs"][name], decoded(name)
     for value, expected in zip(thresholds, run["thresholds"], strict=True):
         assert expected is None or value == pytest.approx(expected, abs=1e-12)
-    confidences, right = zip(*run["calibration"], strict=True)
-    np.testing.assert_allclose(policy.threshold.confidences, confidences, atol=2e-6)
-    assert list(policy.threshold.right) == list(right)
+    np.testing.assert_allclose(policy.threshold.pairs, run["calibration"], atol=2e-6)
 
 
 def test_rollbacks_are_as_many(decoded):
@@ -183,7 +181,7 @@ def test_beta_mixture_refits():
     x, y = np.array(MIXTURES["growing"]["x"]), np.array(MIXTURES["growing"]["y"])
     for step in MIXTURES["growing"]["trajectory"]:
         threshold = AdaptiveThreshold(0.9, as_released=True)
-        threshold.observe(list(x[: step["n"]]), list(y[: step["n"]]))
+        threshold.observe([*zip(x, y, strict=True)][: step["n"]])
         threshold.start_sequence()
         assert threshold.value == pytest.approx(step["thr"], abs=1e-8)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, make_inputs, make_model
@@ -25,7 +27,9 @@ from models import (
     PromptLookup,
     SoftmaxGap,
     StaticExit,
+    UserError,
     prepare,
+    trace_layers,
 )
 from models.backends.onnx import cuts
 from models.backends.onnx.state import BoundStep
@@ -45,6 +49,10 @@ POLICIES = {
     "calm": lambda: Calm(GAP, DecayingThreshold(0.02, 4, 40)),
     "free, a coin": lambda: Free(SHALLOW, Coin(), DecayingThreshold(0.02, 4, 40)),
     "free, a coin, learning": lambda: Free(SHALLOW, Coin(), AdaptiveThreshold(0.02, low=0.01)),
+    "free, at a loss": lambda: Free(SHALLOW, AtALoss(), -1),
+    "free, at a loss, learning": lambda: Free(SHALLOW, AtALoss(), AdaptiveThreshold(0.3, low=0.01)),
+    "lossless, at a loss": lambda: Free(SHALLOW, AtALoss(), AdaptiveThreshold(0.3), lossless=True),
+    "calm, at a loss": lambda: Calm(AtALoss(), -1),
     "calm, a coin": lambda: Calm(Coin(), EveryThirdDeep()),
     "lossless, a coin": lambda: Free(SHALLOW, Coin(), EveryThirdDeep(), lossless=True),
     "calm at layers": lambda: Calm(GAP, EveryThirdDeep(), exit_layers=[SHALLOW, 5]),
@@ -66,6 +74,18 @@ class Coin:
         self.thrown += 1
         known = view.predict(hidden, layer) if self.thrown % 2 else None
         return Measured(torch.full((len(hidden),), self.thrown * 0.37 % 1), known)
+
+
+class AtALoss:
+    """A measure that returns a pair of its own, of which some are no confidences."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, view, hidden, layer):
+        self.asked += 1
+        values = [math.nan, 0.9, -math.inf, 0.4, math.inf]
+        return torch.full((len(hidden),), values[self.asked % len(values)]), None
 
 
 class Deeper(FullDepth):
@@ -140,7 +160,8 @@ def compare(subject, shape, make, ways, seeds=4, length=14):
         for one, another in zip(layers_of(ours.cache), layers_of(expected.cache), strict=True):
             assert torch.equal(one.keys, another.keys) and torch.equal(one.values, another.values)
         confidences, others = vars(stats).pop("confidences"), vars(theirs).pop("confidences")
-        assert confidences == others and vars(stats) == vars(theirs)
+        assert repr(confidences) == repr(others)  # NaN equals nothing
+        assert vars(stats) == vars(theirs)
     learnt = [getattr(one, "threshold", None) for one in (policy, other)]
     assert getattr(learnt[0], "value", None) == getattr(learnt[1], "value", None)
 
@@ -230,3 +251,48 @@ def test_ids_of_fewer_bits_become_ids_of_64(ways):
     inputs["input_ids"] = inputs["input_ids"].int()
     assert subject.generate(**inputs, max_new_tokens=3).dtype == torch.long
     assert ways
+
+
+MEASURED = {
+    "columns": (lambda rows: Measured(torch.rand(rows, 1), None), "and shape (1, 1), None)"),
+    "one number": (lambda rows: Measured(torch.tensor(0.5), None), "and shape (), None)"),
+    "numbers": (lambda rows: ([0.5] * rows, None), "(a float), None)"),
+    "alone": (lambda rows: torch.rand(rows), "got a tensor of float32 and shape (1,)."),
+    "logits of one row": (lambda rows: (torch.rand(rows), torch.rand(97)), "and shape (97,))"),
+    "nothing": (lambda rows: None, "got None."),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_no_measure_returns_is_refused_everywhere(ways, name):
+    make, said = MEASURED[name]
+
+    class Odd:
+        def __call__(self, view, hidden, layer):
+            return make(len(hidden))
+
+    subject, inputs = loaded(make_model("t5-tied")), make_inputs("t5-tied")
+    for policy in (Free(SHALLOW, Odd(), 0.4), Calm(Odd(), 0.4)):
+        for options in ({}, {"logits_processor": [Nothing()]}):
+            ways.clear()
+            with pytest.raises(UserError, match="confidence: Odd must return") as raised:
+                subject.generate(**inputs, exit_policy=policy, max_new_tokens=3, **options)
+            assert said in str(raised.value) and bool(ways) == (not options)
+    with pytest.raises(UserError, match="confidence: Odd must return"):
+        trace_layers(subject.model, **inputs, sequences=torch.zeros(1, 3, dtype=torch.long), confidence=Odd())
+
+
+def test_no_token_exits_whose_confidence_is_no_number(ways):
+    """Nor teaches it a threshold, which lets all others exit."""
+    subject, inputs = loaded(make_model("t5-tied")), make_inputs("t5-tied")
+
+    def lost(view, hidden, layer):
+        return Measured(torch.full((len(hidden),), math.nan), None)
+
+    threshold = AdaptiveThreshold(-1)
+    for policy in (Free(SHALLOW, lost, threshold), Calm(lost, -1)):
+        for options in ({}, {"logits_processor": [Nothing()]}):
+            stats = DecodeStats()
+            subject.generate(**inputs, exit_policy=policy, decode_stats=stats, max_new_tokens=5, **options)
+            assert set(stats.exit_layers[0]) == {6} and not stats.calibration
+    assert not threshold.pairs and threshold.value == -1

@@ -27,6 +27,7 @@ WRONG = {
     "one exit layer": (lambda: Calm(GAP, 0.5, exit_layers=2), "Calm: exit_layers must be a list of layers"),
     "exit layers as text": (lambda: Calm(GAP, 0.5, exit_layers="246"), "Calm: exit_layers must be a list"),
     "exit layer 0": (lambda: Calm(GAP, 0.5, exit_layers=[0, 2]), "Calm: exit_layers .* got 0"),
+    "no exit layers": (lambda: Calm(GAP, 0.5, exit_layers=[]), "Calm: exit_layers: name at least one"),
     "class of a measure": (lambda: Free(2, SoftmaxGap, 0.4), r"such as SoftmaxGap\(\), got <class"),
     "swapped": (lambda: Free(2, 0.4, GAP), "Free: confidence must be an object"),
     "class of a threshold": (lambda: Calm(GAP, FixedThreshold), r"Calm: threshold .* FixedThreshold\(0.4\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from models.threshold import AdaptiveThreshold, BetaMixture, DecayingThreshold
 
 def fitted(confidences, right, **settings):
     threshold = AdaptiveThreshold(0.9, **settings)
-    threshold.observe(list(confidences), list(right))
+    threshold.observe(list(zip(confidences, right, strict=True)))
     threshold.start_sequence()
     return threshold
 
@@ -75,10 +77,10 @@ def test_memory_is_bounded_and_learning_ends():
     threshold = AdaptiveThreshold(0.9, max_sequences=3, capacity=10)
     for _ in range(5):
         threshold.start_sequence()
-        threshold.observe([0.5] * 4, [True] * 4)
-    assert len(threshold.confidences) == 10
+        threshold.observe([(0.5, True)] * 4)
+    assert len(threshold.pairs) == 10
     learnt = threshold.value
-    threshold.observe([0.9] * 100, [False] * 100)
+    threshold.observe([(0.9, False)] * 100)
     threshold.start_sequence()
     assert threshold.value == learnt and not threshold.learning
 
@@ -92,7 +94,7 @@ def test_save_and_load_continue_exactly(tmp_path):
         for confidences, right in part:
             threshold.start_sequence()
             values.append(threshold.value)
-            threshold.observe(list(confidences), list(right))
+            threshold.observe(list(zip(confidences, right, strict=True)))
         return values
 
     whole, first = AdaptiveThreshold(0.8), AdaptiveThreshold(0.8)
@@ -102,7 +104,29 @@ def test_save_and_load_continue_exactly(tmp_path):
     second = AdaptiveThreshold.load(tmp_path / "threshold.json")
     assert seen + feed(second, batches[3:]) == expected
     second.reset()
-    assert second.value == 0.8 and not second.confidences
+    assert second.value == 0.8 and not second.pairs
+
+
+def test_what_is_no_confidence_teaches_nothing(tmp_path):
+    threshold = fitted(
+        [0.7, float("nan"), 0.4, float("-inf"), float("inf")], [True, True, False, False, True]
+    )
+    assert [*threshold.pairs] == [(0.7, True), (0.4, False), (0.0, False), (1.0, True)]
+    assert threshold.value == fitted([0.7, 0.4, 0.0, 1.0], [True, False, False, True]).value
+    threshold.save(tmp_path / "threshold.json")
+    assert AdaptiveThreshold.load(tmp_path / "threshold.json").pairs == threshold.pairs
+
+
+@pytest.mark.parametrize("way", ["save", "reset"])
+def test_nobody_saves_or_resets_while_another_observes(tmp_path, way):
+    threshold = AdaptiveThreshold(0.9)
+    act = threshold.reset if way == "reset" else lambda: threshold.save(tmp_path / "threshold.json")
+    thread = threading.Thread(target=act)
+    with threshold.lock:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+    thread.join()
 
 
 def test_decay_forms():

@@ -49,7 +49,7 @@ def read_adapted(path):
         adapt_threshold_file=str(path),
     )
     threshold = free_threshold(flags)
-    return threshold.value, list(threshold.confidences)
+    return threshold.value, list(threshold.pairs)
 
 
 def adapted(folder):
@@ -205,6 +205,10 @@ def test_baselines_windows_need_their_scores(tmp_path, capsys):
         (("observed", "confidences"), ["a"]),
         (("observed", "right"), [1, 0, 1]),
         (("observed", "num_sequences"), 1.5),
+        (("observed", "num_sequences"), -7),
+        (("observed", "value"), 1e6),
+        (("observed", "confidences"), [55.0, 0.5]),
+        (("observed", "right"), [9, 0]),
     ],
 )
 def test_wrong_fields_of_an_adaptive_threshold_are_named(tmp_path, capsys, keys, value):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from models.checks import as_count
 from models.choices import BACKENDS, EXIT_PRECISIONS, PRECISIONS
 from models.decoder_view import DecoderView
 from models.errors import UserError
@@ -69,7 +70,8 @@ def prepare(
     if reason is not None:
         raise UserError(f"backend onnx: {reason}; use backend torch.")
     check_exit_precision(loaded, exit_precision)
-    view = open_onnx(loaded, precision, threads or torch.get_num_threads(), cache_dir, exit_precision)
+    count = torch.get_num_threads() if threads is None else as_count("threads", threads)
+    view = open_onnx(loaded, precision, count, cache_dir, exit_precision)
     return replace(loaded, backend=backend, precision=precision, exit_precision=exit_precision, _view=view)
 
 

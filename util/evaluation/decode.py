@@ -249,5 +249,4 @@ def replay_calibration(policy: ExitPolicy | None, records: list[Record]) -> None
     for record in records:
         if record.calibration is not None:
             threshold.start_sequence()
-            confidences = [confidence for confidence, _ in record.calibration]
-            threshold.observe(confidences, [bool(right) for _, right in record.calibration])
+            threshold.observe([(confidence, bool(right)) for confidence, right in record.calibration])
