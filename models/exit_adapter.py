@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models.checks import check_shortlist
 from models.choices import EXIT_ADAPTERS, KEEPING_EXIT_ADAPTERS
 from models.errors import UserError
 
@@ -134,7 +135,8 @@ def make_exit_adapter(
             its own.
 
     Raises:
-        UserError: no such kind or layer, or a model that has no final norm to start from.
+        UserError: no such kind or layer, a shortlist of what are no token ids or one twice, or a model that
+            has no final norm to start from.
     """
     view = getattr(view, "eager", view)  # what a backend's sees the modules through
     if kind not in EXIT_ADAPTERS:
@@ -143,6 +145,8 @@ def make_exit_adapter(
         raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer!r}.")
     if kv_layer is not None:
         check_kv_layer(view, kind, layer, kv_layer)
+    if shortlist is not None:
+        check_shortlist(shortlist, view.vocabulary)
     norm, block = copy.deepcopy(view.final_norm), None
     if kind in KEEPING_EXIT_ADAPTERS:
         block = copy_layer(view.layers[layer if kv_layer is None else kv_layer - 1], view.num_layers)
