@@ -33,7 +33,8 @@ class Nothing(nn.Module):
 
 
 class ExitAdapter(nn.Module):
-    """Between the states after `layer` (1..L) and the LM head of an exit there. D width, V vocabulary.
+    """Between the states after `layer` (1..L) and the LM head of an exit there. D width, E of what the LM
+    head reads, V vocabulary.
 
     - layer: one more decoder layer, at first a copy of the one that follows, whose input it reads; a residual
       linear map, at first the identity; a norm, at first the model's final one;
@@ -65,7 +66,8 @@ class ExitAdapter(nn.Module):
         shortlist: Tensor | None = None,
         kv_layer: int | None = None,
     ) -> None:
-        """`block`: the decoder layer, which the view runs as one more of its own; None where there is none.
+        """`block`: the decoder layer, which the view runs as one more of its own and which keeps keys/values;
+        None where there is none.
         `read_width`: of what the LM head reads, narrower than states in OPT-350m."""
         super().__init__()
         self.kind = kind
@@ -93,11 +95,6 @@ class ExitAdapter(nn.Module):
         """The layer, counted from 0, that `block` was a copy of."""
         return self.layer if self.kv_layer is None else self.kv_layer - 1
 
-    @property
-    def keeps(self) -> bool:
-        """Whether it caches keys/values."""
-        return self.kind in KEEPING_EXIT_ADAPTERS
-
     def layers_run(self, layer: int) -> int:
         """Layers that a token runs which exits after `layer`, this one's own included."""
         return layer + (self.block is not None and layer == self.layer)
@@ -107,7 +104,7 @@ class ExitAdapter(nn.Module):
         return states if self.entry is None else states + self.entry(states)
 
     def normalize(self, states: Tensor) -> Tensor:
-        """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
+        """What the LM head reads, of what the exit reads: (..., D) -> (..., E)."""
         if self.kind != "norm":
             states = states + self.projection(states)
         return self.norm(states)
