@@ -10,9 +10,6 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from models.errors import UserError
 
 
@@ -54,15 +51,3 @@ def as_object(name: str, value: Any, example: str) -> Any:
     if isinstance(value, type) or not callable(value):
         raise UserError(f"{name} must be an object such as {example}, got {value!r}.")
     return value
-
-
-def check_shortlist(token_ids: Tensor, vocabulary: int, least: int = 1) -> None:
-    """Raise UserError unless there are at least so many ids (K,), whole numbers in 0..V - 1, each once."""
-    kind = token_ids.dtype
-    if token_ids.dim() != 1 or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        shape = tuple(token_ids.shape)
-        raise UserError(f"A shortlist is a row of whole numbers, not {kind} of shape {shape}.")
-    if len(token_ids) < least or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
-        raise UserError(f"A shortlist needs at least {least} token ids in 0..{vocabulary - 1}.")
-    if len(token_ids.unique()) < len(token_ids):
-        raise UserError("A shortlist has every token id once: leave repeated ones out.")

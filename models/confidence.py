@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.checks import check_shortlist
 from models.decoder_view import DecoderView
+from models.exit_adapter import check_shortlist
 from models.host import argmax, top_and_gap
 
 

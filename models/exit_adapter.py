@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.checks import check_shortlist
 from models.choices import EXIT_ADAPTERS, KEEPING_EXIT_ADAPTERS
 from models.errors import UserError
 
@@ -155,6 +154,18 @@ def make_exit_adapter(
     read_width = view.model.get_output_embeddings().weight.shape[1]
     adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist, kv_layer)
     return adapter.to(view.model.device, view.model.dtype).eval()
+
+
+def check_shortlist(token_ids: Tensor, vocabulary: int, least: int = 1) -> None:
+    """Raise UserError unless there are at least so many ids (K,), whole numbers in 0..V - 1, each once."""
+    kind = token_ids.dtype
+    if token_ids.dim() != 1 or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        shape = tuple(token_ids.shape)
+        raise UserError(f"A shortlist is a row of whole numbers, not {kind} of shape {shape}.")
+    if len(token_ids) < least or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
+        raise UserError(f"A shortlist needs at least {least} token ids in 0..{vocabulary - 1}.")
+    if len(token_ids.unique()) < len(token_ids):
+        raise UserError("A shortlist has every token id once: leave repeated ones out.")
 
 
 def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int, name: str = "kv_layer") -> None:

@@ -19,9 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.checkpoint_files import find_file, read_weights, split_gguf
-from models.checks import check_shortlist
 from models.errors import UserError
-from models.exit_adapter import NAME, ExitAdapter, attach_exit_adapter, exit_adapter_of, make_exit_adapter
+from models.exit_adapter import (
+    NAME,
+    ExitAdapter,
+    attach_exit_adapter,
+    check_shortlist,
+    exit_adapter_of,
+    make_exit_adapter,
+)
 from models.families import view_for
 from models.json_files import check_keys, read_mapping
 
