@@ -175,7 +175,7 @@ def shallow(family):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied"])
-def test_other_threads_run_the_model_as_ever_while_it_is_exported(family, implementation):
+def test_other_threads_attend_and_rotate_as_ever_during_an_export(family, implementation):
     model, inputs = shallow(family)
     model.set_attn_implementation(implementation)
 

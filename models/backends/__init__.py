@@ -42,7 +42,8 @@ def prepare(
 ) -> LoadedModel:
     """The same model, run by another backend; `loaded` itself stays as it is.
 
-    Prepare again after changing the model: onnx copies weights as they are now, compile some.
+    Prepare again after changing the model: onnx copies weights as they are now, compile some. Other models
+    may decode meanwhile; this one not, as the exporter puts stand-ins in the place of its weights.
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 and int8 round weights and

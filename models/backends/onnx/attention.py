@@ -79,7 +79,8 @@ def attend(
     """Attention of (B, H, Q, W) queries as one operator: (B, Q, H, W).
 
     Masks and biases that the layer passes are not read: the operators mask by position, and biases are
-    those of `Attended`. A thread that has none only decodes meanwhile: by the function named `before`.
+    those of `Attended`. A thread that has none decodes meanwhile, with a model of the same configuration:
+    by the function named `before`.
     """
     attended = ATTENDED.get(None)
     if attended is None:
