@@ -11,7 +11,9 @@ PER_EXIT_HEADS = ("norm", "projection")
 KEEPING_EXIT_ADAPTERS = ("layer", "attention")  # with keys/values of their own
 EXIT_ADAPTERS = (*KEEPING_EXIT_ADAPTERS, "projection", "norm")
 ALL_LAYER_LOSSES = ("ce", "weighted_ce", "sum_l")  # with an exit after every layer
-EXIT_CURRICULA = ROTATIONAL, GRADUAL = ("rotational", "gradual")
+ROTATIONAL = "rotational"
+GRADUAL = "gradual"
+EXIT_CURRICULA = (ROTATIONAL, GRADUAL)
 INTERMEDIATE_LOSSES = (
     *ALL_LAYER_LOSSES,
     "shallowdeep_ce",

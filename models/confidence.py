@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.checks import spell
 from models.decoder_view import DecoderView
-from models.errors import UserError
+from models.exit_adapter import check_shortlist
 from models.host import argmax, top_and_gap
 
 
@@ -72,11 +72,7 @@ class ShortlistGap:
         Raises:
             UserError: fewer, one twice, or one that is no token.
         """
-        vocabulary = view.model.get_output_embeddings().weight.shape[0]
-        if len(token_ids) < 2 or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
-            raise UserError(f"A shortlist needs at least two token ids in 0..{vocabulary - 1}.")
-        if len(token_ids.unique()) < len(token_ids):
-            raise UserError("A shortlist has every token id once: leave repeated ones out.")
+        check_shortlist(token_ids, view.model.get_output_embeddings().weight.shape[0], least=2)
         self.project = view.projection_onto(token_ids)
 
     def __call__(self, view: DecoderView, hidden: Tensor, layer: int) -> Measured:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from models.confidence import ConfidenceMeasure, MetaClassifier, SoftmaxGap
 from models.decode_stats import DecodeStats
 from models.decoding import early_exit_decode
 from models.errors import UserError
-from models.exit_adapter import attach_exit_adapter, exit_adapter_of
+from models.exit_adapter import ExitAdapter, attach_exit_adapter, exit_adapter_of
 from models.exit_adapter_files import load_exit_adapter, twin_of
 from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, head_misfits, load_exit_heads
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
@@ -198,11 +199,19 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
 def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
     """The model, as it is now, with an exit adapter, which is loaded once; the model itself lacks it."""
     loaded, twin = vars(model).setdefault(ADAPTERS, {}), twin_of(model)
-    if exit_adapter in loaded:
-        attach_exit_adapter(twin, loaded[exit_adapter].to(model.device, model.dtype))
-    else:
+    if exit_adapter not in loaded:
         loaded[exit_adapter] = load_exit_adapter(twin, exit_adapter)
+    attach_exit_adapter(twin, fitted(loaded[exit_adapter], model))
     return twin
+
+
+def fitted(adapter: ExitAdapter, model: PreTrainedModel) -> ExitAdapter:
+    """An exit adapter where the model is, and in its precision: a copy where it was loaded for another, as
+    its own weights would stay rounded."""
+    weight = next(adapter.parameters())
+    if (weight.device, weight.dtype) == (model.device, model.dtype):
+        return adapter
+    return copy.deepcopy(adapter).to(model.device, model.dtype)
 
 
 def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedModel) -> ExitPolicy:
@@ -215,7 +224,9 @@ def build_policy(options: ExitOptions, trained: ExitConfig, model: PreTrainedMod
         limits = (options.min_layer, options.exit_layers)
         return Calm(measure, options.threshold, *limits)
     adapter = exit_adapter_of(model)
-    layer = options.shallow_layer or (trained.shallow_exit_layer if adapter is None else adapter.layer)
+    layer = options.shallow_layer
+    if layer is None:
+        layer = trained.shallow_exit_layer if adapter is None else adapter.layer
     if layer is None:
         raise UserError("Give shallow_layer: the checkpoint does not say after which layer tokens may exit.")
     if options.method == "static":

@@ -48,7 +48,8 @@ class ModelInputs(NamedTuple):
 
 
 class DecoderView(Protocol):
-    """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, V vocabulary.
+    """One decoder, one layer at a time. Shapes: B batch, Q new tokens, D model width, E width of what the LM
+    head reads (D but in OPT-350m), V vocabulary.
 
     `state` is what `begin` returned: each view has a kind of its own, which its methods may name. One that
     has a faster way than `advance_in_parts` also has a method `advance`, which does the same.
@@ -94,16 +95,16 @@ class DecoderView(Protocol):
         """Logits of the exit after `layer`, of what `read_exit` gives: un-normalized (..., D) -> (..., V)."""
 
     def normalize(self, hidden: Tensor, layer: int) -> Tensor:
-        """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., D).
+        """The state that the LM head reads after `layer` (1..L): (..., D) -> (..., E).
 
         The final norm, or the identity for families without one, after the layer's own head if it has one.
         """
 
     def project(self, normalized: Tensor) -> Tensor:
-        """LM head with the family's output scaling: (..., D) -> (..., V)."""
+        """LM head with the family's output scaling: (..., E) -> (..., V)."""
 
     def projection_onto(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """`project` for a few tokens only: ids (K,) -> a function from (..., D) to (..., K)."""
+        """`project` for a few tokens only: ids (K,) -> a function from (..., E) to (..., K)."""
 
     def training_states(self, outputs: Any) -> tuple[Tensor, ...]:
         """States of a forward pass with `output_hidden_states`: layer i's output at index i (0:

@@ -32,7 +32,8 @@ class Nothing(nn.Module):
 
 
 class ExitAdapter(nn.Module):
-    """Between the states after `layer` (1..L) and the LM head of an exit there. D width, V vocabulary.
+    """Between the states after `layer` (1..L) and the LM head of an exit there. D width, E of what the LM
+    head reads, V vocabulary.
 
     - layer: one more decoder layer, at first a copy of the one that follows, whose input it reads; a residual
       linear map, at first the identity; a norm, at first the model's final one;
@@ -64,7 +65,8 @@ class ExitAdapter(nn.Module):
         shortlist: Tensor | None = None,
         kv_layer: int | None = None,
     ) -> None:
-        """`block`: the decoder layer, which the view runs as one more of its own; None where there is none.
+        """`block`: the decoder layer, which the view runs as one more of its own and which keeps keys/values;
+        None where there is none.
         `read_width`: of what the LM head reads, narrower than states in OPT-350m."""
         super().__init__()
         self.kind = kind
@@ -92,11 +94,6 @@ class ExitAdapter(nn.Module):
         """The layer, counted from 0, that `block` was a copy of."""
         return self.layer if self.kv_layer is None else self.kv_layer - 1
 
-    @property
-    def keeps(self) -> bool:
-        """Whether it caches keys/values."""
-        return self.kind in KEEPING_EXIT_ADAPTERS
-
     def layers_run(self, layer: int) -> int:
         """Layers that a token runs which exits after `layer`, this one's own included."""
         return layer + (self.block is not None and layer == self.layer)
@@ -106,7 +103,7 @@ class ExitAdapter(nn.Module):
         return states if self.entry is None else states + self.entry(states)
 
     def normalize(self, states: Tensor) -> Tensor:
-        """What the LM head reads, of what the exit reads: (..., D) -> (..., D)."""
+        """What the LM head reads, of what the exit reads: (..., D) -> (..., E)."""
         if self.kind != "norm":
             states = states + self.projection(states)
         return self.norm(states)
@@ -134,7 +131,8 @@ def make_exit_adapter(
             its own.
 
     Raises:
-        UserError: no such kind or layer, or a model that has no final norm to start from.
+        UserError: no such kind or layer, a shortlist of what are no token ids or one twice, or a model that
+            has no final norm to start from.
     """
     view = getattr(view, "eager", view)  # what a backend's sees the modules through
     if kind not in EXIT_ADAPTERS:
@@ -143,6 +141,8 @@ def make_exit_adapter(
         raise UserError(f"exit_adapter: layer must lie in 1..{view.num_layers - 1}, got {layer!r}.")
     if kv_layer is not None:
         check_kv_layer(view, kind, layer, kv_layer)
+    if shortlist is not None:
+        check_shortlist(shortlist, view.vocabulary)
     norm, block = copy.deepcopy(view.final_norm), None
     if kind in KEEPING_EXIT_ADAPTERS:
         block = copy_layer(view.layers[layer if kv_layer is None else kv_layer - 1], view.num_layers)
@@ -154,6 +154,18 @@ def make_exit_adapter(
     read_width = view.model.get_output_embeddings().weight.shape[1]
     adapter = ExitAdapter(kind, layer, block, norm, view.width, read_width, shortlist, kv_layer)
     return adapter.to(view.model.device, view.model.dtype).eval()
+
+
+def check_shortlist(token_ids: Tensor, vocabulary: int, least: int = 1) -> None:
+    """Raise UserError unless there are at least so many ids (K,), whole numbers in 0..V - 1, each once."""
+    kind = token_ids.dtype
+    if token_ids.dim() != 1 or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        shape = tuple(token_ids.shape)
+        raise UserError(f"A shortlist is a row of whole numbers, not {kind} of shape {shape}.")
+    if len(token_ids) < least or int(token_ids.max()) >= vocabulary or int(token_ids.min()) < 0:
+        raise UserError(f"A shortlist needs at least {least} token ids in 0..{vocabulary - 1}.")
+    if len(token_ids.unique()) < len(token_ids):
+        raise UserError("A shortlist has every token id once: leave repeated ones out.")
 
 
 def check_kv_layer(view: Any, kind: str, layer: int, kv_layer: int, name: str = "kv_layer") -> None:

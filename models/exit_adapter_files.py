@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from models.checkpoint_files import find_file, read_weights, split_gguf
 from models.errors import UserError
-from models.exit_adapter import NAME, ExitAdapter, attach_exit_adapter, exit_adapter_of, make_exit_adapter
+from models.exit_adapter import (
+    NAME,
+    ExitAdapter,
+    attach_exit_adapter,
+    check_shortlist,
+    exit_adapter_of,
+    make_exit_adapter,
+)
 from models.families import view_for
 from models.json_files import check_keys, read_mapping
 
@@ -103,6 +110,8 @@ def load_exit_adapter(model: PreTrainedModel, name_or_path: str, **hub: Any) -> 
     except UserError as error:
         raise UserError(f"exit_adapter {name_or_path}: {CONFIG_NAME}: {error}") from error
     fit_weights(adapter, weights, weights_path)
+    if shortlist is not None:
+        refuse_wrong_shortlist(weights["shortlist"], most, weights_path)
     attach_exit_adapter(model, adapter)
     return adapter
 
@@ -149,6 +158,14 @@ def fit_weights(adapter: ExitAdapter, weights: dict[str, Tensor], path: Path) ->
         raise UserError(f"{path} does not fit its configuration: {', '.join(differing)}.")
     for name, weight in own.items():
         weight.copy_(weights[name])
+
+
+def refuse_wrong_shortlist(shortlist: Tensor, vocabulary: int, path: Path) -> None:
+    """Raise UserError, which names the file, for ids that are none of the vocabulary's."""
+    try:
+        check_shortlist(shortlist, vocabulary)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def fingerprint_base(model: PreTrainedModel) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOURCE_FLAG, TARGET_FLAG = "--source_lang", "--target_lang"
+SOURCE, TARGET = "source_lang", "target_lang"  # as callers, and flags, name them
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")
 NAMED_CODES = 60  # in a message; of more, first those that begin like what was asked for
 
@@ -26,8 +26,8 @@ NAMED_CODES = 60  # in a message; of more, first those that begin like what was 
 def set_languages(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    source: str | None,
-    target: str | None,
+    source_lang: str | None,
+    target_lang: str | None,
     translates: bool,
 ) -> None:
     """Tell a multilingual tokenizer and `generate` the languages; nothing to do for other tokenizers.
@@ -42,13 +42,13 @@ def set_languages(
     if not codes:
         return
     saved = tokenizer.init_kwargs if tokenizer.init_kwargs.get("tgt_lang") else {}  # else a mere default
-    source = find_code(SOURCE_FLAG, source, codes) if source else saved.get("src_lang")
-    target = find_code(TARGET_FLAG, target, codes) if target else saved.get("tgt_lang")
+    source = find_code(SOURCE, source_lang, codes) if source_lang else saved.get("src_lang")
+    target = find_code(TARGET, target_lang, codes) if target_lang else saved.get("tgt_lang")
     if translates and not (source and target):
-        flag = TARGET_FLAG if source else SOURCE_FLAG
-        raise UserError(f"The tokenizer knows many languages: add {flag}, one of {listing(codes)}.")
+        missing = TARGET if source else SOURCE
+        raise UserError(f"The tokenizer knows many languages: add {missing}, one of {listing(codes)}.")
     if source is None and target is None:
-        logger.warning("Texts are encoded as %s; name their language with --source_lang.", tokenizer.src_lang)
+        logger.warning("Texts are encoded as %s; name their language by %s.", tokenizer.src_lang, SOURCE)
         return
     tokenizer.src_lang = source or target
     tokenizer.tgt_lang = target or source
@@ -63,7 +63,7 @@ def language_codes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(known or filter(LANGUAGE_CODE.fullmatch, tokenizer.all_special_tokens))
 
 
-def find_code(flag: str, language: str, codes: list[str]) -> str:
+def find_code(name: str, language: str, codes: list[str]) -> str:
     """The code that a language's name means: itself, however it is spelt, or the only one of the language.
 
     Raises:
@@ -77,10 +77,10 @@ def find_code(flag: str, language: str, codes: list[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{flag} {language} may be {' or '.join(found)}: choose one.")
+        raise UserError(f"{name} {language} may be {' or '.join(found)}: choose one.")
     near = [code for code in codes if code[:2] == language[:2].lower() and len(codes) > NAMED_CODES]
     known = listing(near or codes)
-    raise UserError(f"{flag} {language}: the tokenizer has no such language; it has {known}.")
+    raise UserError(f"{name} {language}: the tokenizer has no such language; it has {known}.")
 
 
 def listing(codes: list[str]) -> str:
@@ -115,16 +115,16 @@ def start_like_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         generation.decoder_start_token_id = model.config.decoder_start_token_id = labels[-1]
 
 
-def mark_target(tokenizer: PreTrainedTokenizerBase | None, target: str | None, prefix: str) -> str:
+def mark_target(tokenizer: PreTrainedTokenizerBase | None, target_lang: str | None, prefix: str) -> str:
     """The prefix of sources, before it the token by which a multilingual Marian is told the target.
 
     Raises:
         UserError: the language is unknown or ambiguous.
     """
     codes = [code.strip("><") for code in getattr(tokenizer, "supported_language_codes", ())]
-    if not codes or target is None or prefix.startswith(">>"):
+    if not codes or target_lang is None or prefix.startswith(">>"):
         return prefix
-    return f">>{find_code(TARGET_FLAG, target, codes)}<< {prefix}"
+    return f">>{find_code(TARGET, target_lang, codes)}<< {prefix}"
 
 
 def target_token_ids(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str | None]) -> list[int]:

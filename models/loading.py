@@ -43,7 +43,6 @@ from models.exit_heads import (
     attach_exit_heads,
     exit_head_weights,
     head_misfits,
-    is_head_weight,
     load_exit_heads,
 )
 from models.families import check_family, view_for
@@ -61,7 +60,13 @@ from models.lora import (
     read_base_model,
 )
 from models.prompts import Prompt
-from models.stored_heads import DECODER_LM_HEAD, load_exit_config, read_extra_weights, with_stored_heads
+from models.stored_heads import (
+    DECODER_LM_HEAD,
+    load_exit_config,
+    read_extra_weights,
+    stored_exits,
+    with_stored_heads,
+)
 from models.tokenizer import load_tokenizer
 
 OLD_BUFFERS = (".attn.masked_bias",)  # GPT-2's, of early transformers: no weights
@@ -172,35 +177,40 @@ def load_weights(
         return load_adapted_weights(name_or_path, adapter.parent, dtype, merge_adapter, **hub)
     check_config(name_or_path)
     exit_config = load_exit_config(name_or_path, **hub)
-    try:
+    with damage_named(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
-        check_family(config.model_type)
-        with without_load_report():  # it is judged below, where exit heads are known
-            model, report = auto_class(config).from_pretrained(
-                name_or_path,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                trust_remote_code=False,
-                **hub,
-            )
-    except UserError:
-        raise
-    except LOADING_ERRORS as error:
-        reason = find_damage(Path(name_or_path)) or first_line(error)
-        raise UserError(f"Cannot load a model from {name_or_path}: {reason}") from error
+    check_family(config.model_type)
+    with damage_named(name_or_path), without_load_report():  # judged below, where exit heads are known
+        model, report = auto_class(config).from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
+            **hub,
+        )
     freeze_unsaved_weights(model)
     unexpected = set(report["unexpected_keys"])
     exit_config = with_stored_heads(exit_config, unexpected)
-    attach_exit_heads(model, exit_config)
+    attach_exit_heads(model, exit_config, stored_exits(unexpected))
     has_heads = any(hasattr(model, name) for name in HEAD_NAMES)
     extra = read_extra_weights(name_or_path, **hub) if has_heads or unexpected else {}
     heads = exit_head_weights(extra)
     if is_same(extra.get(DECODER_LM_HEAD), model.get_output_embeddings().weight):
         unexpected.discard(DECODER_LM_HEAD)  # the original saves the LM head a second time
-    refuse_misfits(name_or_path, report | {"unexpected_keys": unexpected}, head_misfits(model, heads))
+    refuse_misfits(name_or_path, model, report | {"unexpected_keys": unexpected}, heads)
     load_exit_heads(model, heads)
     return model, exit_config
+
+
+@contextmanager
+def damage_named(name_or_path: str) -> Iterator[None]:
+    """Raise UserError where transformers cannot load from there, with what is wrong with the files."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        reason = find_damage(Path(name_or_path)) or first_line(error)
+        raise UserError(f"Cannot load a model from {name_or_path}: {reason}") from error
 
 
 def is_same(stored: Tensor | None, loaded: Tensor) -> bool:
@@ -254,11 +264,11 @@ def load_adapted_weights(
     vocabulary = adapted_vocabulary(folder)
     if vocabulary is not None:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    exit_config = load_exit_config(name_or_path, **hub)
-    attach_exit_heads(model, exit_config)
     heads_file = find_file(name_or_path, EXIT_HEADS_NAME, **hub)
     heads = read_weights(heads_file) if heads_file is not None else {}
-    refuse_misfits(name_or_path, {}, head_misfits(model, heads))
+    exit_config = with_stored_heads(load_exit_config(name_or_path, **hub), heads)
+    attach_exit_heads(model, exit_config, stored_exits(heads))
+    refuse_misfits(name_or_path, model, {"unexpected_keys": heads}, heads)
     load_exit_heads(model, heads)
     return load_lora(model, folder, merge), exit_config
 
@@ -328,14 +338,21 @@ def create_model(config_name: str, tokenizer_name: str, **hub: Any) -> LoadedMod
     return LoadedModel(model, tokenizer, ExitConfig())
 
 
-def refuse_misfits(name_or_path: str, report: dict[str, Any], heads: dict[str, list[str]]) -> None:
-    """Raise UserError, naming all of them, if weights are missing, mis-shaped or unknown."""
-    keys = report.get("unexpected_keys", ())
-    unexpected = [key for key in keys if not (is_head_weight(key) or key.endswith(OLD_BUFFERS))]
+def refuse_misfits(
+    name_or_path: str, model: PreTrainedModel, report: dict[str, Any], heads: dict[str, Tensor]
+) -> None:
+    """Raise UserError, naming all of them, if weights are missing, mis-shaped or unknown: those that
+    transformers reports, or those of exit heads."""
+    misfits, known = head_misfits(model, heads), exit_head_weights(model.state_dict())
+    unexpected = [
+        key
+        for key in report.get("unexpected_keys", ())
+        if not (key.removeprefix("decoder.") in known or key.endswith(OLD_BUFFERS))
+    ]
     problems = {
-        "missing": sorted(report.get("missing_keys", ())) + heads["missing"],
+        "missing": sorted(report.get("missing_keys", ())) + misfits["missing"],
         "unexpected": sorted(unexpected),
-        "wrong shape": sorted(map(str, report.get("mismatched_keys", ()))) + heads["wrong shape"],
+        "wrong shape": sorted(map(str, report.get("mismatched_keys", ()))) + misfits["wrong shape"],
     }
     found = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
     if found:

@@ -50,8 +50,8 @@ def add_lora(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {target_modules}: {error}") from error
-    refuse_tied_targets(adapted, f"--lora_target_modules {target_modules}")
+        raise UserError(f"target_modules of LoRA {target_modules}: {error}") from error
+    refuse_tied_targets(adapted, f"target_modules of LoRA {target_modules}")
     train_exit_heads(adapted)
     return adapted
 

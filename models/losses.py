@@ -324,7 +324,7 @@ class ConfidenceHeadLoss:
         for index, layer in enumerate(self.layers):
             logits = full_precision(view.model.cm_head(states[index]))
             losses[layer] = balanced_cross_entropy(logits, agreements[index], counts[index])
-        weighted = torch.stack([layer * loss for layer, loss in losses.items()]).sum() / sum(losses)
+        weighted = torch.stack([layer * loss for layer, loss in losses.items()]).sum() / sum(self.layers)
         return LossTerms(weighted, {f"cm_layer_{layer}": loss.detach() for layer, loss in losses.items()})
 
     def _read(self, view: DecoderView, outputs: Any, labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:

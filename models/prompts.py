@@ -76,13 +76,13 @@ class Prompt:
         """Ids of answers as they follow those of their prompts, the end token at last."""
         texts = list(map(join, asked, answers))
         found = []
-        for start, whole, answer in zip(
-            self.encode(tokenizer, asked), self.encode(tokenizer, texts), answers, strict=True
-        ):
+        ids = self.encode(tokenizer, asked), self.encode(tokenizer, texts)
+        for start, whole, prompt, text in zip(*ids, asked, texts, strict=True):
             if whole[: len(start)] == start:
                 token_ids = whole[len(start) :]
             else:  # a token reaches over the border: the prompt stays as it is at decoding
-                token_ids = tokenizer(join("", answer), add_special_tokens=False, verbose=False).input_ids
+                rest = text[len(prompt) :]
+                token_ids = tokenizer(rest, add_special_tokens=False, verbose=False).input_ids
             found.append([*token_ids, tokenizer.eos_token_id])
         return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoint_files import find_file, read_weights
-from models.exit_heads import EXIT_CONFIG_NAME, ExitConfig, is_head_weight
+from models.exit_heads import EXIT_CONFIG_NAME, ExitConfig, exit_head_weights, is_head_weight
 from models.json_files import read_mapping
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -44,11 +44,25 @@ def is_extra_weight(name: str) -> bool:
     return is_head_weight(name) or name == DECODER_LM_HEAD
 
 
-def with_stored_heads(exit_config: ExitConfig, unexpected_keys: Iterable[str]) -> ExitConfig:
-    """The configuration, extended by heads that a checkpoint holds but does not announce."""
-    stored = {key.removeprefix("decoder.").split(".")[0] for key in unexpected_keys}
+def with_stored_heads(exit_config: ExitConfig, names: Iterable[str]) -> ExitConfig:
+    """The configuration, extended by heads that a checkpoint holds, by the `names` of its weights, but does
+    not announce."""
+    found = exit_head_weights(dict.fromkeys(names))
+    stored, layers, shallow = {name.split(".")[0] for name in found}, stored_exits(found), None
+    kind = exit_config.per_exit_head
+    if kind is None and layers:
+        kind = "projection" if any(name.endswith(".linear.weight") for name in found) else "norm"
+        shallow = min(layers) if len(layers) == 1 else None
     return replace(
         exit_config,
         train_meta_cm_head=exit_config.train_meta_cm_head or "cm_head" in stored,
         do_layer_transformation=exit_config.do_layer_transformation or "layer_transformation" in stored,
+        per_exit_head=kind,
+        shallow_exit_layer=exit_config.shallow_exit_layer or shallow,
     )
+
+
+def stored_exits(names: Iterable[str]) -> set[int]:
+    """Layers of the per-exit heads that weights belong to."""
+    parts = (name.split(".") for name in exit_head_weights(dict.fromkeys(names)))
+    return {int(layer) for head, layer, *_ in parts if head == "per_exit_heads" and layer.isdecimal()}

@@ -30,7 +30,7 @@ def load_tokenizer(
     except LOADING_ERRORS as error:
         raise UserError(f"Cannot load a tokenizer from {name}: {first_line(error)}") from error
     if gguf is None and not has_vocabulary(tokenizer, name, **hub):
-        raise UserError(f"{name} has no tokenizer. Name its base model's with --tokenizer_name.")
+        raise UserError(f"{name} has no tokenizer. Name its base model's as tokenizer_name.")
     target_tokens = getattr(tokenizer, "target_encoder", ())  # where source and target have their own
     # Gemma 3's text models share a tokenizer with their siblings, whose tokens for images they lack.
     source_tokens = tokenizer.vocab_size if prompts else len(tokenizer)

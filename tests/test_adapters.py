@@ -8,10 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import padded_inputs, tiny_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from models.errors import UserError
+from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights
 from models.families import view_for
 from models.loading import load_model
 from util.loss_arguments import LoraArguments
@@ -112,6 +114,20 @@ def test_an_adapter_brings_its_own_tokenizer(adapter):
     loaded = load_model(str(adapter))
     assert loaded.tokenizer("<extra>", add_special_tokens=False).input_ids == [len(tokenizer) - 1]
     assert "<extra>" not in load_model(str(adapter), str(CHECKPOINT)).tokenizer.get_vocab()
+
+
+def test_exit_heads_beside_an_adapter_are_found_or_refused(adapter):
+    base = load_model(str(CHECKPOINT)).model
+    attach_exit_heads(base, ExitConfig(per_exit_head="norm"))
+    torch.nn.init.normal_(base.per_exit_heads["1"].weight)
+    heads = exit_head_weights(base.state_dict())
+    save_file(heads, adapter / "exit_heads.safetensors")
+    loaded = load_model(str(adapter))
+    assert loaded.exit_config.per_exit_head == "norm"
+    assert torch.equal(loaded.model.per_exit_heads["1"].weight, base.per_exit_heads["1"].weight)
+    save_file(heads | {"cm_head.7.weight": torch.zeros(1)}, adapter / "exit_heads.safetensors")
+    with pytest.raises(UserError, match=r"unexpected: cm_head\.7\.weight"):
+        load_model(str(adapter))
 
 
 def damage_config(folder):

@@ -150,3 +150,12 @@ def test_run_stops_or_says_why_not(folder, tmp_path, caplog):
     (tmp_path / "long").mkdir()
     _, log = evaluate(folder, tmp_path / "long", caplog, [(a, f"{b}\n\nMore.") for a, b in rows])
     assert "not at the empty line between examples, as an example's answer holds one itself" in log
+
+
+def test_a_token_over_the_border_adds_no_second_blank():
+    tokenizer, answer = byte_level_tokenizer(), "\nth"
+    for template, expected in (("{source}\n", ["Ċ", "th"]), ("{source} =", ["Ġ", "Ċ", "th"])):
+        prompt = Prompt(template)
+        asked = [prompt.ask(tokenizer, "x")]
+        expected_ids = tokenizer.convert_tokens_to_ids([*expected, "</s>"])
+        assert prompt.encode_answers(tokenizer, asked, [answer]) == [expected_ids], template

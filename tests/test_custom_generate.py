@@ -35,6 +35,7 @@ from models import (
     view_for,
 )
 from models.choices import EXIT_ADAPTERS
+from models.exit_adapter import exit_adapter_of
 from models.exit_heads import ExitConfig, attach_exit_heads
 from scripts import export_custom_generate
 
@@ -263,6 +264,24 @@ def test_an_exit_adapter_follows_a_model_that_changes(tmp_path):
     expected = decode_here(taught, inputs, Free(2, SoftmaxGap(), 0.05))
     assert custom_generate.generate(**inputs, **options).tolist() == expected
     assert not hasattr(plain, "exit_adapter")
+
+
+def test_an_exit_adapter_is_rounded_for_half_precision_alone(tmp_path):
+    plain, inputs = tiny_causal("llama-tied"), prompts(2)
+    save_exit_adapter(with_adapter(), tmp_path)
+    options = {"model": plain, "threshold": 0.05, "exit_adapter": str(tmp_path)} | LENGTH
+    stored = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    custom_generate.generate(**inputs, **options)
+    custom_generate.generate(**inputs, **options | {"model": plain.bfloat16()})
+    plain.float().load_state_dict(stored)
+    adapter = exit_adapter_of(custom_generate.twin_with(plain, str(tmp_path)))
+    expected = with_adapter().exit_adapter.projection.weight
+    assert torch.equal(adapter.projection.weight, expected)
+
+
+def test_a_layer_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match=r"shallow_layer.* 0"):
+        custom_generate.generate(**prompts(1), model=with_adapter(), shallow_layer=0)
 
 
 def test_a_model_with_the_code_generates_with_it(outputs):

@@ -181,7 +181,7 @@ def test_a_projection_onto_a_shortlist_follows_the_model(shape):
         torch.testing.assert_close(project(states), expected, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("ids", "message"), [([3], "at least two"), ([3, 97], "0..96"), ([3, 5, 3], "once")])
+@pytest.mark.parametrize(("ids", "message"), [([3], "at least 2"), ([3, 97], "0..96"), ([3, 5, 3], "once")])
 def test_shortlists_that_are_none_are_refused(ids, message):
     with pytest.raises(UserError, match=message):
         ShortlistGap(view_for(tiny_model()), torch.tensor(ids))

@@ -17,6 +17,7 @@ from adapted_models import (
     make_inputs,
 )
 from pairs import covering, slow_but, thin
+from safetensors.torch import load_file, save_file
 from tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tiny_models import FAMILIES, tiny_model
 from transformers import DynamicCache, LogitsProcessorList
@@ -39,6 +40,7 @@ from models import (
     view_for,
 )
 from models.choices import EXACT_PRECISIONS, EXIT_ADAPTERS
+from models.exit_adapter_files import WEIGHTS_NAME, load_exit_adapter, save_exit_adapter
 from models.exit_heads import ExitConfig
 from models.loading import LoadedModel
 
@@ -292,3 +294,23 @@ def test_what_cannot_be_made_is_refused(kind):
         make_exit_adapter(view_for(tiny_causal()), "layer", 6)
     with pytest.raises(UserError, match=r"must lie in 1\.\.5, got '2'"):
         make_exit_adapter(view_for(tiny_causal()), "layer", "2")
+
+
+WRONG_SHORTLISTS = {
+    "once": torch.tensor([5, 5, 9]),
+    r"in 0\.\.96": torch.tensor([5, 6, 97]),
+    "not torch.float32 of shape": torch.tensor([1.5, 3.7, 6.0]),
+}
+
+
+@pytest.mark.parametrize("complaint", WRONG_SHORTLISTS)
+def test_shortlists_of_what_are_no_tokens_are_refused(complaint, tmp_path):
+    model, wrong = tiny_causal(num_layers=2), WRONG_SHORTLISTS[complaint]
+    with pytest.raises(UserError, match=complaint):
+        make_exit_adapter(view_for(model), "projection", 1, wrong)
+    attach_exit_adapter(model, make_exit_adapter(view_for(model), "projection", 1, torch.arange(3)))
+    save_exit_adapter(model, tmp_path)
+    path = tmp_path / WEIGHTS_NAME
+    save_file(load_file(path) | {"shortlist": wrong}, path)
+    with pytest.raises(UserError, match=f"{WEIGHTS_NAME}: .*{complaint}"):
+        load_exit_adapter(tiny_causal(num_layers=2), str(tmp_path))

@@ -186,7 +186,7 @@ def test_lora_adapter_trains_on(t5, tmp_path):
 
 
 def test_lora_targets_that_do_not_exist_are_named(t5, tmp_path):
-    with pytest.raises(UserError, match="lora_target_modules"):
+    with pytest.raises(UserError, match="target_modules of LoRA"):
         train(t5, tmp_path, 1, use_lora=True, lora_target_modules="wq", **exit_loss_flags("shallowdeep_ce"))
 
 

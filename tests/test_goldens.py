@@ -187,5 +187,5 @@ def test_beta_mixture_refits():
 
 
 def test_checkpoints_in_the_old_layout_load():
-    with pytest.raises(ValueError, match="--tokenizer_name"):
+    with pytest.raises(ValueError, match="as tokenizer_name"):
         load_model(str(GOLDEN / "tiny24"))

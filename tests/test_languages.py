@@ -152,34 +152,34 @@ def test_a_sweep_sets_the_languages(rows, tmp_path, multilingual):
     ],
 )
 def test_languages_are_found_by_their_usual_names(language, codes, expected):
-    assert find_code("--source_lang", language, codes) == expected
+    assert find_code("source_lang", language, codes) == expected
 
 
 @pytest.mark.parametrize(
     ("language", "complaint"),
     [
-        ("zh", "--target_lang zh may be zho_Hans or zho_Hant: choose one"),
-        ("pt_BR", "--target_lang pt_BR: the tokenizer has no such language; it has zho_Hans, zho_Hant, por_"),
-        ("x", "--target_lang x: the tokenizer has no such language; it has zho_Hans"),
+        ("zh", "target_lang zh may be zho_Hans or zho_Hant: choose one"),
+        ("pt_BR", "target_lang pt_BR: the tokenizer has no such language; it has zho_Hans, zho_Hant, por_"),
+        ("x", "target_lang x: the tokenizer has no such language; it has zho_Hans"),
     ],
 )
 def test_languages_that_are_not_clear_get_one_line(language, complaint):
     with pytest.raises(UserError, match=complaint):
-        find_code("--target_lang", language, ["zho_Hans", "zho_Hant", "por_Latn"])
+        find_code("target_lang", language, ["zho_Hans", "zho_Hant", "por_Latn"])
 
 
 def test_of_many_languages_the_nearest_are_named():
     with pytest.raises(UserError) as caught:
-        find_code("--target_lang", "arabic", MULTILINGUAL["nllb"]().extra_special_tokens)
+        find_code("target_lang", "arabic", MULTILINGUAL["nllb"]().extra_special_tokens)
     assert "arb_Arab" in str(caught.value) and "deu_Latn" not in str(caught.value)
 
 
 def test_translation_without_languages_is_refused(multilingual):
     _, folder = multilingual
     loaded = load_model(str(folder))
-    with pytest.raises(UserError, match=r"add --source_lang, one of \w+_"):
+    with pytest.raises(UserError, match=r"add source_lang, one of \w+_"):
         set_languages(loaded.model, loaded.tokenizer, None, None, translates=True)
-    with pytest.raises(UserError, match="add --target_lang"):
+    with pytest.raises(UserError, match="add target_lang"):
         set_languages(loaded.model, loaded.tokenizer, "de", None, translates=True)
 
 
@@ -187,7 +187,7 @@ def test_summaries_are_in_the_language_of_their_documents(multilingual, caplog):
     kind, folder = multilingual
     loaded = load_model(str(folder))
     set_languages(loaded.model, loaded.tokenizer, None, None, translates=False)
-    assert "name their language with --source_lang" in caplog.text
+    assert "name their language by source_lang" in caplog.text
     set_languages(loaded.model, loaded.tokenizer, "de", None, translates=False)
     labels = loaded.tokenizer(text_target="das").input_ids
     assert labels == expected_ids(loaded.tokenizer, kind, "das", CODES[kind][0])

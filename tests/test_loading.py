@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from models.errors import UserError
 from models.exit_adapter import attach_exit_adapter, make_exit_adapter
 from models.exit_adapter_files import save_exit_adapter
-from models.exit_heads import ExitConfig, attach_exit_heads
+from models.exit_heads import ExitConfig, attach_exit_heads, make_per_exit_heads
 from models.families import view_for
 from models.loading import cast_model, create_model, load_model
 
@@ -124,6 +124,43 @@ def test_heads_that_the_config_does_not_announce_are_found(original):
     loaded = load_model(str(folder))
     assert loaded.exit_config.train_meta_cm_head and loaded.exit_config.do_layer_transformation
     assert torch.equal(loaded.model.cm_head[0].weight, model.cm_head[0].weight)
+
+
+@pytest.mark.parametrize("kind", ["norm", "projection"])
+@pytest.mark.parametrize("shallow", [None, 2])
+def test_per_exit_heads_that_no_config_announces_are_found(tmp_path, kind, shallow):
+    loaded, exits = load_model(CHECKPOINT), ExitConfig(per_exit_head=kind, shallow_exit_layer=shallow)
+    attach_exit_heads(loaded.model, exits)
+    for weight in loaded.model.per_exit_heads.parameters():
+        torch.nn.init.normal_(weight)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    assert again.exit_config == exits
+    expected = loaded.model.per_exit_heads.state_dict()
+    held = again.model.per_exit_heads.state_dict()
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+
+
+def test_a_later_training_for_one_exit_keeps_the_heads_of_the_others(tmp_path):
+    loaded = load_model(CHECKPOINT)
+    attach_exit_heads(loaded.model, ExitConfig(per_exit_head="norm"))
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    ExitConfig(per_exit_head="norm", shallow_exit_layer=2).save(tmp_path)
+    held = load_model(str(tmp_path)).model.per_exit_heads
+    assert set(held) == set(loaded.model.per_exit_heads)
+
+
+def test_heads_of_no_exit_are_refused(tmp_path):
+    loaded = load_model(CHECKPOINT)
+    loaded.model.per_exit_heads = make_per_exit_heads("norm", [99], loaded.model.config.hidden_size)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    ExitConfig(per_exit_head="norm", shallow_exit_layer=2).save(tmp_path)
+    with pytest.raises(UserError, match=r"missing: per_exit_heads\.2.*unexpected: per_exit_heads\.99"):
+        load_model(str(tmp_path))
 
 
 def test_all_misfits_are_named_in_one_message(original):

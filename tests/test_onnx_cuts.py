@@ -45,6 +45,26 @@ def test_layers_are_heavy_by_their_bytes(monkeypatch):
     assert Cuts.of(view, "fp32").heavy and not Cuts.of(view, "w8").heavy
 
 
+def test_threads_that_cut_at_one_place_cut_once():
+    shared, place = Cuts(heavy=True), Interrupted(3)
+    shared.stretches(0, 6)
+    place.meanwhile = lambda: shared.stretches(3, 6)
+    assert shared.stretches(place, 6) == [(3, 6)]
+    assert shared.stretches(0, 6) == [(0, 3), (3, 6)]
+
+
+class Interrupted(int):
+    """A place, which another thread cuts at while this one compares it."""
+
+    meanwhile = None
+
+    def __lt__(self, other):
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return int(self) < int(other)
+
+
 @pytest.mark.parametrize("family", ["t5-tied", "bart-tied"])
 def test_every_policy_decodes_torchs_tokens_and_no_layer_is_held_twice(family):
     torch_model = loaded(perturbed(family))

@@ -1,14 +1,18 @@
 """Exported layers against the modules they come from, and their bits alone and in windows."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from pairs import slow_but
-from tiny_models import FAMILIES, tiny_model
+from tiny_causal import prompts, tiny_causal
+from tiny_models import FAMILIES, padded_inputs, tiny_model
 
-from models.backends.onnx.attention import exported_attention
+from models.backends.onnx.attention import Attended, attending, exported_attention, rotated_by_operator
 from models.backends.onnx.engine import KINDS
 from models.backends.onnx.pieces import DecoderLayer, EncoderLayer, Head, KeysValues, Memory
 from models.backends.onnx.store import Store, default_cache_dir
@@ -17,6 +21,7 @@ from models.errors import UserError
 from models.families import view_for
 
 CAPACITY, SOURCE, TOKENS = 32, 9, 12
+START = torch.tensor([[0, 4, 9]]).repeat(2, 1)
 DAILY = ("t5-tied",)
 EXPORTED = [family for family in FAMILIES if family != "longt5-tglobal"]  # whose encoder is not exported
 
@@ -159,3 +164,44 @@ def test_the_model_is_as_before_once_it_is_exported():
         raise KeyError
     assert model.config._attn_implementation == model.decoder.config._attn_implementation == before
     assert model.training
+
+
+def shallow(family):
+    """A tiny model of two layers, and inputs with padding for its forward pass."""
+    if family in FAMILIES:
+        return tiny_model(family, num_layers=2).eval(), padded_inputs(2) | {"decoder_input_ids": START}
+    return tiny_causal(family, num_layers=2), prompts(2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["t5-tied", "bart-tied", "llama-tied"])
+def test_other_threads_attend_and_rotate_as_ever_during_an_export(family, implementation):
+    model, inputs = shallow(family)
+    model.set_attn_implementation(implementation)
+
+    def logits():
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    expected, layer = logits(), view_for(model).layers[0]
+    rotates = rotated_by_operator(layer) if family == "llama-tied" else nullcontext()
+    with ThreadPoolExecutor(1) as other, exported_attention(model), attending(Attended()), rotates:
+        meanwhile = other.submit(logits).result()
+    assert torch.equal(meanwhile, expected)
+
+
+def test_models_are_exported_one_at_a_time():
+    model, order = tiny_causal(num_layers=1), []
+    before = model.config._attn_implementation
+
+    def export(name):
+        with exported_attention(model):
+            order.append(name)
+
+    with ThreadPoolExecutor(1) as other:
+        with exported_attention(model):
+            waiting = other.submit(export, "second")
+            wait([waiting], timeout=0.2)
+            order.append("first")
+        waiting.result()
+    assert order == ["first", "second"] and model.config._attn_implementation == before

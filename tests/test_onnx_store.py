@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -83,8 +84,23 @@ def test_damaged_files_are_made_again(cache_dir, damage, caplog):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"onnx_cache_dir.*file"):
+    with pytest.raises(UserError, match=r"cache_dir .*file.* cannot be written"):
         decode(prepare(loaded(tiny_model()), cache_dir=tmp_path / "file"), padded_inputs(), FullDepth())
+
+
+def test_a_folder_that_can_no_longer_be_written_is_named(cache_dir, tmp_path_factory, monkeypatch):
+    store = Store(tmp_path_factory.mktemp("graphs") / "of a model")
+    store.folder.rmdir()
+    store.folder.write_text("")
+    with pytest.raises(UserError, match=r"cache_dir .*of a model of .* cannot be written .*Not a directory"):
+        store.piece("layer-0", lambda: ir.Model(ir.Graph([], [], nodes=[]), ir_version=10))
+
+    def refuse(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match=r"cache_dir .* cannot be written .*Permission denied: '.*checked-"):
+        prepare(loaded(tiny_model()), cache_dir=cache_dir)
 
 
 def test_weights_lie_outside_of_graphs_where_they_are_mapped():

@@ -43,7 +43,8 @@ def prepare(
 ) -> LoadedModel:
     """The same model, run by another backend; `loaded` itself stays as it is.
 
-    Prepare again after changing the model: onnx copies weights as they are now, compile some.
+    Prepare again after changing the model: onnx copies weights as they are now, compile some. Other models
+    may decode meanwhile; this one not, as the exporter puts stand-ins in the place of its weights.
 
     Args:
         precision: of weights, backend onnx: fp32 gives torch's tokens; w8 and int8 round weights and
@@ -56,7 +57,8 @@ def prepare(
         cache_dir: where onnx keeps what it has exported; default: ~/.cache/exitlm/onnx.
 
     Raises:
-        UserError: a backend or precision that does not exist, or cannot run this model.
+        UserError: a backend or precision that does not exist, or cannot run this model; a `cache_dir` that
+            cannot be written.
     """
     if backend not in BACKENDS:
         raise UserError(f"backend: {backend!r} is none of {', '.join(BACKENDS)}.")
@@ -149,7 +151,7 @@ def open_onnx(
     engine = Engine(view, folder, precision, threads, exit_precision)
     exported = OnnxCausalView(engine) if isinstance(view, CausalView) else OnnxEncoderDecoderView(engine)
     if engine.export_all() or not engine.checked.exists():
-        engine.checked.unlink(missing_ok=True)  # what is not checked to the end is checked again
+        engine.doubt()  # what is not checked to the end is checked again
         check_export(exported)
-        engine.checked.touch()
+        engine.trust()
     return exported

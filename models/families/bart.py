@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderState
 from models.errors import UserError
-from models.exit_adapter import Nothing
 from models.families.encoder_decoder import EncoderDecoderView
-from models.families.stack import Block, split_heads
+from models.families.stack import Block, split_pair
 
 
 class BartView(EncoderDecoderView):
@@ -44,21 +43,16 @@ class BartView(EncoderDecoderView):
     def finish_source(self, hidden: Tensor) -> Tensor:
         return getattr(self.model.get_encoder(), "layer_norm", nn.Identity())(hidden)
 
-    def drop_feed_forward(self, layer: Block) -> None:
-        layer.fc1, layer.fc2 = nn.Identity(), Nothing()
-
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.normalizes_before:
             hidden = layer.self_attn_layer_norm(hidden)
         attention = layer.self_attn
-        width = attention.head_dim
-        return split_heads(attention.k_proj(hidden), width), split_heads(attention.v_proj(hidden), width)
+        return split_pair(attention.k_proj(hidden), attention.v_proj(hidden), attention.head_dim)
 
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.encoder_attn
-        width = attention.head_dim
         keys, values = attention.k_proj(encoder_hidden), attention.v_proj(encoder_hidden)
-        return split_heads(keys, width), split_heads(values, width)
+        return split_pair(keys, values, attention.head_dim)
 
     def project(self, normalized: Tensor) -> Tensor:
         return self.model.lm_head(normalized) + self.model.final_logits_bias

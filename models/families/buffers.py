@@ -73,13 +73,11 @@ class LodgerLayer(BufferLayer):
         return self.host.put(keys, values, start)
 
 
-def make_buffers(
-    lengths: list[int], cache: Cache | None = None, lodgers: dict[int, int] | None = None
-) -> Cache:
+def make_buffers(lengths: list[int], cache: Cache | None, lodgers: dict[int, int]) -> Cache:
     """Buffers of all layers, with what the layers of a given cache hold. `lodgers`: layers that have none of
     their own, and the ones with whom they lodge."""
     layers = [BufferLayer(lengths, index) for index in range(len(lengths))]
-    for index, host in (lodgers or {}).items():
+    for index, host in lodgers.items():
         layers[index] = LodgerLayer(lengths, index, layers[host])
     for index, layer in enumerate(cache.layers if cache is not None else ()):
         if index < len(layers) and layer.get_seq_length() > 0:

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from models.decoder_view import PADDING_LABEL, DecoderState, ModelInputs
 from models.errors import UserError
 from models.families.buffers import as_dynamic_cache, hand_over, make_buffers, refuse_uneven
-from models.families.masks import padding_mask, step_mask
+from models.families.masks import prompt_padding, step_mask
 from models.families.stack import Block, StackView
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as `config.layer_types` has them
@@ -44,9 +44,7 @@ class CausalState(DecoderState):
         refuse_uneven(self.lengths)
         self.like = like  # of the type and device of masks
         self.prompt_embeds = inputs_embeds
-        self.padding = None  # (B, 1, 1, P) additive, where prompts are padded
-        if attention_mask is not None and not bool(attention_mask.all()):
-            self.padding = padding_mask(like, attention_mask)
+        self.padding = prompt_padding(like, attention_mask)
         self.positions = prompt_positions(like, attention_mask, position_ids)  # (B or 1, N), N growing
         self.numbered = self.positions.shape[1]  # tokens of the prompt
         self.highest = int(self.positions.max())  # of their positions

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from models.families.masks import smallest
-from models.families.stack import StackView
+from models.families.stack import StackView, states_of
 
 
 class BesideExact(DynamicCache):
@@ -47,8 +47,7 @@ def read_drafts(view: StackView, state: Any, hidden: Tensor, run_starts: Tensor)
     if hasattr(state.cache, "cross_attention_cache"):
         cache = EncoderDecoderCache(cache, state.cache.cross_attention_cache)
     given = {view.cache_argument: cache, **over_both(inputs, hidden, run_starts)}
-    output = view.layers[last](adapter.enter(hidden), **given)
-    return output[0] if isinstance(output, tuple) else output
+    return states_of(view.layers[last](adapter.enter(hidden), **given))
 
 
 def over_both(inputs: dict[str, Any], hidden: Tensor, run_starts: Tensor) -> dict[str, Any]:

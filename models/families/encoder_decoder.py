@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from models.decoder_view import DecoderState, ModelInputs
 from models.errors import UserError
 from models.families.buffers import as_dynamic_cache, hand_over, make_buffers, refuse_uneven
-from models.families.masks import padding_mask, source_mask, step_mask
-from models.families.stack import Block, StackView
+from models.families.masks import prompt_padding, source_mask, step_mask
+from models.families.stack import Block, StackView, states_of
 
 
 class EncoderDecoderState(DecoderState):
@@ -41,9 +41,7 @@ class EncoderDecoderState(DecoderState):
         )
         self.encoder_hidden = encoder_hidden  # (B, S, D)
         self.source_mask = source_mask(encoder_hidden, attention_mask)  # (B or 1, 1, 1, S)
-        self.padding = None  # (B, 1, 1, P) additive, where prompts are padded
-        if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
-            self.padding = padding_mask(encoder_hidden, decoder_attention_mask)
+        self.padding = prompt_padding(encoder_hidden, decoder_attention_mask)
         self.relative_bias: Tensor | None = None  # (1, H, N, N) of families that have one, N growing
 
 
@@ -106,7 +104,7 @@ class EncoderDecoderView(StackView):
         raise NotImplementedError
 
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, D / H)."""
+        """What `layer`'s self-attention makes of its input: (B, Q, D) -> keys, values (B, H, Q, W)."""
         raise NotImplementedError
 
     def embed_source(self, token_ids: Tensor) -> Tensor:
@@ -122,7 +120,7 @@ class EncoderDecoderView(StackView):
         return self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
 
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, D / H)."""
+        """What `layer`'s cross-attention makes of the source: (B, S, D) -> keys, values (B, H, S, W)."""
         raise NotImplementedError
 
     def traced_inputs(self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
@@ -140,8 +138,7 @@ class EncoderDecoderView(StackView):
         Raises:
             UserError: an encoder whose attention cannot be exported.
         """
-        output = layer(hidden, None)
-        return output[0] if isinstance(output, tuple) else output
+        return states_of(layer(hidden, None))
 
     def source_bias(self, index: int, length: int) -> Tensor | None:
         """Relative bias of source tokens for each other in encoder layer `index`: (1, H, S, S)."""

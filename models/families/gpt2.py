@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from models.families.causal import CausalState, CausalView
 from models.families.learned_positions import check_positions
-from models.families.stack import Block, split_heads
+from models.families.stack import Block, split_pair
 
 
 class GPT2View(CausalView):
@@ -27,4 +27,4 @@ class GPT2View(CausalView):
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         attention = layer.attn
         _, keys, values = attention.c_attn(layer.ln_1(hidden)).split(attention.split_size, dim=-1)
-        return split_heads(keys, attention.head_dim), split_heads(values, attention.head_dim)
+        return split_pair(keys, values, attention.head_dim)

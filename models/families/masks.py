@@ -1,6 +1,7 @@
 """Additive attention masks: 0 where a key is seen, the smallest number where it is not.
 
-`padding_mask` and `source_mask` are made once a generation, `step_mask` for each step from the lengths held.
+`prompt_padding` and `source_mask` are made once a generation, `step_mask` for each step from the lengths
+held.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ def padding_mask(like: Tensor, attention_mask: Tensor) -> Tensor:
     """Additive mask of a (B, N) mask that is 0 at padding: (B, 1, 1, N), typed as `like`."""
     mask = like.new_zeros(attention_mask.shape)
     return mask.masked_fill(attention_mask == 0, smallest(mask.dtype))[:, None, None, :]
+
+
+def prompt_padding(like: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Additive mask of a prompt's (B, P): (B, 1, 1, P); None where nothing is padded."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return padding_mask(like, attention_mask)
 
 
 def source_mask(encoder_hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.exit_adapter import Nothing
 from models.families.causal import CausalState, CausalView
 from models.families.learned_positions import check_positions
-from models.families.stack import Block, split_heads
+from models.families.stack import Block, split_pair
 
 
 class OPTView(CausalView):
@@ -31,12 +30,8 @@ class OPTView(CausalView):
         numbered = state.positions[:, past:total]
         return embedded + positions(numbered, position_ids=numbered)
 
-    def drop_feed_forward(self, layer: Block) -> None:
-        layer.fc1, layer.fc2 = nn.Identity(), Nothing()
-
     def project_kv(self, layer: Block, hidden: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if layer.do_layer_norm_before:
             hidden = layer.self_attn_layer_norm(hidden)
         attention = layer.self_attn
-        width = attention.head_dim
-        return split_heads(attention.k_proj(hidden), width), split_heads(attention.v_proj(hidden), width)
+        return split_pair(attention.k_proj(hidden), attention.v_proj(hidden), attention.head_dim)

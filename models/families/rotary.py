@@ -14,6 +14,7 @@ from models.errors import UserError
 from models.families.causal import CausalState, CausalView
 from models.families.stack import Block
 
+ROTATE = "apply_rotary_pos_emb"  # what all families call their function
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # others change with the length of the sequence
 
 
@@ -46,10 +47,13 @@ class RotaryView(CausalView):
 
     def rotate(self, attention: nn.Module, keys: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Keys (B, H, Q, W) at the positions of the step, by the function of the attention's own module."""
-        function: Callable[..., tuple[Tensor, Tensor]] = vars(sys.modules[type(attention).__module__])[
-            "apply_rotary_pos_emb"
-        ]
+        function: Callable[..., tuple[Tensor, Tensor]] = names_beside(attention)[ROTATE]
         return function(keys, keys, *inputs["position_embeddings"])[1]
+
+
+def names_beside(part: nn.Module) -> dict[str, Any]:
+    """The names of the file that a part of a model is written in, to read and to replace."""
+    return vars(sys.modules[type(part).__module__])
 
 
 def refuse_changing_rope(types: str | dict[str, str]) -> None:

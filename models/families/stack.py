@@ -81,8 +81,7 @@ class StackView:
         before."""
         for index in range(start, stop):
             given = {self.cache_argument: cache, **self.inputs_of(inputs, index)}
-            output = self.layers[index](hidden, **given)
-            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = states_of(self.layers[index](hidden, **given))
         return hidden
 
     def inputs_of(self, inputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -110,7 +109,7 @@ class StackView:
         return None
 
     def project(self, normalized: Tensor) -> Tensor:
-        """Logits of normalized states: (..., D) -> (..., V)."""
+        """Logits of normalized states: (..., E) -> (..., V), E being D but in OPT-350m."""
         raise NotImplementedError
 
     def predict(self, hidden: Tensor, layer: int) -> Tensor:
@@ -165,7 +164,7 @@ class StackView:
         return ListedProjection(self, token_ids)
 
     def projection_weights(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights (K, D) and biases (K,) by which normalized states become logits of the tokens (None: all),
+        """Weights (K, E) and biases (K,) by which normalized states become logits of the tokens (None: all),
         the family's scale included."""
         weight, bias = self.model.get_output_embeddings().weight.detach(), self.output_bias
         bias = None if bias is None else bias.detach().flatten()
@@ -180,12 +179,20 @@ class StackView:
 
     def drop_feed_forward(self, layer: Block) -> None:
         """Leave nothing of a copied decoder layer but its attention."""
-        layer.mlp = Nothing()
+        if hasattr(layer, "mlp"):
+            layer.mlp = Nothing()
+        else:  # two maps of the layer's own
+            layer.fc1, layer.fc2 = nn.Identity(), Nothing()
 
     def check_cache(self, cache: Cache | None) -> None:
         """Raise UserError for a cache that holds tokens of which the exit adapter has kept nothing."""
         adapter = self.exit_adapter
-        if adapter is not None and adapter.keeps and cache is not None and cache.get_seq_length() > 0:
+        if (
+            adapter is not None
+            and adapter.block is not None
+            and cache is not None
+            and cache.get_seq_length() > 0
+        ):
             raise UserError(
                 "A given cache holds nothing of the exit adapter: give the whole prompt, or load the model "
                 "without exit_adapter."
@@ -199,7 +206,7 @@ class StackView:
 
 
 class ListedProjection:
-    """`view.project` for a few tokens only, ids (K,): (..., D) -> (..., K). Its weights are copies, made anew
+    """`view.project` for a few tokens only, ids (K,): (..., E) -> (..., K). Its weights are copies, made anew
     once the model's have changed: it may be moved, cast or loaded again in between."""
 
     def __init__(self, view: StackView, token_ids: Tensor) -> None:
@@ -232,6 +239,16 @@ def lodgers_of(adapter: ExitAdapter | None, num_layers: int) -> dict[int, int]:
     if adapter is None or adapter.kv_layer is None:
         return {}
     return {num_layers: adapter.kv_layer - 1}
+
+
+def states_of(output: Any) -> Tensor:
+    """Those that a layer returns, alone or first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def split_pair(keys: Tensor, values: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """(B, Q, H * W) -> (B, H, Q, W), both."""
+    return split_heads(keys, head_width), split_heads(values, head_width)
 
 
 def split_heads(projected: Tensor, head_width: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from models.decoder_view import DecoderState
 from models.errors import UserError
 from models.families.encoder_decoder import EncoderDecoderState, EncoderDecoderView
-from models.families.stack import Block, split_heads
+from models.families.stack import Block, split_pair
 
 INITIAL_BIAS_LENGTH = 64
 
@@ -47,8 +47,7 @@ class T5View(EncoderDecoderView):
     def project_kv(self, layer: Block, hidden: Tensor) -> tuple[Tensor, Tensor]:
         normalized = layer.layer[0].layer_norm(hidden)
         attention = layer.layer[0].SelfAttention
-        width = attention.key_value_proj_dim
-        return split_heads(attention.k(normalized), width), split_heads(attention.v(normalized), width)
+        return split_pair(attention.k(normalized), attention.v(normalized), attention.key_value_proj_dim)
 
     def drop_feed_forward(self, layer: Block) -> None:
         layer.layer[-1] = nn.Identity()
@@ -61,9 +60,8 @@ class T5View(EncoderDecoderView):
 
     def project_memory(self, layer: Block, encoder_hidden: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.layer[1].EncDecAttention
-        width = attention.key_value_proj_dim
         keys, values = attention.k(encoder_hidden), attention.v(encoder_hidden)
-        return split_heads(keys, width), split_heads(values, width)
+        return split_pair(keys, values, attention.key_value_proj_dim)
 
     def project(self, normalized: Tensor) -> Tensor:
         if self.output_scale is not None:

@@ -9,22 +9,24 @@ Source of the operators: github.com/microsoft/onnxruntime/blob/main/docs/Contrib
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from models.backends.onnx.rotation import Rotation
 from models.backends.shared import Pair
+from models.families.rotary import ROTATE, names_beside
 
-NAME = "exitlm_export"
-ROTATE = "apply_rotary_pos_emb"  # what all families with rotary positions call their function
+NAME = "exitlm_export"  # and the name of the function that threads without `ATTENDED` go on with
+EXPORTING = Lock()  # while what all models share is replaced
 
 
 @dataclass
@@ -65,14 +67,24 @@ def attending(attended: Attended) -> Iterator[None]:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float, **options: Any
-) -> tuple[Tensor, None]:
+    before: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    scaling: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of (B, H, Q, W) queries as one operator: (B, Q, H, W).
 
     Masks and biases that the layer passes are not read: the operators mask by position, and biases are
-    those of `Attended`.
+    those of `Attended`. A thread that has none decodes meanwhile, with a model of the same configuration:
+    by the function named `before`.
     """
-    attended = ATTENDED.get()
+    attended = ATTENDED.get(None)
+    if attended is None:
+        return stock_attention(before, module)(module, query, key, value, *args, scaling=scaling, **options)
     heads, width = query.shape[1], query.shape[3]
     merged = [states.transpose(1, 2).flatten(2) for states in (query, key, value)]  # (B, Q, H * W)
     attributes: dict[str, Any] = {"num_heads": heads, "scale": float(scaling)}
@@ -89,21 +101,30 @@ def attend(
     return select(output, attended.kept).unflatten(-1, (heads, width)), None
 
 
+def stock_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that configs call by `name`; each family has an eager one of its own."""
+    return AttentionInterface().get_interface(name, names_beside(module).get("eager_attention_forward"))
+
+
 @contextmanager
 def rotated_by_operator(layer: nn.Module) -> Iterator[None]:
-    """Let a layer pass on queries and keys as they are; layers without positions do anyway."""
+    """Let a layer pass on queries and keys as they are; layers without positions do anyway, and those that
+    another thread runs rotate them as ever."""
 
-    def leave(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> Pair:
-        ATTENDED.get().rotates = True
+    def leave(query: Tensor, key: Tensor, *tables: Any, **options: Any) -> Pair:
+        attended = ATTENDED.get(None)
+        if attended is None:
+            return stock(query, key, *tables, **options)
+        attended.rotates = True
         return query, key
 
-    functions = vars(sys.modules[type(layer).__module__])
-    stock = functions[ROTATE]
-    functions[ROTATE] = leave
+    names = names_beside(layer)
+    stock = names[ROTATE]
+    names[ROTATE] = leave
     try:
         yield
     finally:
-        functions[ROTATE] = stock
+        names[ROTATE] = stock
 
 
 def select(states: Tensor, rows: Tensor | None) -> Tensor:
@@ -154,11 +175,21 @@ class NewOnly:
 
 @contextmanager
 def exported_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's layers write operators while inside, without dropout."""
-    AttentionInterface.register(NAME, attend)
-    before, training = model.config._attn_implementation, model.training
-    model.eval().set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.train(training).set_attn_implementation(before)
+    """Let the model's layers write operators while inside, without dropout: one model at a time."""
+    with EXPORTING:
+        before, training = model.config._attn_implementation, model.training
+        model.eval().set_attn_implementation(register_attention(before))
+        try:
+            yield
+        finally:
+            model.train(training).set_attn_implementation(before)
+
+
+def register_attention(before: str) -> str:
+    """The name that stands for `attend`; masks are those of the function before."""
+    name = f"{NAME}_{before}"
+    AttentionInterface.register(name, partial(attend, before))
+    masks = AttentionMaskInterface()
+    if before in masks:
+        AttentionMaskInterface.register(name, masks[before])
+    return name

@@ -18,8 +18,7 @@ class OnnxCausalState(OnnxState):
     """What the modules' own view has begun, which keeps positions and given embeddings: `begun`."""
 
     def __init__(self, shelf: Shelf[Buffers], view: CausalView, begun: CausalState) -> None:
-        padding = None if begun.padding is None else begun.padding.numpy()
-        super().__init__(shelf, view, begun.prompt_mask, padding)
+        super().__init__(shelf, view, begun.prompt_mask, begun.padding)
         self.view = view
         self.begun = begun
         self.prompt_embeds = begun.prompt_embeds

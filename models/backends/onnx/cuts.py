@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from itertools import pairwise
 
 from models.choices import MIXED
@@ -19,7 +18,7 @@ class Cuts:
 
     def __init__(self, heavy: bool) -> None:
         self.heavy = heavy
-        self.places: list[int] = []
+        self.places: set[int] = set()  # which another thread may add to at any time
 
     @classmethod
     def of(cls, view: StackView, precision: str) -> Cuts:
@@ -31,11 +30,9 @@ class Cuts:
         """Those that layers `start`..`stop - 1` are run in; heavy ones are cut there from now on."""
         if not self.heavy:
             return [(start, stop)]
-        for place in (start, stop):
-            if place not in self.places:
-                insort(self.places, place)
-        return [*pairwise(place for place in self.places if start <= place <= stop)]
+        self.places.update((start, stop))
+        return [*pairwise(place for place in sorted(self.places) if start <= place <= stop)]
 
     def keeps(self, start: int, stop: int) -> bool:
         """Whether that stretch is still run in one."""
-        return not (self.heavy and any(start < place < stop for place in self.places))
+        return not (self.heavy and any(start < place < stop for place in sorted(self.places)))

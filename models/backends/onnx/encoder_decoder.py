@@ -15,7 +15,7 @@ from models.backends.shared import deliver_copies
 from models.decoder_view import ModelInputs
 from models.families.buffers import refuse_uneven
 from models.families.encoder_decoder import read_source, refuse_all_but_pairs
-from models.families.masks import padding_mask
+from models.families.masks import prompt_padding
 
 
 class OnnxEncoderDecoderView(OnnxView):
@@ -55,10 +55,8 @@ class OnnxEncoderDecoderView(OnnxView):
         hidden = encoder_outputs[0]
         mask = torch.ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         made = self.engine.memory().run_with_ort_values(None, {"hidden": shared(hidden.contiguous().numpy())})
-        padding = None
-        if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
-            padding = padding_mask(hidden, decoder_attention_mask).numpy()
         memory = list(zip(made[::2], made[1::2], strict=True))
+        padding = prompt_padding(hidden, decoder_attention_mask)
         state = OnnxState(self.shelf, self.eager, decoder_attention_mask, padding)
         state.source = Source(shared(mask.int().contiguous().numpy()), memory)
         own = getattr(cache, "self_attention_cache", None)

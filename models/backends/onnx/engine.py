@@ -25,7 +25,15 @@ from models.backends.onnx.pieces import (
 )
 from models.backends.onnx.quantization import graphs_of, precision_of, quantize
 from models.backends.onnx.segments import bundle, chain
-from models.backends.onnx.store import Store, fingerprint, foreign_code, hash_weights, makers, processor
+from models.backends.onnx.store import (
+    Store,
+    fingerprint,
+    foreign_code,
+    hash_weights,
+    makers,
+    processor,
+    writing,
+)
 from models.backends.onnx.tracing import Kinds
 from models.choices import EXACT_PRECISIONS, MIXED
 from models.families.encoder_decoder import EncoderDecoderView
@@ -103,9 +111,20 @@ class Engine:
             self._piece("exit-entry", 0)
         return self.store.made > before
 
+    def doubt(self) -> None:
+        """Let what is exported count as not checked, in later processes, too."""
+        with writing(self.store.folder):
+            self.checked.unlink(missing_ok=True)
+
+    def trust(self) -> None:
+        """From now on it counts as checked."""
+        with writing(self.store.folder):
+            self.checked.touch()
+
     def keep_heads_apart(self) -> None:
         """From now on, and in later processes on this processor."""
-        self.apart.touch()
+        with writing(self.store.folder):
+            self.apart.touch()
         self.groups = None
         self.sessions.clear()
 
@@ -142,7 +161,7 @@ class Engine:
 
     def fuses(self, stop: int) -> bool:
         """Whether that exit adapter is in the graph of the layers before it. Where others share these, it has
-        one of its own, which runs when its states are asked for."""
+        one of its own, which runs right after them."""
         return self.branches(stop) and not self.cuts.heavy
 
     def _session(self, kind: str, start: int, stop: int) -> Session:

@@ -184,12 +184,12 @@ class ExitEntry(Piece):
     outputs = ("hidden_out",)
 
     def __init__(self, view: StackView) -> None:
-        assert view.exit_adapter is not None and view.exit_adapter.entry is not None
-        super().__init__(view, view.exit_adapter.entry)
+        assert view.exit_adapter is not None
+        super().__init__(view, view.exit_adapter)
         self.inputs = {"hidden": hidden_example(view.width)}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.layer(hidden)
+        return cast(ExitAdapter, self.layer).enter(hidden)
 
 
 class ExitHead(Piece):

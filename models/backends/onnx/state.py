@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from models.backends.onnx.engine import Session
-from models.backends.onnx.windows import Array, Tables, Window, shared
+from models.backends.onnx.windows import Tables, Window, shared
 from models.backends.shared import Pair, Shelf
 from models.decoder_view import DecoderState
 from models.families.stack import StackView
@@ -77,13 +77,13 @@ class OnnxState(DecoderState):
     exit_states: Tensor | None = None  # (B, Q, D) that an exit adapter made of the newest Q tokens
 
     def __init__(
-        self, shelf: Shelf[Buffers], view: StackView, prompt_mask: Tensor | None, padding: Array | None
+        self, shelf: Shelf[Buffers], view: StackView, prompt_mask: Tensor | None, padding: Tensor | None
     ) -> None:
         """`padding`: (B, 1, 1, P) additive, where prompts are padded."""
         super().__init__(len(view.layers), prompt_mask)
         self.shelf = shelf
         self.num_layers = view.num_layers  # without that of an exit adapter
-        self.padding = padding
+        self.padding = None if padding is None else padding.numpy()
         self.usual_positions = padding is None  # from 0 on
         self.capacity = 0
         self.own_numbering = Numbering()

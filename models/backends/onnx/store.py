@@ -13,7 +13,8 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -98,23 +99,26 @@ def hash_weights(weights: dict[str, Tensor], *context: str) -> str:
     return digest.hexdigest()[:32]
 
 
-class Store:
-    """Pieces by name, in `folder`.
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise UserError where `folder` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cache_dir {folder} of backend onnx cannot be written ({error}): name another folder."
+        ) from error
 
-    Raises:
-        UserError: the folder cannot be written.
-    """
+
+class Store:
+    """Pieces by name, in `folder`: UserError wherever it cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.made = 0
         self.whole: set[str] = set()  # pieces whose files were checked, or written, by this process
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--onnx_cache_dir: cannot write exported graphs to {folder} ({error}); name another folder."
-            ) from error
 
     def piece(self, name: str, build: Callable[[], ir.Model]) -> ir.Model:
         """The piece `name` as stored, or else as `build` makes it, which is then stored."""
@@ -146,7 +150,7 @@ class Store:
 
     def _write(self, path: Path, model: ir.Model) -> None:
         """Write a piece aside, then give it its name; one that another process has just made is kept."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
+        with writing(self.folder), tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as aside:
             made = Path(aside) / "piece"
             made.mkdir()
             ir.save(model, made / GRAPH, external_data=WEIGHTS, size_threshold_bytes=EMBEDDED)
