@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.checks import spell
 from models.decoder_view import DecoderView
+from models.errors import UserError
 from models.exit_adapter import check_shortlist
 from models.host import argmax, top_and_gap
 
