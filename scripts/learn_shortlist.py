@@ -36,6 +36,7 @@ from models.trace import trace_layers
 from util.backend import limit_threads
 from util.console import prepare_console
 from util.data.encoding import encoder_for
+from util.evaluation.decode import greedy_options
 from util.files import locked_output_file, write_json
 from util.flags import parse_groups
 from util.policies import require_exits
@@ -95,11 +96,11 @@ def measure_decisions(
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
     encoder = encoder_for(loaded, data.max_source_length)
-    limit = encoder.output_limit(data.val_max_target_length)
+    options = greedy_options(encoder.output_limit(data.val_max_target_length))
     sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])
     for source in track(sources, "Comparing", "sample"):
         inputs = encoder.inputs([source]).to(loaded.model.device)
-        sequences = loaded.generate(**inputs, **limit, do_sample=False)
+        sequences = loaded.generate(**inputs, **options)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])

@@ -109,6 +109,19 @@ def test_a_shortlist_holds_tokens_of_answers(folder, tmp_path):
     assert "</s>" in words and "▁package" in words and "▁Translation" not in words
 
 
+def test_a_shortlist_is_learnt_along_one_beam_whatever_the_checkpoints_beams(folder, tmp_path):
+    beams = shutil.copytree(folder, tmp_path / "beams")
+    settings = GenerationConfig.from_pretrained(beams)
+    settings.update(num_beams=4)
+    settings.save_pretrained(beams)
+    learnt = []
+    for model in (folder, beams):
+        flags = {"model_name_or_path": model, "size": 50, "num_samples": 2, "split": "test"}
+        learn_shortlist.main(as_argv(**flags, output_file=tmp_path / "list.json", **DATA, **TORCH))
+        learnt.append(json.loads((tmp_path / "list.json").read_text()))
+    assert learnt[0] == learnt[1]
+
+
 def test_distilled_hypotheses_hold_no_prompt(folder):
     loaded = load_model(folder)
     prepare(loaded, DataArguments(**DATA))
