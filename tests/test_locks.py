@@ -25,7 +25,11 @@ FOLDER_SCRIPTS = {
     "export_custom_generate": [],
     "export_static": MODEL,
 }
-FILE_SCRIPTS = {"distill_targets": [*MODEL, *DATA], "learn_shortlist": [*MODEL, *DATA]}
+FILE_SCRIPTS = {
+    "distill_targets": [*MODEL, *DATA],
+    "learn_shortlist": [*MODEL, *DATA],
+    "make_exit_prompts": [],
+}
 
 
 def main_of(name):
