@@ -286,7 +286,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         None,
     ),
     "scripts.distill_targets": (
-        [*MODEL, *DATA, "--output_file", "x"],
+        [*MODEL, *DATA, "--output_file", "x.jsonl.gz"],
         "num_beam",
         "num_beams",
         "--model_name_or_path, --dataset_name, --output_file",

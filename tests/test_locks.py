@@ -64,7 +64,7 @@ def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("name", FILE_SCRIPTS)
 def test_a_file_that_another_run_writes_is_refused(tmp_path, monkeypatch, capsys, name):
-    path = tmp_path / "out.json"
-    with locked(tmp_path / ".out.json.lock", ""):
+    path = tmp_path / "out.jsonl.gz"
+    with locked(tmp_path / ".out.jsonl.gz.lock", ""):
         line = refusal(name, [*FILE_SCRIPTS[name], "--output_file", str(path)], monkeypatch, capsys)
     assert f"--output_file {path}: another run is writing it" in line

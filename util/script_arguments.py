@@ -222,7 +222,7 @@ class DistillationArguments:
 
     model_name_or_path: str = required_flag("The teacher.")
     dataset_name: str = required_flag("Whose training split is distilled.", DATASETS)
-    output_file: Path = required_flag("A .jsonl.gz: source, target.", changes_outputs=False)
+    output_file: Path = required_flag("A .jsonl.gz: id, source, target.", changes_outputs=False)
     max_length: int = flag(128, "Longer rows are left out (tokens).")
     num_beams: int = flag(4, "Hypotheses of a source.")
     batch_size: int = flag(64, "Sources decoded together.")
@@ -230,6 +230,10 @@ class DistillationArguments:
     def __post_init__(self) -> None:
         for name in ("max_length", "num_beams", "batch_size"):
             require_positive(name, getattr(self, name))
+        require(
+            self.output_file.name.endswith(".jsonl.gz"),
+            f"--output_file {self.output_file}: what is written is gzipped; name a .jsonl.gz.",
+        )
 
 
 @dataclass
