@@ -10,7 +10,9 @@ import pytest
 from real_rows import ROOT
 
 from models.errors import UserError
+from util.data_arguments import DataArguments
 from util.flags import flag, list_flag, parse_groups, required_flag
+from util.script_arguments import CalibrationArguments, ShortlistArguments, SimulationArguments
 
 
 @dataclasses.dataclass
@@ -56,6 +58,41 @@ def test_wrong_words_get_one_line(words, line):
     with pytest.raises(UserError) as refusal:
         parse_groups((Toy,), "", words)
     assert str(refusal.value) == line
+
+
+IDLE = [  # by hand: a group, flags of which the last has no effect, and what would give it one
+    (CalibrationArguments, "--method crc --epsilon 0.1", "add --method ltt or --method ucb"),
+    (CalibrationArguments, "--method crc --p_value betting", "add --method ltt or --method ucb"),
+    (SimulationArguments, "--methods crc --epsilon 0.1", "add ltt to --methods or ucb to --methods"),
+    (SimulationArguments, "--methods crc --p_values betting", "add ltt to --methods or ucb to --methods"),
+    (DataArguments, "--shot_seed 3", "add --num_shots"),
+    (DataArguments, "--task summarization --doc_stride 16", "add --task question_answering"),
+]
+REQUIRED = {
+    SimulationArguments: ["--losses_file", "x", "--output_dir", "y"],
+    DataArguments: ["--dataset_name", "debian_de_en"],
+}
+
+
+@pytest.mark.parametrize(("group", "words", "way"), IDLE)
+def test_flags_without_effect_are_refused(group, words, way):
+    with pytest.raises(UserError) as refusal:
+        parse_groups((group,), "", [*REQUIRED.get(group, []), *words.split()])
+    assert str(refusal.value) == f"{words.split()[-2]} has no effect here: {way}."
+
+
+@pytest.mark.parametrize(("group", "words"), [
+    (CalibrationArguments, "--method ucb --epsilon 0.1 --p_value betting"),
+    (SimulationArguments, "--methods crc ltt --epsilon 0.1 --p_values betting"),
+    (DataArguments, "--num_shots 2 --shot_seed 3"),
+    (DataArguments, "--task question_answering --doc_stride 16")])  # fmt: skip
+def test_flags_with_effect_are_taken(group, words):
+    parse_groups((group,), "", [*REQUIRED.get(group, []), *words.split()])
+
+
+def test_a_shortlist_is_compared_behind_a_layer():
+    with pytest.raises(UserError, match="--shallow_layer must be positive, got 0"):
+        parse_groups((ShortlistArguments,), "", ["--model_name_or_path", "x", "--shallow_layer", "0"])
 
 
 MODEL = ["--model_name_or_path", str(ROOT / "checkpoints/debian-t5-free")]
