@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ class Toy:
     fast: bool = flag(True, "Whether.")
     body: dict | None = flag(None, "JSON.")
     batch_size: int = flag(1, "Size.")
+    names: list[str] = list_flag([], "Names.")
+    words: list[str] = list_flag(["a"], "Words.")
 
 
 def test_words_become_values(tmp_path):
@@ -36,6 +39,32 @@ def test_words_become_values(tmp_path):
     file.write_text("path: y\nrates: [1, 2]\nbody: {a: 1}\nlayers: null\nfast: false\n")
     (toy,) = parse_groups((Toy,), "", [str(file), "--batch_size", "2"])
     assert toy == Toy(Path("y"), [1.0, 2.0], None, False, {"a": 1}, 2)
+
+
+def test_files_hold_what_flags_can(tmp_path):
+    file = tmp_path / "toy.json"
+    body = {"a": "--b"}
+    file.write_text(json.dumps({"path": "-x", "names": [], "rates": [-1, 2], "words": ["-y"], "body": body}))
+    (toy,) = parse_groups((Toy,), "", [str(file)])
+    assert toy == Toy(Path("-x"), [-1.0, 2.0], body=body, words=["-y"])
+    file.write_text('{"path": "", "names": ["a", "b"]}')
+    assert parse_groups((Toy,), "", [str(file)]) == (Toy(Path(""), names=["a", "b"]),)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("lairs: [3]", "Unknown flag --lairs: did you mean --layers?"),
+        ("batch_size: many", "Argument --batch_size: invalid int value: 'many'"),
+        ("rates: []", "Argument --rates: expected at least one argument"),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_it(content, line, tmp_path):
+    file = tmp_path / "toy.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError) as refusal:
+        parse_groups((Toy,), "", [str(file), "--path", "x"])
+    assert str(refusal.value) == f"{file}: {line}"
 
 
 @pytest.mark.parametrize(
