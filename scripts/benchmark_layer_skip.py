@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import run
 from models.confidence import SoftmaxGap
-from models.errors import one_line_errors
 from models.exit_policy import ExitPolicy, FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
@@ -40,7 +39,7 @@ from scripts.benchmarking.causal import (
 )
 from scripts.quickstart_llm import COLUMNS, EXPLANATION
 from util.backend import limit_threads, run_by_backend
-from util.console import prepare_console
+from util.console import command
 from util.data.encoding import encoder_for
 from util.evaluation.decode import generated_tokens
 from util.evaluation.timing_doubts import untrusted_timing
@@ -77,8 +76,7 @@ TRAINING = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, backend = parse_groups((LayerSkipArguments, LayerSkipBackendArguments), __doc__, argv)
         limit_threads(backend)
         benchmark(flags, backend)

@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 
 from models.backends import prepare
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from scripts.benchmarking.contestants import Coin
-from util.console import prepare_console
+from util.console import command
 from util.flags import parse_groups
 from util.methods import BASELINE, FREE
 from util.policies import require_exits
@@ -63,8 +63,7 @@ class Clock(BaseStreamer):
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((PromptLengthArguments,), __doc__, argv)
         torch.set_num_threads(flags.threads)
         rows = measure(open_model(flags), flags)

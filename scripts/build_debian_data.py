@@ -17,9 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from scripts.debian_data.archive import Description, describe_archive, fetch_indexes, load_descriptions
 from scripts.debian_data.rows import MIN_DOCUMENT, MIN_WORDS, Row, Task, count_words, make_tasks
+from util.console import command
 from util.flags import parse_groups
 from util.script_arguments import DebianArguments
 
@@ -191,7 +192,7 @@ def build_data(indexes: dict[str, Path], args: DebianArguments) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch the index files and build both data sets."""
-    with one_line_errors():
+    with command():
         (args,) = parse_groups((DebianArguments,), __doc__, argv)
         prepare_output(args.output_dir)
         with tempfile.TemporaryDirectory() as temporary:

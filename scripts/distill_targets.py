@@ -27,9 +27,9 @@ from datasets import Dataset
 from sacrebleu.metrics import CHRF
 from transformers import set_seed
 
-from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
 from util.backend import limit_threads, run_by_backend
+from util.console import command
 from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.data_arguments import DataArguments
@@ -45,7 +45,7 @@ MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         flags, backend = parse_groups((DistillationArguments, BackendArguments), __doc__, argv)
         refuse_beams(backend, flags.num_beams)
         backend = backend.for_evaluation(ExitArguments(), flags.num_beams)

@@ -29,12 +29,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from models.confidence import ShortlistGap, SoftmaxGap
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.families import view_for
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.backend import limit_threads
-from util.console import prepare_console
+from util.console import command
 from util.data.encoding import encoder_for
 from util.evaluation.decode import greedy_options
 from util.files import locked_output_file, write_json
@@ -57,8 +57,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, data, backend = parse_groups(
             (ShortlistArguments, DataArguments, BackendArguments), __doc__, argv
         )

@@ -24,8 +24,7 @@ from util.flag_help import answer_help
 if __name__ == "__main__":
     answer_help((ExitPromptArguments,), __doc__)  # before datasets is imported
 
-from models.errors import one_line_errors
-from util.console import prepare_console
+from util.console import command, prepare_console
 from util.data.sources import columns_of, load_rows, peek
 from util.data_arguments import DataArguments
 from util.files import locked_output_file, write_json_lines
@@ -78,8 +77,7 @@ ACTIVITIES = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((ExitPromptArguments,), __doc__, argv)
         with locked_output_file(Path(flags.output_file)) as path:
             prompts = draw_prompts(flags)
@@ -170,6 +168,7 @@ def instructions(flags: ExitPromptArguments) -> list[str]:
     from util.device import move_model
     from util.exit_training.instructions import write_instructions
 
+    prepare_console()  # anew: transformers has been imported
     loaded = load_model(flags.model_name_or_path)
     move_model(loaded.model)
     return write_instructions(loaded, flags.self_instructed, flags.generation_batch_size, flags.seed)

@@ -117,6 +117,7 @@ def sweep(
     learning = [method for method in flags.methods if method == FREE_ADAPTIVE]
     refuse_state_across_samples(shards, learning, "methods")
     require_split(data, flags.split)
+    data.report_dir = flags.output_dir if shards.tells else None
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
     of_calm = backend if flags.free is None else backend.without_exit()
