@@ -35,6 +35,7 @@ from scripts.benchmarking.contestants import Contestant, Output, announce_missin
 from scripts.benchmarking.figures import Floor, make_rows, measure_bandwidth
 from scripts.benchmarking.speed_figure import draw_speeds
 from scripts.benchmarking.subjects import Subject, open_subject, subject_names
+from util.backend import limit_threads
 from util.console import command
 from util.environment import git_hash
 from util.flags import parse_groups
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def benchmark(flags: BenchmarkArguments) -> None:
-    torch.set_num_threads(flags.threads)
+    limit_threads(flags)
     announce_missing(flags)
     records = []
     for name in subject_names(flags):

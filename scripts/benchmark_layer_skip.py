@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.flag_help import answer_help
-from util.layer_skip_arguments import LayerSkipArguments, LayerSkipBackendArguments
+from util.layer_skip_arguments import HELD_OUT, LayerSkipArguments, LayerSkipBackendArguments
 
 if __name__ == "__main__":
     answer_help((LayerSkipArguments, LayerSkipBackendArguments), __doc__)  # before torch is imported
@@ -51,7 +51,6 @@ from util.timing import Stopwatch
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "debian-llama-free"
 TOKENS_A_DAY, SOURCE_TOKENS = 14, 16  # at most
-HELD_OUT = 500  # rows that are not trained on
 RECIPE = {
     "layer_dropout": 0.1,
     "intermediate_loss_fn": "sum_l",

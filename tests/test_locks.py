@@ -23,6 +23,7 @@ FOLDER_SCRIPTS = {
     "train_tokenizer": DATA,
     "export_checkpoint": ["--run", "nowhere", "--title", "a", "--train_script", "b"],
     "export_custom_generate": [],
+    "build_debian_data": [],
     "export_static": MODEL,
 }
 FILE_SCRIPTS = {

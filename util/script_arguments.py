@@ -49,6 +49,12 @@ OF_EMBEDDED = ("free_threshold", "lossless_threshold", "calm_threshold")
 OF_RANDOM_WEIGHTS = ("exit_share", "source_length", "target_length")
 
 
+def split_label(label: str) -> tuple[str, str]:
+    """Backend and precision of one of `BENCHMARK_BACKENDS`."""
+    backend, _, precision = label.partition(" ")
+    return backend, precision or "fp32"
+
+
 @dataclass
 class ChooserArguments:
     _argument_group_name = "Choice"
