@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import OUR_GROUPS
 from util.flag_help import answer_help
-from util.script_arguments import CalibrationArguments
+from util.script_arguments import CONSISTENCIES, CalibrationArguments
 from util.shard_arguments import ShardArguments
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import Arguments, parse_with_run
 from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
-from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.consistency import consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
 from util.data_arguments import LEAVE_IT_OUT, OF_RUN_ALONE, require_split

@@ -39,7 +39,8 @@ def interrupt(*_, **__):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, name):
+def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     work, flags, hint = COMMANDS[name]
     monkeypatch.setattr(module, work, interrupt)

@@ -23,7 +23,6 @@ from scripts import calibrate, check_requirements, choose_exit, learn_shortlist,
 from util import script_arguments
 from util.arguments import OUR_GROUPS, parse_arguments
 from util.backend_arguments import BackendArguments
-from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
 from util.data_arguments import DataArguments, require_split
@@ -47,7 +46,6 @@ def test_help_names_flags_that_exist():
     assert set(TRAINING_FLAGS) <= known
     assert set(script_arguments.CERTIFIERS) == set(calibration.METHODS)
     assert set(script_arguments.P_VALUES) == set(calibration.P_VALUES)
-    assert script_arguments.CONSISTENCIES == consistency.CONSISTENCIES
 
 
 def test_package_offers_what_it_names():
