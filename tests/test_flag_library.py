@@ -124,6 +124,15 @@ def test_a_shortlist_is_compared_behind_a_layer():
         parse_groups((ShortlistArguments,), "", ["--model_name_or_path", "x", "--shallow_layer", "0"])
 
 
+@pytest.mark.parametrize("name", ["run", "scripts.sweep", "scripts.calibrate", "scripts.choose_exit"])
+def test_every_program_names_its_file(name, tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    file.write_text("thread: 2\n")
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main([str(file), "--threads", "2"])
+    assert capsys.readouterr().err == f"error: {file}: Unknown flag --thread: did you mean --threads?\n"
+
+
 MODEL = ["--model_name_or_path", str(ROOT / "checkpoints/debian-t5-free")]
 UNREAD = [  # the command, a flag that it shares with run.py and does not read, and what to do instead
     ("sweep", "--max_predict_samples 1", "use --num_samples"),
