@@ -20,8 +20,7 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from scripts import calibrate, simulate_calibration
 from util.calibration.certificate import CalibratedThreshold
-from util.calibration.consistency import consistency_losses, sample_scores
-from util.script_arguments import CONSISTENCIES
+from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -47,6 +47,7 @@ def test_files_hold_what_flags_can(tmp_path):
     file.write_text(json.dumps({"path": "-x", "names": [], "rates": [-1, 2], "words": ["-y"], "body": body}))
     (toy,) = parse_groups((Toy,), "", [str(file)])
     assert toy == Toy(Path("-x"), [-1.0, 2.0], body=body, words=["-y"])
+    assert parse_groups((Toy,), "", [f"--path={file}"]) == (Toy(file),), "no file of flags, but a flag's"
     file.write_text('{"path": "", "names": ["a", "b"]}')
     assert parse_groups((Toy,), "", [str(file)]) == (Toy(Path(""), names=["a", "b"]),)
 

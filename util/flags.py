@@ -338,7 +338,8 @@ def expand_argument_file(argv: Sequence[str] | None, parser: Parser | None = Non
         UserError: it cannot be read, or holds what `parser`, which knows all flags, does not take.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
+    named = argv and not argv[0].startswith("-")  # not --config_name=t5.json
+    if not named or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
         return argv
     words = as_flags(read_argument_file(Path(argv[0])))
     if parser is not None:
