@@ -17,6 +17,7 @@ from typing import Any
 
 from gpt_eval.flags import MakeArguments, RunArguments, ScoreArguments, parse_command
 from models.errors import INTERRUPTED, UserError
+from util.console import prepare_console
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     parse_command(__doc__)  # before what is slow is imported
@@ -33,6 +34,7 @@ from gpt_eval.scoring import score
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    prepare_console()
     try:
         command, flags = parse_command(__doc__, arguments)
         commands: dict[str, Callable[[Any], int]] = {"make": make, "run": run, "score": score_answers}

@@ -31,12 +31,12 @@ if __name__ == "__main__":
 
 import torch
 
-from models.errors import one_line_errors
 from scripts.benchmarking.contestants import Contestant, Output, announce_missing, enter_contestants
 from scripts.benchmarking.figures import Floor, make_rows, measure_bandwidth
 from scripts.benchmarking.speed_figure import draw_speeds
 from scripts.benchmarking.subjects import Subject, open_subject, subject_names
-from util.console import prepare_console
+from util.backend import limit_threads
+from util.console import command
 from util.environment import git_hash
 from util.flags import parse_groups
 from util.progress import track
@@ -63,14 +63,13 @@ LIBRARIES = ("torch", "transformers", "onnxruntime", "ctranslate2")
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((BenchmarkArguments,), __doc__, argv)
         benchmark(flags)
 
 
 def benchmark(flags: BenchmarkArguments) -> None:
-    torch.set_num_threads(flags.threads)
+    limit_threads(flags)
     announce_missing(flags)
     records = []
     for name in subject_names(flags):

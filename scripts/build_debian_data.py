@@ -6,7 +6,6 @@ Run from the repository root, on a machine with apt-get and a reachable Debian m
 import gzip
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -17,25 +16,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from scripts.debian_data.archive import Description, describe_archive, fetch_indexes, load_descriptions
 from scripts.debian_data.rows import MIN_DOCUMENT, MIN_WORDS, Row, Task, count_words, make_tasks
+from util.console import command
+from util.files import json_line, locked_output_dir
 from util.flags import parse_groups
 from util.script_arguments import DebianArguments
 
 CARD = Path(__file__).parent / "debian_data" / "card.md"  # with $names for the numbers of a run
 Splits = dict[str, list[Row]]
 SPLIT_ENDS = {"train": 0.94, "validation": 0.97, "test": 1.0}
-
-
-def prepare_output(directory: Path) -> None:
-    """Make the output directory, or say that it cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {directory} cannot be made: {error.strerror}.") from error
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"--output_dir {directory} is not writable.")
 
 
 def pick_split(source: str) -> str:
@@ -89,14 +80,9 @@ def build_splits(
     return splits, counts
 
 
-def dump_rows(rows: Iterable[Row]) -> bytes:
-    """Render rows as JSON lines in UTF-8."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
 def write_split(path: Path, rows: list[Row]) -> dict[str, Any]:
     """Write one split, and describe the file."""
-    content = dump_rows(rows)
+    content = "".join(map(json_line, rows)).encode()
     # Without time and file name in the gzip header, equal rows make equal files.
     packed = gzip.compress(content, compresslevel=9, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +151,7 @@ def write_readme(stats: dict[str, Any], examples: list[Row], args: DebianArgumen
         "seen_synopsis": f"{test['debian_synopsis']['target_in_train']:.1%}",
         "input_de_en": f"{test['debian_de_en']['input_in_train']:.1%}",
         "input_synopsis": f"{test['debian_synopsis']['input_in_train']:.1%}",
-        "examples": dump_rows(examples).decode().rstrip(),
+        "examples": "".join(map(json_line, examples)).rstrip(),
     }
     (args.output_dir / "README.md").write_text(
         Template(CARD.read_text(encoding="utf-8")).substitute(values), encoding="utf-8"
@@ -191,10 +177,9 @@ def build_data(indexes: dict[str, Path], args: DebianArguments) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> None:
     """Fetch the index files and build both data sets."""
-    with one_line_errors():
+    with command():
         (args,) = parse_groups((DebianArguments,), __doc__, argv)
-        prepare_output(args.output_dir)
-        with tempfile.TemporaryDirectory() as temporary:
+        with locked_output_dir(args.output_dir), tempfile.TemporaryDirectory() as temporary:
             work = (args.work_dir or Path(temporary)).resolve()
             # Run as root, apt drops to a user of its own, who must be able to enter the directory.
             Path(temporary).chmod(0o755)

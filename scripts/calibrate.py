@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import OUR_GROUPS
 from util.flag_help import answer_help
-from util.script_arguments import CalibrationArguments
+from util.script_arguments import CONSISTENCIES, CalibrationArguments
 from util.shard_arguments import ShardArguments
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import Arguments, parse_with_run
 from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
-from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.consistency import consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
 from util.console import prepare_console
 from util.data_arguments import LEAVE_IT_OUT, OF_RUN_ALONE, require_split
@@ -51,7 +51,7 @@ from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
 from util.files import locked_output_dir
-from util.flags import differs, expand_argument_file, flags_in, refuse_unread_flags, require
+from util.flags import differs, flags_in, refuse_unread_flags, require
 from util.methods import BASELINE
 from util.policies import build_policy, with_threshold
 from util.setup import read_split
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_flags(argv: list[str] | None) -> tuple[CalibrationArguments, ShardArguments, Arguments]:
     """The flags of this script, and the others as run.py understands them."""
-    argv = [*expand_argument_file(argv), "--do_eval", "True"]
+    argv = [*(sys.argv[1:] if argv is None else argv), "--do_eval", "True"]
     flags, jobs, arguments = parse_with_run(GROUPS, __doc__, argv)
     exits, training = arguments.exit, arguments.training
     require(not training.do_train, "--do_train: calibration is for a finished model.")

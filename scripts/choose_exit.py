@@ -29,13 +29,12 @@ import numpy as np
 from datasets import Dataset
 
 from models.confidence import SoftmaxGap
-from models.errors import one_line_errors
 from models.exit_policy import FullDepth
 from models.free import Free
 from models.loading import LoadedModel
 from models.threshold import FixedThreshold
 from util.backend import limit_threads
-from util.console import prepare_console
+from util.console import command
 from util.data_arguments import refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare, decode_interleaved, trace_output, warm_up
@@ -63,13 +62,13 @@ MEASURED_COLUMNS = COLUMNS | {"measured": "measured", "error": "error %", "quali
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, data, backend = parse_groups(
             (ChooserArguments, DataArguments, BackendArguments), __doc__, argv
         )
         refuse_flags_of_run(data, limits="use --num_samples")
         with locked_output_dir(Path(flags.output_dir)):
+            data.report_dir = flags.output_dir
             choose(flags, data, backend)
 
 

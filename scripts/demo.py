@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
+from util.console import command, prepare_console
 from util.demo_arguments import DemoArguments
 from util.flag_help import answer_help
 from util.flags import parse_groups
@@ -24,7 +25,7 @@ if __name__ == "__main__":
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((DemoArguments,), __doc__, argv)
         show(flags)
 
@@ -42,9 +43,7 @@ def show(flags: DemoArguments) -> None:
         if error.name != "gradio":
             raise
         raise UserError("The page needs Gradio: pip install -r requirements-demo.txt") from error
-    from util.console import prepare_console
-
-    prepare_console()
+    prepare_console()  # anew: transformers has been imported
     open_page(flags)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.backend_arguments import BackendArguments
+from util.backend_arguments import AUTOMATIC, BackendArguments
 from util.flag_help import answer_help
 from util.script_arguments import DistillationArguments
 
@@ -27,16 +27,16 @@ from datasets import Dataset
 from sacrebleu.metrics import CHRF
 from transformers import set_seed
 
-from models.errors import one_line_errors
 from models.loading import LoadedModel, load_model
 from util.backend import limit_threads, run_by_backend
+from util.console import command
 from util.data.encoding import encoder_for
 from util.data.preparation import prepare
 from util.data_arguments import DataArguments
 from util.device import best_device, move_model
 from util.exit_arguments import ExitArguments
 from util.files import json_line, locked_output_file, written_aside
-from util.flags import parse_groups
+from util.flags import parse_groups, require
 from util.progress import track
 from util.setup import read_split
 from util.tasks import DATASETS
@@ -45,11 +45,23 @@ MARGIN = 4  # tokens by which a hypothesis may exceed --max_length
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         flags, backend = parse_groups((DistillationArguments, BackendArguments), __doc__, argv)
+        refuse_beams(backend, flags.num_beams)
         backend = backend.for_evaluation(ExitArguments(), flags.num_beams)
         with locked_output_file(flags.output_file):
             distill(flags, backend)
+
+
+def refuse_beams(backend: BackendArguments, num_beams: int) -> None:
+    """Raise UserError, which names what to add, where the backend decodes no beams: they are the default."""
+    for name, ways in {
+        "backend": (AUTOMATIC, "torch"),
+        "precision": ("fp32",),
+        "exit_precision": (None,),
+    }.items():
+        value = getattr(backend, name)
+        require(num_beams == 1 or value in ways, f"--{name} {value} decodes one beam: add --num_beams 1.")
 
 
 def distill(flags: DistillationArguments, backend: BackendArguments) -> None:
@@ -57,13 +69,24 @@ def distill(flags: DistillationArguments, backend: BackendArguments) -> None:
     set_seed(0)
     loaded = open_teacher(flags.model_name_or_path, backend)
     examples = load_training_rows(flags, loaded)
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["source"]))
+    targets = choose_targets(loaded, examples, flags)
     with written_aside(flags.output_file) as aside, gzip.open(aside, "wt", encoding="utf8") as out:
-        for start in track(range(0, len(order), flags.batch_size), "Distilling", "batch"):
-            rows = examples.select(order[start : start + flags.batch_size])
-            for row, hypotheses in zip(rows, decode_beams(loaded, list(rows["source"]), flags), strict=True):
-                target = closest(hypotheses, row["target"])
-                out.write(json_line({"source": row["source"], "target": target}))
+        for row, target in zip(examples, targets, strict=True):
+            out.write(json_line({"id": row["id"], "source": row["source"], "target": target}))
+
+
+def choose_targets(loaded: LoadedModel, examples: Dataset, flags: DistillationArguments) -> list[str]:
+    """The chosen hypothesis of each row; decoded together are sources alike in length."""
+    lengths = [len(source) for source in examples["source"]]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    targets: dict[int, str] = {}
+    for start in track(range(0, len(order), flags.batch_size), "Distilling", "batch"):
+        numbers = order[start : start + flags.batch_size]
+        rows = examples.select(numbers)
+        beams = decode_beams(loaded, list(rows["source"]), flags)
+        for number, hypotheses, reference in zip(numbers, beams, rows["target"], strict=True):
+            targets[number] = closest(hypotheses, reference)
+    return [targets[number] for number in range(len(examples))]
 
 
 def open_teacher(path: str, backend: BackendArguments) -> LoadedModel:

@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 import torch
 
-from models.errors import one_line_errors
 from models.loading import load_model
+from util.console import command
 from util.files import locked_output_dir
 from util.flags import parse_groups, require
 from util.model_card import NAME, Card, describe_size, loss_curve, usage
@@ -45,7 +45,7 @@ METADATA = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((ExportArguments,), __doc__, argv)
         with locked_output_dir(flags.output_dir):
             export(flags)

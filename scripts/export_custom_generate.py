@@ -24,8 +24,9 @@ if __name__ == "__main__":
     answer_help((CustomGenerateArguments,), __doc__)  # before torch is imported
 
 from models.custom_generate import ExitOptions
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.families import VIEWS
+from util.console import command
 from util.files import locked_output_dir
 from util.flags import parse_groups
 
@@ -96,7 +97,7 @@ MEANINGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((CustomGenerateArguments,), __doc__, argv)
         with locked_output_dir(flags.output_dir):
             export(flags)

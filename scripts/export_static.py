@@ -23,11 +23,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from models.decoder_view import DecoderView
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.exit_adapter import NAME as ADAPTER
 from models.exit_adapter import ExitAdapter
 from models.exit_heads import HEAD_NAMES
 from models.loading import LoadedModel, cast_model, load_model
+from util.console import command
 from util.files import locked_output_dir
 from util.flags import parse_groups, require
 
@@ -36,7 +37,7 @@ PER_LAYER = ("layer_types", "no_rope_layers")  # settings with an entry for each
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((StaticArguments,), __doc__, argv)
         with locked_output_dir(flags.output_dir):
             export(flags)

@@ -29,13 +29,14 @@ from datasets import Dataset
 from torch import Tensor
 
 from models.confidence import ShortlistGap, SoftmaxGap
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.families import view_for
 from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.backend import limit_threads
-from util.console import prepare_console
+from util.console import command
 from util.data.encoding import encoder_for
+from util.evaluation.decode import greedy_options
 from util.files import locked_output_file, write_json
 from util.flags import parse_groups
 from util.policies import require_exits
@@ -56,8 +57,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, data, backend = parse_groups(
             (ShortlistArguments, DataArguments, BackendArguments), __doc__, argv
         )
@@ -95,11 +95,11 @@ def measure_decisions(
     confidences: list[list[Tensor]] = [[], []]
     agrees = []
     encoder = encoder_for(loaded, data.max_source_length)
-    limit = encoder.output_limit(data.val_max_target_length)
+    options = greedy_options(encoder.output_limit(data.val_max_target_length))
     sources = list(read_split(data, "validation", loaded, flags.num_samples)["source"])
     for source in track(sources, "Comparing", "sample"):
         inputs = encoder.inputs([source]).to(loaded.model.device)
-        sequences = loaded.generate(**inputs, **limit, do_sample=False)
+        sequences = loaded.generate(**inputs, **options)
         for found, measure in zip(confidences, measures, strict=True):
             trace = trace_layers(loaded.model, **inputs, sequences=sequences, confidence=measure)
             found.append(trace.confidences[0, :, layer - 1])

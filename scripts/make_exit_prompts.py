@@ -24,14 +24,14 @@ from util.flag_help import answer_help
 if __name__ == "__main__":
     answer_help((ExitPromptArguments,), __doc__)  # before datasets is imported
 
-from models.errors import one_line_errors
-from util.console import prepare_console
-from util.data.sources import load_rows
+from util.console import command, prepare_console
+from util.data.sources import columns_of, load_rows, peek
 from util.data_arguments import DataArguments
 from util.files import locked_output_file, write_json_lines
 from util.flags import parse_groups, require
 from util.tasks import DATASETS, TASKS
 
+COLUMNS = {"samsum": ["dialogue"], "iwslt2017": ["translation"], "squad": ["question", "context"]}
 LONGEST = {"dialogue": 1000, "part": 900, "sentence": 300, "passage": 500}  # characters
 SHORTEST_PART, LONGEST_PART = 4, 14  # turns
 FEWEST_TURNS = 6  # of a dialogue that is worth taking apart
@@ -77,24 +77,41 @@ ACTIVITIES = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((ExitPromptArguments,), __doc__, argv)
-        drawn = random.Random(flags.seed)
-        held = held_out(flags)
-        drawn_prompts = [*summaries(flags, drawn), *others(flags, drawn), *instructions(flags)]
-        taught = [prompt for prompt in dict.fromkeys(drawn_prompts) if prompt not in held]
-        drawn.shuffle(taught)
-        prompts = taught + held
         with locked_output_file(Path(flags.output_file)) as path:
+            prompts = draw_prompts(flags)
             write_json_lines(path, ({"source": prompt} for prompt in prompts))
         print(f"Wrote {len(prompts)} prompts, the last {flags.held_out} to be held out, to {path}")
 
 
+def draw_prompts(flags: ExitPromptArguments) -> list[str]:
+    """All prompts, those that are held out last."""
+    drawn = random.Random(flags.seed)
+    held = held_out(flags)
+    found = [*summaries(flags, drawn), *others(flags, drawn), *instructions(flags)]
+    taught = [prompt for prompt in dict.fromkeys(found) if prompt not in held]
+    drawn.shuffle(taught)
+    return taught + held
+
+
 def read(flags: ExitPromptArguments, name: str, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a data set that have all that is read of it.
+
+    Raises:
+        UserError: its file could be another data set's, too, or has other columns.
+    """
     data = DataArguments(dataset_name=name, data_dir=flags.data_dir)
-    rows, _ = load_rows(DATASETS[name], data, split)
-    yield from rows
+    rows, origin = load_rows(DATASETS[name], data, split)
+    file = Path(origin).name
+    require(
+        flags.data_dir is None or file.startswith(f"{name}."),
+        f"--data_dir {flags.data_dir}: {file} may be any data set's; name that of {name} {name}.{file}.",
+    )
+    found = columns_of(peek(rows))
+    for column in COLUMNS[name]:
+        require(column in found, f"{origin}: no column {column!r}; found {', '.join(found)}.")
+    yield from (row for row in rows if all(row.get(column) for column in COLUMNS[name]))
 
 
 def sum_up(dialogue: str) -> str:
@@ -103,8 +120,7 @@ def sum_up(dialogue: str) -> str:
 
 def dialogues(flags: ExitPromptArguments, split: str) -> Iterator[str]:
     for row in read(flags, "samsum", split):
-        if row["dialogue"]:  # one of SAMSum's is empty
-            yield row["dialogue"].replace("\r", "").strip()
+        yield row["dialogue"].replace("\r", "").strip()
 
 
 def summaries(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
@@ -124,7 +140,7 @@ def summaries(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]
 def others(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
     """What the exit shall not forget: translation, questions, explanations, instructions."""
     languages = {"source_lang": "German", "target_lang": "English"}
-    german = [row["translation"]["de"] for row in read(flags, "iwslt2017", "train")]
+    german = [german_of(row["translation"]) for row in read(flags, "iwslt2017", "train")]
     drawn.shuffle(german)
     fitting = (text for text in german if 40 < len(text) < LONGEST["sentence"])
     for text in islice(fitting, flags.others // 2):
@@ -138,6 +154,12 @@ def others(flags: ExitPromptArguments, drawn: random.Random) -> Iterator[str]:
     yield from (request.format(activity) for activity in ACTIVITIES for request in REQUESTS)
 
 
+def german_of(pair: Any) -> str:
+    known = isinstance(pair, dict) and isinstance(pair.get("de"), str)
+    require(known, "iwslt2017.train: a 'translation' must hold its German text under 'de'.")
+    return str(pair["de"])
+
+
 def instructions(flags: ExitPromptArguments) -> list[str]:
     """What the model itself asks in its users' place."""
     if flags.model_name_or_path is None:
@@ -146,6 +168,7 @@ def instructions(flags: ExitPromptArguments) -> list[str]:
     from util.device import move_model
     from util.exit_training.instructions import write_instructions
 
+    prepare_console()  # anew: transformers has been imported
     loaded = load_model(flags.model_name_or_path)
     move_model(loaded.model)
     return write_instructions(loaded, flags.self_instructed, flags.generation_batch_size, flags.seed)

@@ -32,7 +32,7 @@ from transformers import BatchEncoding
 
 from models.confidence import SoftmaxGap
 from models.decode_stats import DecodeStats
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.exit_adapter_files import with_exit_adapter
 from models.exit_policy import FullDepth
 from models.free import Free
@@ -56,7 +56,7 @@ from scripts.benchmarking.causal import (
 from scripts.benchmarking.llamacpp import LLAMA_CPP
 from util.analysis import settled_layers
 from util.backend import limit_threads, run_by_backend
-from util.console import prepare_console
+from util.console import command
 from util.data.sources import load_file
 from util.demo.examples import INSTRUCTIONS
 from util.depth_stream import DepthStreamer
@@ -102,8 +102,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, backend = parse_groups((QuickstartArguments, QuickstartBackendArguments), __doc__, argv)
         show(flags, backend)
 

@@ -20,7 +20,7 @@ from util.script_arguments import ReportArguments
 if __name__ == "__main__":
     answer_help((ReportArguments,), __doc__)  # before what is slow is imported
 
-from models.errors import one_line_errors
+from util.console import command
 from util.files import locked_output_dir
 from util.flags import parse_groups
 from util.report.folders import read_folders
@@ -28,7 +28,7 @@ from util.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((ReportArguments,), __doc__, argv)
         results = read_folders(flags.folders)
         with locked_output_dir(flags.output_dir) as folder:

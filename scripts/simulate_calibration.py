@@ -26,8 +26,9 @@ if __name__ == "__main__":
 import numpy as np
 from matplotlib.figure import Figure
 
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from util.calibration.risk_control import check_losses, simulate
+from util.console import command
 from util.files import locked_output_dir, write_json
 from util.flags import parse_groups, require, require_file
 from util.progress import track
@@ -45,7 +46,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with command():
         (flags,) = parse_groups((SimulationArguments,), __doc__, argv)
         with locked_output_dir(Path(flags.output_dir)) as folder:
             write_results(flags, simulate_all(flags, *read_losses(flags)), folder)

@@ -60,7 +60,7 @@ from util.evaluation.records import EvaluationSettings, Trace, write_records
 from util.evaluation.shards import Shards, join_shards, refuse_state_across_samples, tell_shard
 from util.evaluation.timing_doubts import untrusted_timing
 from util.files import locked_output_dir, write_json
-from util.flags import expand_argument_file, non_default_settings, parse_groups, require
+from util.flags import Parser, expand_argument_file, non_default_settings, parse_groups, require
 from util.methods import (
     BASELINE,
     CALM,
@@ -102,7 +102,7 @@ COLOURED_SAMPLES = 3
 def main(argv: list[str] | None = None) -> None:
     prepare_console()
     with one_line_errors("Run the same command with --resume_eval True to continue."):
-        argv = expand_preset(expand_argument_file(sys.argv[1:] if argv is None else argv))
+        argv = expand_preset(expand_argument_file(argv, Parser(GROUPS)))
         flags, data, backend, jobs = parse_groups(GROUPS, __doc__, argv)
         refuse_flags_of_run(data, reads=["resume_eval"], limits="use --num_samples")
         with locked_output_dir(Path(flags.output_dir), jobs.shard_index):
@@ -117,6 +117,7 @@ def sweep(
     learning = [method for method in flags.methods if method == FREE_ADAPTIVE]
     refuse_state_across_samples(shards, learning, "methods")
     require_split(data, flags.split)
+    data.report_dir = flags.output_dir if shards.tells else None
     limit_threads(backend)
     paths = {"free": flags.free, "calm": flags.calm}
     of_calm = backend if flags.free is None else backend.without_exit()

@@ -36,7 +36,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from models.choices import KEEPING_EXIT_ADAPTERS
-from models.errors import UserError, one_line_errors
+from models.errors import UserError
 from models.exit_adapter import attach_exit_adapter, check_kv_layer, make_exit_adapter
 from models.exit_adapter_files import load_exit_adapter, read_exit_config, save_exit_adapter
 from models.families import view_for
@@ -45,7 +45,7 @@ from models.families.encoder_decoder import EncoderDecoderView
 from models.json_files import read_mapping
 from models.loading import LoadedModel, cast_model
 from util.backend import limit_threads, run_by_backend
-from util.console import prepare_console
+from util.console import command
 from util.data.encoding import Encoder, encoder_for
 from util.data_arguments import refuse_flags_of_run, require_split
 from util.device import best_device
@@ -60,6 +60,7 @@ from util.exit_training.texts import Text, answer_prompts, given_targets, group_
 from util.files import content_hash, locked_output_dir, write_json
 from util.flags import parse_groups, require
 from util.policies import require_exits
+from util.progress import is_first_process
 from util.setup import open_checkpoint, read_split
 from util.tables import comparison_table, print_report
 
@@ -77,8 +78,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors("Run the same command: it goes on from where it was."):
+    with command("Run the same command: it goes on from where it was."):
         groups = (ExitTrainingArguments, DataArguments, BackendArguments)
         flags, data, backend = parse_groups(groups, __doc__, argv)
         refuse_flags_of_run(
@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             resume_eval="this goes on by itself; leave it out",
         )
         with locked_output_dir(Path(flags.output_dir)):
+            data.report_dir = flags.output_dir if is_first_process() else None
             teach(flags, data, backend)
 
 

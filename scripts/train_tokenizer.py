@@ -27,8 +27,8 @@ if __name__ == "__main__":
 import sentencepiece
 from transformers import T5Tokenizer
 
-from models.errors import UserError, one_line_errors
-from util.console import prepare_console
+from models.errors import UserError
+from util.console import command
 from util.data.examples import dataset_record, load_examples
 from util.files import locked_output_dir
 from util.flags import parse_groups
@@ -41,11 +41,11 @@ RESERVED = "\u2585"  # a line that holds SentencePiece's own mark of the unknown
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors():
+    with command():
         flags, data = parse_groups((TokenizerArguments, DataArguments), __doc__, argv)
         refuse_flags_of_run(data, limits="all training rows count", **UNREAD)
         with locked_output_dir(Path(flags.output_dir)) as folder:
+            data.report_dir = flags.output_dir
             train(flags, data, folder)
 
 

@@ -109,22 +109,40 @@ def test_a_shortlist_holds_tokens_of_answers(folder, tmp_path):
     assert "</s>" in words and "▁package" in words and "▁Translation" not in words
 
 
+def test_a_shortlist_is_learnt_along_one_beam_whatever_the_checkpoints_beams(folder, tmp_path):
+    beams = shutil.copytree(folder, tmp_path / "beams")
+    settings = GenerationConfig.from_pretrained(beams)
+    settings.update(num_beams=4)
+    settings.save_pretrained(beams)
+    learnt = []
+    for model in (folder, beams):
+        flags = {"model_name_or_path": model, "size": 50, "num_samples": 2, "split": "test"}
+        learn_shortlist.main(as_argv(**flags, output_file=tmp_path / "list.json", **DATA, **TORCH))
+        learnt.append(json.loads((tmp_path / "list.json").read_text()))
+    assert learnt[0] == learnt[1]
+
+
 def test_distilled_hypotheses_hold_no_prompt(folder):
     loaded = load_model(folder)
     prepare(loaded, DataArguments(**DATA))
-    flags = DistillationArguments(folder, "debian_de_en", "unused", max_length=8, num_beams=2)
+    flags = DistillationArguments(folder, "debian_de_en", Path("unused.jsonl.gz"), max_length=8, num_beams=2)
     (hypotheses,) = distill_targets.decode_beams(loaded, ["Eine Bibliothek"], flags)
     assert len(hypotheses) == 2 and not any("Translation" in text for text in hypotheses)
 
 
 def test_distilled_on_exported_graphs_a_teacher_says_the_same(folder, tmp_path, monkeypatch, capsys):
-    rows = Dataset.from_dict({"source": ["Eine Bibliothek", "Dateien"], "target": ["A library", "files"]})
+    rows = {"id": ["0", "1"], "source": ["Eine Bibliothek", "Dateien"], "target": ["A library", "files"]}
+    rows = Dataset.from_dict(rows)
     monkeypatch.setattr(distill_targets, "read_split", lambda *_: rows)
     path = tmp_path / "rows.jsonl.gz"
     argv = as_argv(model_name_or_path=folder, dataset_name="debian_de_en", output_file=path, max_length=40)
+    for asked in ("--backend onnx", "--precision w8", "--exit_precision w8"):
+        with pytest.raises(SystemExit):
+            distill_targets.main([*argv, *asked.split()])
+        assert f"error: {asked} decodes one beam: add --num_beams 1.\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        distill_targets.main([*argv, *as_argv(backend="onnx")])
-    assert "error: --num_beams needs --backend torch" in capsys.readouterr().err
+        distill_targets.main([*argv, "--output_file", "plain.jsonl"])
+    assert "error: --output_file plain.jsonl: what is written is gzipped" in capsys.readouterr().err
     distill_targets.main([*argv, *as_argv(num_beams=1, backend="onnx")])
     with gzip.open(path, "rt", encoding="utf8") as lines:
         written = {row["source"]: row["target"] for row in map(json.loads, lines)}

@@ -140,12 +140,21 @@ def test_streams_count_and_list_what_they_skip_and_cut(tmp_path, tokenizer, capl
     ]
 
 
-def test_a_list_of_skipped_rows_does_not_outlive_its_cause(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_list_of_skipped_rows_does_not_outlive_its_cause(tmp_path, tokenizer, streaming):
     flags = arguments(train_file=write(tmp_path / "rows.jsonl", [*ROWS, {"text": "", "title": "a"}]))
     flags.report_dir = str(tmp_path)
-    load_examples(dataset_record(flags), flags, "train")
+
+    def read():
+        if streaming:
+            list(stream_training_rows(dataset_record(flags), flags, tokenizer, seed=0))
+        else:
+            load_examples(dataset_record(flags), flags, "train")
+
+    read()
+    assert (tmp_path / "skipped_rows.train.jsonl").is_file()
     write(tmp_path / "rows.jsonl", ROWS)
-    load_examples(dataset_record(flags), flags, "train")
+    read()
     assert not (tmp_path / "skipped_rows.train.jsonl").exists()
 
 

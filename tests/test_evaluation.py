@@ -114,6 +114,7 @@ def test_a_baseline_of_other_rows_is_refused_before_decoding(tmp_path, capsys):
         "source_column": "de",
         "target_column": "en",
         "max_source_length": 16,
+        "doc_stride": 128,  # the default: of questions alone
     }
     evaluate(tmp_path / "full", **flags)
     baseline = {"baseline_predictions": tmp_path / "full/predictions.jsonl"}

@@ -7,9 +7,16 @@ import pytest
 import torch
 from adapted_models import SHALLOW, adapted, make_inputs
 
-from models import DecodeStats, FixedThreshold, Free, SoftmaxGap, early_exit_decode
+from models import DecodeStats, FixedThreshold, Free, FullDepth, SoftmaxGap, early_exit_decode
 from models.replay import replay
-from util.exit_training.forecast import ExitCosts, ExitTrace, as_decoded, forecast, predict
+from util.exit_training.forecast import (
+    ExitCosts,
+    ExitTrace,
+    as_decoded,
+    forecast,
+    predict,
+    time_decoding,
+)
 from util.exit_training.objectives import Teacher, acceptance_loss, distillation_loss
 
 
@@ -74,6 +81,13 @@ def test_the_forecast_counts_what_decoding_does():
     steps, windows = replay(sure, np.ones(16, bool), None, lossless=False)
     assert (steps, len(windows)) == (stats.steps, stats.deep_passes)
     assert stats.layer_tokens == steps * (SHALLOW + 1) + sum(windows) * (6 - SHALLOW)
+
+
+def test_one_beam_is_timed_whatever_the_checkpoints_beams():
+    loaded = adapted("t5-tied")
+    loaded.model.generation_config.update(num_beams=4, num_return_sequences=2)
+    step, sample = time_decoding(loaded, [make_inputs("t5-tied")], FullDepth())
+    assert step >= 0 and sample >= 0
 
 
 def test_a_pass_takes_as_long_as_the_loop_around_it():

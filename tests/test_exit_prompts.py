@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from models import UserError
 from scripts import make_exit_prompts
 from util.exit_training.instructions import write_instructions
+from util.files import locked
 
 CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}</s>{% endfor %}"
 
@@ -59,6 +60,45 @@ def test_fewer_dialogues_than_are_to_be_held_out_are_refused(folder, capsys):
         make_exit_prompts.main([*flags, "--held_out", "6", "--held_out_from", "4"])
     assert "--held_out 6: the validation split has 5 dialogues after" in capsys.readouterr().err
     assert not (folder / "prompts.jsonl").exists()
+
+
+def refusal(folder, capsys, *flags):
+    """The one line that the script answers with, whatever was there staying as it was."""
+    before = sorted(folder.iterdir())
+    own = ["--data_dir", str(folder), "--held_out", "2", "--held_out_from", "4", "--others", "4"]
+    with pytest.raises(SystemExit):
+        make_exit_prompts.main([*own, "--output_file", str(folder / "prompts.jsonl"), *flags])
+    assert sorted(folder.iterdir()) == before
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+@pytest.mark.parametrize(("name", "missing"), [
+    ("samsum.train", "dialogue"), ("samsum.validation", "dialogue"), ("iwslt2017.train", "translation"),
+    ("squad.train", "question")])  # fmt: skip
+def test_rows_of_other_columns_are_refused(folder, capsys, name, missing):
+    (folder / f"{name}.json").write_text('{"german": "Ein Satz", "english": "A sentence"}\n' * 9)
+    complaint = f"error: {folder / name}.json: no column '{missing}'; found german, english."
+    assert refusal(folder, capsys) == complaint
+
+
+def test_sentences_without_german_are_refused(folder, capsys):
+    (folder / "iwslt2017.train.json").write_text('{"translation": {"fr": "Une phrase"}}\n')
+    assert "a 'translation' must hold its German text under 'de'" in refusal(folder, capsys)
+
+
+def test_one_file_serves_no_three_data_sets(folder, capsys):
+    (folder / "iwslt2017.train.json").rename(folder / "train.json")
+    complaint = "train.json may be any data set's; name that of iwslt2017 iwslt2017.train.json."
+    assert refusal(folder, capsys) == f"error: --data_dir {folder}: {complaint}"
+
+
+def test_nothing_is_drawn_for_a_file_that_another_run_writes(folder, capsys, monkeypatch):
+    monkeypatch.setattr(make_exit_prompts, "draw_prompts", lambda flags: pytest.fail("drawn"))
+    (folder / "taken").mkdir()
+    with locked(folder / "taken" / ".out.lock", ""):
+        line = refusal(folder, capsys, "--output_file", str(folder / "taken" / "out"))
+    assert "another run is writing it" in line
 
 
 def test_no_prompt_is_taught_twice_or_held_out_and_taught(folder):

@@ -7,15 +7,20 @@ import itertools
 import pytest
 import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, as_plain_model, texts_of
+from datasets import Dataset
+from real_rows import ROOT
 
 from models.errors import UserError
+from models.loading import load_model
 from scripts.train_exit import identify_teaching
-from util.exit_training import teaching
+from util.data.encoding import encoder_for
+from util.exit_training import teaching, texts
 from util.exit_training.flags import ExitTrainingArguments
 from util.exit_training.forecast import ExitCosts
 from util.exit_training.objectives import exit_logits, teacher_of
 from util.exit_training.states import FreshStates, Start, compute_states, make_batch, read_texts
-from util.exit_training.texts import group_alike, until_end
+from util.exit_training.texts import Text, answer, answer_prompts, group_alike, until_end
+from util.files import read_json_lines
 
 
 @pytest.fixture(
@@ -86,6 +91,32 @@ def test_texts_end_with_their_end_and_lie_beside_others_as_long():
     *taught, last, second_last = group_alike(sources, 2, held_out=3)
     assert sorted(map(sorted, taught)) == [[0], [1, 2]]
     assert sorted(map(sorted, (last, second_last))) == [[3, 5], [4]]
+
+
+@pytest.mark.parametrize(("cut", "asked"), [(0, []), (1, [[2, 3]]), (2, [[2, 3]]), (3, [[0, 1], [2, 3]])])
+def test_a_group_of_which_a_part_is_logged_is_written_anew(tmp_path, monkeypatch, cut, asked):
+    whole = [f'{{"input_ids": [], "output_ids": [{row}]}}\n' for row in range(4)]
+    path, groups = tmp_path / "texts.jsonl", []
+    path.write_text("".join(whole)[: -len(whole[0]) * cut + 5 if cut else None])
+
+    def write(loaded, encoder, sources, max_length):
+        groups.append([int(source) for source in sources])
+        return [Text([], [row]) for row in groups[-1]]
+
+    monkeypatch.setattr(texts, "answer", write)
+    examples = Dataset.from_dict({"source": ["0", "1", "2", "3"]})
+    found = answer_prompts(None, None, examples, path, [[0, 1], [2, 3]], 8)
+    assert [text.output_ids for text in found] == [[0], [1], [2], [3]] and groups == asked
+    assert [row["output_ids"] for _, row in read_json_lines(path)] == [[0], [1], [2], [3]]
+
+
+def test_texts_are_greedy_whatever_the_checkpoints_beams(monkeypatch):
+    loaded = load_model(str(ROOT / "checkpoints/debian-t5-free"))
+    inputs = loaded.tokenizer(["Eine Bibliothek"], return_tensors="pt")
+    expected = loaded.model.generate(**inputs, do_sample=False, num_beams=1, max_length=9)[0, 1:]
+    loaded.model.generation_config.update(num_beams=4, do_sample=True)
+    (text,) = answer(loaded, encoder_for(loaded), ["Eine Bibliothek"], 9)
+    assert text.output_ids == expected.tolist()
 
 
 @pytest.mark.parametrize("loss", ["kl", "acceptance"])

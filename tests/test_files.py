@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from models.errors import UserError
-from util.files import JsonLog, content_hash, locked, read_json_lines, write_json_lines
+from util.files import (
+    JsonLog,
+    content_hash,
+    locked,
+    locked_output_file,
+    make_output_dir,
+    read_json_lines,
+    write_json_lines,
+)
 
 WHOLE = b'{"a": 1}\n{"a": "\xc3\xbc"}\n'
 
@@ -126,6 +135,34 @@ def test_files_are_replaced_as_a_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_json_lines(path, broken())
     assert path.read_bytes() == before
+
+
+def test_what_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json_lines(tmp_path / "rows.jsonl", [{"a": 1}])
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_an_output_file_must_be_one_that_can_be_written(tmp_path):
+    """Whoever asks: even root writes nothing into /proc."""
+    (tmp_path / "file").touch()
+    refused = {
+        tmp_path: "is a folder or a device: name a file",
+        Path("/dev/null"): "is a folder or a device: name a file",
+        tmp_path / "file" / "x.json": "its folder cannot be made: (Not a directory|File exists)",
+        Path("/proc/x.json"): r"its folder (is not writable|cannot be made: .*)",
+    }
+    for path, complaint in refused.items():
+        with (
+            pytest.raises(UserError, match=rf"^--output_file {path}:? {complaint}"),
+            locked_output_file(path),
+        ):
+            pytest.fail("locked")
+    with pytest.raises(UserError, match=r"^--output_dir /proc (is not writable|cannot be made)"):
+        make_output_dir(Path("/proc"))
+    with locked_output_file(tmp_path / "new" / "x.json"):
+        assert os.listdir(tmp_path / "new") == [".x.json.lock"]
 
 
 def test_hashes_tell_values_and_their_order_apart():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 import subprocess
 import sys
 
@@ -286,7 +287,7 @@ COMMANDS = {  # module: enough flags, a near miss with what is meant, what is re
         None,
     ),
     "scripts.distill_targets": (
-        [*MODEL, *DATA, "--output_file", "x"],
+        [*MODEL, *DATA, "--output_file", "x.jsonl.gz"],
         "num_beam",
         "num_beams",
         "--model_name_or_path, --dataset_name, --output_file",
@@ -329,8 +330,10 @@ def complaint(name, words, capsys):
 def test_wrong_flags_of_every_command_get_one_line(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     enough, miss, meant, required, number = COMMANDS[name]
+    logging.getLogger("util").setLevel(logging.NOTSET)
     line = complaint(name, [*enough, f"--{miss}", "1"], capsys)
     assert line == f"Unknown flag --{miss}: did you mean --{meant}?"
+    assert logging.getLogger("util").level == logging.INFO, "what our modules log would be dropped"
     if required is not None:
         assert complaint(name, [], capsys) == f"Missing: {required}. See --help."
     if number is not None:

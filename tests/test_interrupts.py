@@ -25,7 +25,7 @@ COMMANDS = {  # module: the work that is interrupted, the flags that lead there,
     "scripts.learn_shortlist": ("open_checkpoint", [*MODEL, "--output_file", "x"], "to start again"),
     "scripts.report": ("read_folders", ["folder"], "to start again"),
     "scripts.train_tokenizer": ("train", [*MODEL[2:], "--output_dir", "x"], "to start again"),
-    "scripts.distill_targets": ("distill", [*MODEL, "--output_file", "x"], "to start again"),
+    "scripts.distill_targets": ("distill", [*MODEL, "--output_file", "x.jsonl.gz"], "to start again"),
     "scripts.export_checkpoint": ("export", EXPORT, "to start again"),
     "scripts.export_custom_generate": ("export", ["--output_dir", "x"], "to start again"),
     "scripts.export_static": ("export", [*MODEL[:2], "--output_dir", "x"], "to start again"),
@@ -39,7 +39,8 @@ def interrupt(*_, **__):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, name):
+def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     work, flags, hint = COMMANDS[name]
     monkeypatch.setattr(module, work, interrupt)
@@ -53,7 +54,7 @@ def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys, name):
 
 def test_an_interrupted_distillation_is_not_taken_for_a_finished_one(monkeypatch, tmp_path):
     """train_debian_t5_free.sh asks whether the file is there."""
-    answers = [[["eins"]], KeyboardInterrupt, [["eins"]], [["zwei"]]]
+    answers = [[["zwei"]], KeyboardInterrupt, [["zwei"]], [["eins"]]]  # short sources first
 
     def decode(*_):
         answer = answers.pop(0)
@@ -61,7 +62,7 @@ def test_an_interrupted_distillation_is_not_taken_for_a_finished_one(monkeypatch
             raise answer
         return answer
 
-    rows = Dataset.from_dict({"source": ["one", "two "], "target": ["eins", "zwei"]})
+    rows = Dataset.from_dict({"id": ["a", "b"], "source": ["one ", "two"], "target": ["eins", "zwei"]})
     monkeypatch.setattr(distill_targets, "open_teacher", lambda *_: None)
     monkeypatch.setattr(distill_targets, "load_training_rows", lambda *_: rows)
     monkeypatch.setattr(distill_targets, "decode_beams", decode)
@@ -72,7 +73,11 @@ def test_an_interrupted_distillation_is_not_taken_for_a_finished_one(monkeypatch
     assert list(tmp_path.iterdir()) == []
     distill_targets.main(argv)
     with gzip.open(output, "rt", encoding="utf8") as lines:
-        assert [json.loads(line)["target"] for line in lines] == ["eins", "zwei"]
+        written = [json.loads(line) for line in lines]
+    assert written == [  # in the order of the rows
+        {"id": "a", "source": "one ", "target": "eins"},
+        {"id": "b", "source": "two", "target": "zwei"},
+    ]
 
 
 def test_interrupted_judges_keep_their_answers(monkeypatch, capsys):

@@ -23,9 +23,14 @@ FOLDER_SCRIPTS = {
     "train_tokenizer": DATA,
     "export_checkpoint": ["--run", "nowhere", "--title", "a", "--train_script", "b"],
     "export_custom_generate": [],
+    "build_debian_data": [],
     "export_static": MODEL,
 }
-FILE_SCRIPTS = {"distill_targets": [*MODEL, *DATA], "learn_shortlist": [*MODEL, *DATA]}
+FILE_SCRIPTS = {
+    "distill_targets": [*MODEL, *DATA],
+    "learn_shortlist": [*MODEL, *DATA],
+    "make_exit_prompts": [],
+}
 
 
 def main_of(name):
@@ -60,7 +65,7 @@ def test_a_folder_that_another_run_writes_into_is_refused(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("name", FILE_SCRIPTS)
 def test_a_file_that_another_run_writes_is_refused(tmp_path, monkeypatch, capsys, name):
-    path = tmp_path / "out.json"
-    with locked(tmp_path / ".out.json.lock", ""):
+    path = tmp_path / "out.jsonl.gz"
+    with locked(tmp_path / ".out.jsonl.gz.lock", ""):
         line = refusal(name, [*FILE_SCRIPTS[name], "--output_file", str(path)], monkeypatch, capsys)
     assert f"--output_file {path}: another run is writing it" in line

@@ -21,14 +21,12 @@ from models import UserError, load_model
 from models.exit_heads import ExitConfig, attach_exit_heads
 from scripts import calibrate, check_requirements, choose_exit, learn_shortlist, sweep, train_tokenizer
 from util import script_arguments
-from util.arguments import OUR_GROUPS
+from util.arguments import OUR_GROUPS, parse_arguments
 from util.backend_arguments import BackendArguments
-from util.calibration import consistency
 from util.calibration import risk_control as calibration
 from util.console import prepare_console
 from util.data_arguments import DataArguments, require_split
 from util.flag_help import TRAINING_FLAGS
-from util.presets import expand_scratch_settings
 from util.sweep_arguments import SweepArguments
 from util.training.trainer import without_tied
 
@@ -48,7 +46,6 @@ def test_help_names_flags_that_exist():
     assert set(TRAINING_FLAGS) <= known
     assert set(script_arguments.CERTIFIERS) == set(calibration.METHODS)
     assert set(script_arguments.P_VALUES) == set(calibration.P_VALUES)
-    assert script_arguments.CONSISTENCIES == consistency.CONSISTENCIES
 
 
 def test_package_offers_what_it_names():
@@ -107,23 +104,33 @@ def test_too_large_vocabulary_gets_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "given, chosen",
+    "words, learning_rate, told",
     [
-        (
-            ["--config_name", "c", "--do_train"],
-            {"learning_rate": 0.001, "warmup_steps": 0.1, "logging_steps": 10},
-        ),
-        (["--config_name=c", "--learning-rate", "3e-4"], {"warmup_steps": 0.1, "logging_steps": 10}),
-        (["--config_name", "c", "--paper_settings", "True"], {}),
-        (["--model_name_or_path", "m", "--do_train"], {}),
+        ("--config_name c --tokenizer_name t --do_train", 1e-3, True),
+        ("--config_name=c --tokenizer_name t --do-train --learning-rate 3e-4", 3e-4, True),
+        ("--config_name c --tokenizer_name t --do_train --paper_settings False", 1e-3, True),
+        ("--config_name c --tokenizer_name t --do_train --paper_settings", 1e-4, False),  # the paper's, of t5
+        ("--model_name_or_path m --do_train", 5e-5, False),  # the Trainer's own
     ],
 )
-def test_random_weights_get_settings_of_their_own(given, chosen, caplog):
+def test_random_weights_get_settings_of_their_own(words, learning_rate, told, caplog):
+    more = ["--dataset_name", "samsum", "--output_dir", "out", "--use_cpu"]
     with caplog.at_level(logging.INFO):
-        flags = expand_scratch_settings(given)
-    expected = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    assert flags == expected + given
-    assert ("Random weights" in caplog.text) == (bool(chosen) and "--do_train" in given)
+        training = parse_arguments([*words.split(), *more]).training
+    assert training.learning_rate == learning_rate
+    assert (training.logging_steps == 10) == (learning_rate in (1e-3, 3e-4))
+    assert ("Random weights" in caplog.text) == told
+
+
+def test_settings_of_random_weights_are_announced_to_those_who_train(caplog, tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text(
+        "config_name: c\ntokenizer_name: t\npaper_settings: false\ndo_train: false\ndo_eval: true\n"
+    )
+    more = ["--dataset_name", "samsum", "--output_dir", "out", "--use_cpu"]
+    with caplog.at_level(logging.INFO), pytest.raises(UserError, match="add --do_train"):
+        parse_arguments([str(file), *more])
+    assert "Random weights" not in caplog.text
 
 
 def test_exit_heads_are_no_surprise(tmp_path, caplog, monkeypatch):

@@ -15,7 +15,7 @@ import run
 from gpt_eval.__main__ import main as judge
 from gpt_eval.stand_in_server import StandInServer
 from models.errors import UserError
-from scripts import calibrate, sweep
+from scripts import calibrate, choose_exit, sweep, train_exit, train_tokenizer
 from util.report.folders import read_folders
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +106,36 @@ def test_a_calibration_is_no_result_to_report(written):
     assert (written / "calibration/records.jsonl").is_file()
     with pytest.raises(UserError, match="calibration: no results here; expected"):
         read_folders([written / "calibration"])
+
+
+READERS = {  # what a program needs besides rows, and what it reads first
+    train_tokenizer: ([], "train"),
+    choose_exit: (["--model_name_or_path", CHECKPOINT], "validation"),
+    train_exit: (["--model_name_or_path", CHECKPOINT], "train"),
+    sweep: (["--free", CHECKPOINT], "test"),
+}
+
+
+@pytest.mark.parametrize("module", READERS, ids=lambda module: module.__name__)
+def test_rows_that_cannot_be_used_are_listed_in_every_output_folder(module, tmp_path, monkeypatch, caplog):
+    reader = "load_examples" if module is train_tokenizer else "read_split"
+    read = getattr(module, reader)
+
+    def read_and_stop(*arguments):
+        read(*arguments)
+        raise UserError("read")
+
+    monkeypatch.setattr(module, reader, read_and_stop)
+    flags, split = READERS[module]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,title\na,b\n,c\n")
+    columns = ["--task", "summarization", "--source_column", "text", "--target_column", "title"]
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        module.main([*flags, *columns, f"--{split}_file", str(rows), "--output_dir", str(folder)])
+    (listed,) = (folder / f"skipped_rows.{split}.jsonl").read_text().splitlines()
+    assert json.loads(listed) == {"origin": str(rows), "row": 1, "id": "1", "reason": "empty source"}
+    assert f"skipped 1 of 2 rows (listed in {folder / f'skipped_rows.{split}.jsonl'})" in caplog.text
 
 
 LIGHT = """

@@ -249,14 +249,14 @@ def parse_with_run(
 
     trainer = HfArgumentParser((Seq2SeqTrainingArguments,), add_help=False)
     parser = Parser((*groups, *OUR_GROUPS), description, (Seq2SeqTrainingArguments, trainer))
-    argv = expand_argument_file(argv)
+    argv = expand_argument_file(argv, parser)
     if "--help_all" in argv:
         print(argparse.ArgumentParser.format_help(parser))
         sys.exit(0)
     given, _ = parser.read(argv)
     if given.get("paper_settings"):
         argv = expand_paper_settings(argv, given.get("dataset_name"))
-    argv = cpu_launch_flags() + expand_scratch_settings(argv)
+    argv = cpu_launch_flags() + expand_scratch_settings(argv, given)
     try:
         built = parser.parse(argv)
         arguments = Arguments(*built[len(groups) :])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -11,7 +11,14 @@ from models.loading import LoadedModel
 from util.backend_arguments import AUTOMATIC, BackendArguments
 
 
-def limit_threads(flags: BackendArguments) -> None:
+class Threaded(Protocol):
+    """Flags with --threads."""
+
+    @property
+    def threads(self) -> int | None: ...
+
+
+def limit_threads(flags: Threaded) -> None:
     """Let torch use as many threads as the flags say; exported graphs follow."""
     if flags.threads:
         torch.set_num_threads(flags.threads)

@@ -1,5 +1,5 @@
 """What commands show: our own log, real warnings of the libraries, and neither their harmless ones nor, where
-no terminal is, their progress bars. `prepare_console()` comes first in every command."""
+no terminal is, their progress bars. Every command does its work in `with command():`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import io
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from models.errors import one_line_errors
 from util.progress import is_first_process, on_terminal
 
 OUR_LOGGERS = ("models", "util", "scripts", "gpt_eval")
 DEPRECATED = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)  # addressed to programmers
 
 
+@contextmanager
+def command(to_continue: str = "Run the same command to start again.") -> Iterator[None]:
+    """The work of a command: our log is shown; what ends it early is one line, as `one_line_errors` says."""
+    prepare_console()
+    with one_line_errors(to_continue):
+        yield
+
+
 def prepare_console() -> None:
-    """Set up logging to stderr, and let a log see each line at once; may be called again."""
+    """Set up logging to stderr, and let a log see each line at once; may be called again, and must be where
+    a command imports transformers or datasets late: nothing is loaded for it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -23,8 +35,9 @@ def prepare_console() -> None:
         logging.getLogger(name).setLevel(logging.INFO if is_first_process() else logging.WARNING)
     for category in DEPRECATED:
         warnings.filterwarnings("ignore", category=category)
-    quiet_transformers()
-    if not on_terminal():
+    if sys.modules.get("transformers"):
+        quiet_transformers()
+    if sys.modules.get("datasets") and not on_terminal():
         quiet_datasets()
 
 

@@ -135,6 +135,13 @@ class DataArguments:
             require_positive(name, getattr(self, name))
         if self.val_max_target_length is None:
             self.val_max_target_length = self.max_target_length
+        self._refuse_idle_flags()
+
+    def _refuse_idle_flags(self) -> None:
+        idle = {} if self.num_shots else {"shot_seed": "add --num_shots"}
+        if self.task != "question_answering":
+            idle["doc_stride"] = "add --task question_answering"
+        refuse_unread_flags(self, idle)
 
 
 LIMITS = ("max_train_samples", "max_eval_samples", "max_predict_samples")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any
 
@@ -28,10 +29,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    temporary.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -239,14 +240,21 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_output_dir(folder: Path) -> Path:
-    """Make --output_dir, or raise UserError if it cannot be made or written to."""
+def make_output_dir(folder: Path, name: str | None = None) -> Path:
+    """Make --output_dir, or the folder of that `name`.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    name = name or f"--output_dir {folder}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder} is not writable.")
+        raise UserError(f"{name} cannot be made: {error.strerror}.") from error
+    try:
+        TemporaryFile(dir=folder).close()  # permissions alone promise too much: of /proc, say
+    except OSError as error:
+        raise UserError(f"{name} is not writable.") from error
     return folder
 
 
@@ -275,12 +283,11 @@ def locked_output_file(path: Path) -> Iterator[Path]:
     """Make the folder of --output_file and keep other runs from writing the same file.
 
     Raises:
-        UserError: the folder cannot be made, or another run writes the file.
+        UserError: that is no file, its folder cannot be made or written to, or another run writes the file.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_file {path}: its folder cannot be made: {error.strerror}.") from error
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output_file {path} is a folder or a device: name a file.")
+    make_output_dir(path.parent, f"--output_file {path}: its folder")
     complaint = f"--output_file {path}: another run is writing it; wait for it, or name another file."
     with locked(path.with_name(f".{path.name}.lock"), complaint):
         yield path

@@ -204,6 +204,8 @@ class Parser(argparse.ArgumentParser):
             parents=parents,
             argument_default=argparse.SUPPRESS,  # so that only what is given is told to a dataclass
         )
+        for action in self._actions:  # those of the foreign parser have defaults of their own
+            action.default = argparse.SUPPRESS
         self.groups = groups
         self.foreign = foreign
         for group in groups:
@@ -217,7 +219,7 @@ class Parser(argparse.ArgumentParser):
         if "choices" in spec.metadata and not is_list:
             options["choices"] = spec.metadata["choices"]
         if is_list:
-            options["nargs"] = "+"
+            options["nargs"] = "*" if default_of(spec) == [] else "+"  # [] says what nothing says
         if kind is bool:
             options |= {"nargs": "?", "const": True}
             if spec.default is True:
@@ -233,9 +235,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: unknown, missing, malformed or contradictory flags.
         """
-        given, rest = self.read(argv)
-        if rest:
-            self.refuse_unknown(rest[0])
+        given = self.read_all(argv)
         groups = self.groups if self.foreign is None else (*self.groups, self.foreign[0])
         missing = [
             spell(spec)
@@ -257,6 +257,13 @@ class Parser(argparse.ArgumentParser):
         namespace, rest = self.parse_known_args(words)
         return vars(namespace), rest
 
+    def read_all(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """The given values by flag, where each word belongs to one."""
+        given, rest = self.read(argv)
+        if rest:
+            self.refuse_unknown(rest[0])
+        return given
+
     def underscored(self, word: str) -> str:
         """`--learning-rate=1` as `--learning_rate=1`, if there is such a flag."""
         name, equals, value = word.partition("=")
@@ -266,8 +273,9 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, word: str) -> NoReturn:
         if not word.startswith("-"):
             raise UserError(f"{word}: no flag takes this word.")
-        near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, n=1)
-        raise UserError(f"Unknown flag {word}" + (f": did you mean {near[0]}?" if near else "."))
+        name = word.split("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        raise UserError(f"Unknown flag {name}" + (f": did you mean {near[0]}?" if near else "."))
 
     def format_help(self) -> str:
         return describe_flags(self.groups, self.description or "", training=self.foreign is not None)
@@ -284,7 +292,8 @@ def parse_groups(
     Raises:
         UserError: unknown, missing, malformed or contradictory flags.
     """
-    return Parser(groups, description).parse(expand_argument_file(argv))
+    parser = Parser(groups, description)
+    return parser.parse(expand_argument_file(argv, parser))
 
 
 def value_type(hint: Any) -> tuple[type, bool]:
@@ -322,12 +331,23 @@ CONVERTERS = {bool: truth, dict: mapping}  # others are their own
 # Argument files
 
 
-def expand_argument_file(argv: Sequence[str] | None) -> list[str]:
-    """Replace a leading .json/.yaml file of arguments by the flags it stands for; later flags override."""
+def expand_argument_file(argv: Sequence[str] | None, parser: Parser | None = None) -> list[str]:
+    """Replace a leading .json/.yaml file of arguments by the flags it stands for; later flags override.
+
+    Raises:
+        UserError: it cannot be read, or holds what `parser`, which knows all flags, does not take.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
+    named = argv and not argv[0].startswith("-")  # not --config_name=t5.json
+    if not named or Path(argv[0]).suffix not in (".json", ".yaml", ".yml"):
         return argv
-    return [*as_flags(read_argument_file(Path(argv[0]))), *argv[1:]]
+    words = as_flags(read_argument_file(Path(argv[0])))
+    if parser is not None:
+        try:
+            parser.read_all(words)
+        except UserError as error:
+            raise UserError(f"{argv[0]}: {error}") from error
+    return [*words, *argv[1:]]
 
 
 def read_argument_file(path: Path) -> dict[str, Any]:
@@ -352,13 +372,10 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """Settings as command-line words; None keeps the default."""
     words: list[str] = []
     for name, value in settings.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and len(value) != 1:
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words += [f"--{name}", json.dumps(value, default=str) if isinstance(value, dict) else str(value)]
+            text = value[0] if isinstance(value, list) else value
+            text = json.dumps(text, default=str) if isinstance(text, dict) else text
+            words.append(f"--{name}={text}")  # in one word: a text may begin with a dash
     return words
-
-
-def given_flags(argv: Iterable[str]) -> set[str]:
-    """The names of the flags among the words of a command line."""
-    return {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}

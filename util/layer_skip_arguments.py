@@ -10,6 +10,8 @@ from util.backend_arguments import AUTOMATIC
 from util.flags import flag, require, require_file, require_positive, require_unit_interval
 from util.quickstart_arguments import QuickstartBackendArguments
 
+HELD_OUT = 500  # rows that are not trained on
+
 
 @dataclass
 class LayerSkipArguments:
@@ -30,7 +32,7 @@ class LayerSkipArguments:
         require_file("config_name", self.config_name)
         for name in ("steps", "days", "shallow_exit_layer", "batch_size"):
             require_positive(name, getattr(self, name))
-        require(0 < self.prompts <= 500, f"--prompts must lie in 1..500, got {self.prompts}.")
+        require(0 < self.prompts <= HELD_OUT, f"--prompts must lie in 1..{HELD_OUT}, got {self.prompts}.")
         require_unit_interval("threshold", self.threshold)
 
 

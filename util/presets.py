@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 from models.errors import UserError
-from util.flags import as_flags, given_flags
+from util.flags import as_flags
 from util.tasks import DATASETS
 
 SCRATCH_SETTINGS = {"learning_rate": 1e-3, "warmup_steps": 0.1, "logging_steps": 10}  # with --config_name
@@ -23,18 +24,18 @@ def expand_paper_settings(argv: list[str], dataset_name: str | None) -> list[str
     return as_flags(record.training) + argv
 
 
-def expand_scratch_settings(argv: list[str]) -> list[str]:
-    """Put what trains random weights before the flags of a run with --config_name, and say so.
+def expand_scratch_settings(argv: list[str], given: dict[str, Any]) -> list[str]:
+    """Put what trains random weights before the flags of a run with --config_name, and say so. `given`: the
+    values of these flags, by name.
 
     The Trainer's own defaults are for fine-tuning: its learning rate hardly moves random weights, and small
     runs end before the first line with a loss. The paper's settings stay as they are.
     """
-    given = given_flags(argv)
-    if "config_name" not in given or "paper_settings" in given:
+    if not given.get("config_name") or given.get("paper_settings"):
         return argv
     chosen = {name: value for name, value in SCRATCH_SETTINGS.items() if name not in given}
     flags = as_flags(chosen)
-    if flags and "do_train" in given:
+    if flags and given.get("do_train"):
         logger.info("Random weights: training with %s, as no flags say otherwise.", " ".join(flags))
     return flags + argv
 

@@ -32,6 +32,7 @@ from util.methods import (
 from util.tasks import DATASETS
 
 CERTIFIERS = ("ltt", "crc", "ucb")  # the methods of util.calibration.risk_control
+TESTERS = ("ltt", "ucb")  # those that test, and may err; crc's promise is an expectation
 P_VALUES = ("hoeffding_bentkus", "betting")
 CONSISTENCIES = ("textual", "risk")
 THRESHOLDS = tuple(step / 20 for step in range(20, -1, -1))
@@ -46,6 +47,12 @@ BENCHMARKED = (FREE, FREE_LOSSLESS, CALM, STATIC)
 # Benchmark flags that are of use with some models alone.
 OF_EMBEDDED = ("free_threshold", "lossless_threshold", "calm_threshold")
 OF_RANDOM_WEIGHTS = ("exit_share", "source_length", "target_length")
+
+
+def split_label(label: str) -> tuple[str, str]:
+    """Backend and precision of one of `BENCHMARK_BACKENDS`."""
+    backend, _, precision = label.partition(" ")
+    return backend, precision or "fp32"
 
 
 @dataclass
@@ -76,13 +83,15 @@ class CalibrationArguments:
     _argument_group_name = "Calibration"
 
     delta: float = flag(0.05, "Tolerated loss against full depth, in (0, 1): 0.05 are 5 points of the score.")
-    epsilon: float = flag(0.05, "Tolerated probability that the loss exceeds --delta all the same.")
+    epsilon: float = flag(
+        0.05, "Tolerated probability that the loss exceeds --delta all the same.", method=TESTERS
+    )
     method: str = flag(
         "ltt",
         "Learn then test, conformal risk control (in expectation), or upper confidence bounds.",
         CERTIFIERS,
     )
-    p_value: str = flag("hoeffding_bentkus", "The test of ltt and ucb.", P_VALUES)
+    p_value: str = flag("hoeffding_bentkus", "The test of ltt and ucb.", P_VALUES, method=TESTERS)
     consistency: str = flag(
         "textual", "Loss against full depth's text, or in the task's score.", CONSISTENCIES
     )
@@ -99,6 +108,7 @@ class CalibrationArguments:
             require(0 < value < 1, f"--{name} must lie between 0 and 1, got {value}.")
         for value in self.thresholds:
             require_unit_interval("thresholds", value)
+        refuse_flags_without(self, [self.method], {name: f"--method {name}" for name in CERTIFIERS})
         self.thresholds = sorted(set(self.thresholds), reverse=True)
 
 
@@ -130,6 +140,7 @@ class ShortlistArguments:
 
     def __post_init__(self) -> None:
         require(self.size >= 2, f"--size must be at least 2, got {self.size}.")
+        require_positive("shallow_layer", self.shallow_layer)
         require_positive("num_samples", self.num_samples)
 
 
@@ -142,9 +153,9 @@ class SimulationArguments:
     deltas: list[float] = list_flag(
         (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "Tolerated losses, in (0, 1)."
     )
-    epsilon: float = flag(0.05, "Tolerated probability of a violation.")
+    epsilon: float = flag(0.05, "Tolerated probability of a violation.", method=TESTERS)
     methods: list[str] = list_flag(CERTIFIERS, f"Of {', '.join(CERTIFIERS)}.")
-    p_values: list[str] = list_flag(P_VALUES, f"Of {', '.join(P_VALUES)}.")
+    p_values: list[str] = list_flag(P_VALUES, f"Of {', '.join(P_VALUES)}.", method=TESTERS)
     consistency: str = flag("textual", "Which loss.", CONSISTENCIES)
     size: int | None = flag(None, "Samples in a calibration set (default: as many as were decoded).")
     resamples: int = flag(200, "Calibration sets.")
@@ -155,6 +166,7 @@ class SimulationArguments:
             require(all(0 < value < 1 for value in values), f"--{name} must lie between 0 and 1.")
         require_known("methods", self.methods, CERTIFIERS)
         require_known("p_values", self.p_values, P_VALUES)
+        refuse_flags_without(self, self.methods, {name: f"{name} to --methods" for name in CERTIFIERS})
         require_positive("size", self.size)
         require_positive("resamples", self.resamples)
         require_not_negative("seed", self.seed)
@@ -222,7 +234,7 @@ class DistillationArguments:
 
     model_name_or_path: str = required_flag("The teacher.")
     dataset_name: str = required_flag("Whose training split is distilled.", DATASETS)
-    output_file: Path = required_flag("A .jsonl.gz: source, target.", changes_outputs=False)
+    output_file: Path = required_flag("A .jsonl.gz: id, source, target.", changes_outputs=False)
     max_length: int = flag(128, "Longer rows are left out (tokens).")
     num_beams: int = flag(4, "Hypotheses of a source.")
     batch_size: int = flag(64, "Sources decoded together.")
@@ -230,6 +242,10 @@ class DistillationArguments:
     def __post_init__(self) -> None:
         for name in ("max_length", "num_beams", "batch_size"):
             require_positive(name, getattr(self, name))
+        require(
+            self.output_file.name.endswith(".jsonl.gz"),
+            f"--output_file {self.output_file}: what is written is gzipped; name a .jsonl.gz.",
+        )
 
 
 @dataclass

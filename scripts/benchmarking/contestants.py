@@ -22,7 +22,7 @@ from scripts.benchmarking import ctranslate
 from scripts.benchmarking.subjects import Batch, Subject
 from util.evaluation.decode import generated_tokens
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
-from util.script_arguments import CTRANSLATE2, BenchmarkArguments
+from util.script_arguments import CTRANSLATE2, BenchmarkArguments, split_label
 from util.timing import Stopwatch
 
 
@@ -66,10 +66,10 @@ def enter_contestants(subject: Subject, flags: BenchmarkArguments, folder: Path)
     if HF_GENERATE in flags.rivals:
         yield Contestant(HF_GENERATE, HF_GENERATE, BASELINE, flags.dtype, hugging_face(subject))
     for label in flags.backends:
-        backend, _, precision = label.partition(" ")
+        backend, precision = split_label(label)
         options = {"threads": flags.threads, "cache_dir": folder / "onnx"} if backend == "onnx" else {}
-        fast = prepare(subject.loaded, backend, precision or "fp32", **options)
-        precision = precision or flags.dtype
+        fast = prepare(subject.loaded, backend, precision, **options)
+        precision = precision if backend == "onnx" else flags.dtype
         for method in (BASELINE, *subject.methods):
             if method == FREE_LOSSLESS and fast.precision not in EXACT_PRECISIONS:
                 continue

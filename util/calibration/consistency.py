@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from util.evaluation.metrics import Reference, make_metric
+from util.script_arguments import CONSISTENCIES
 
-CONSISTENCIES = ("textual", "risk")
 SAMPLE_SCORES = {  # what says most about a single sample: BLEU needs a corpus
     "translation": "chrf",
     "summarization": "rougeL",

@@ -134,6 +134,8 @@ class SkippedRows:
         self.path = path
         self.place = "not listed" if path is None else f"listed in {path}"
         self.first = ""
+        if path is not None:
+            path.unlink(missing_ok=True)  # of an earlier run
         self.seen: set[int] = set()
         self.tally = Tally()
 
@@ -142,7 +144,7 @@ class SkippedRows:
             return
         self.first = self.first or f"row {row}: {problem}"
         if self.path is not None:
-            with self.path.open("a" if self.seen else "w", encoding="utf8") as file:
+            with self.path.open("a", encoding="utf8") as file:
                 file.write(json_line(skipped_entry(self.origin, row, name, problem)))
         self.seen.add(row)
         self.tally.add("%s: row %d is skipped: %s (%s)", self.origin, row, problem, self.place)

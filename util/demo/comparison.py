@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 from transformers import BatchEncoding
@@ -24,6 +24,7 @@ from util.demo.events import Event, EventStreamer, Stopped
 from util.demo.request import Limits, Request, encode
 from util.demo.session import OpenModel
 from util.demo.transcript import Transcript, differing_words
+from util.evaluation.decode import greedy_options
 from util.methods import BASELINE
 
 WARM_UP_TOKENS = 4
@@ -160,7 +161,7 @@ def decode(
 ) -> Tensor:
     """(1, S) ids -> (1, P + T) ids, greedily."""
     stats = DecodeStats()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    options = greedy_options({"max_new_tokens": max_new_tokens})
     streamer = EventStreamer(stats, tell)
     output = opened.fast.generate(
         **inputs, **options, exit_policy=policy, decode_stats=stats, streamer=streamer

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from models.choices import PRECISIONS
 from models.errors import UserError
+from util.backend import limit_threads
 from util.demo.comparison import compare, paced
 from util.demo.examples import embedded_checkpoints, examples_for
 from util.demo.rendering import STYLE, show_comparison, show_error, show_note
@@ -37,8 +37,7 @@ def open_page(flags: DemoArguments) -> None:
     Raises:
         UserError: there is no checkpoint to begin with, or the port is taken.
     """
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
+    limit_threads(flags)
     app = DemoPage(flags).build()
     app.queue(max_size=WAITING_REQUESTS, default_concurrency_limit=flags.requests_at_once)
     try:

@@ -61,6 +61,11 @@ SETTLED = {
 }
 
 
+def greedy_options(limit: dict[str, Any]) -> dict[str, Any]:
+    """The options of `generate` for one greedy sequence up to a limit, such as `output_limit` gives."""
+    return SETTLED | {"num_beams": 1} | limit
+
+
 @dataclass
 class Decoded:
     """Output of one `generate` call."""
@@ -155,8 +160,7 @@ def decode_batch(
     encoder = encoder_for(loaded, settings.max_source_length)
     inputs = encoder.inputs(list(batch["source"])).to(loaded.model.device)
     stats = DecodeStats()
-    options: dict[str, Any] = SETTLED | encoder.output_limit(settings.max_length)
-    options |= {"num_beams": settings.num_beams}
+    options = greedy_options(encoder.output_limit(settings.max_length)) | {"num_beams": settings.num_beams}
     competes = "window" in batch.column_names
     if competes:
         options |= {"return_dict_in_generate": True, "output_scores": True}

@@ -27,6 +27,7 @@ from models.json_files import check_keys, read_mapping
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
 from util.evaluation.cost_model import median_seconds
+from util.evaluation.decode import greedy_options
 from util.timing import Stopwatch
 
 WINDOWS = (1, 2, 3, 5, 9)
@@ -167,9 +168,9 @@ def time_decoding(fast: LoadedModel, sources: Sequence[Any], policy: ExitPolicy)
     no_token = fast.model.get_output_embeddings().weight.shape[0]  # so that nothing ends early
     for inputs in sources:
         for tokens, own in times.items():
-            limit: dict[str, Any] = {"max_new_tokens": tokens, "eos_token_id": no_token, "do_sample": False}
+            options = greedy_options({"max_new_tokens": tokens}) | {"eos_token_id": no_token}
             with Stopwatch(fast.model.device) as watch:
-                fast.generate(**inputs, **limit, exit_policy=policy)
+                fast.generate(**inputs, **options, exit_policy=policy)
             own.append(watch.seconds)
     short, long = (statistics.median(own[1:] or own) for own in times.values())  # the first one warms up
     step = max(long - short, 0.0) / (LONG - SHORT)

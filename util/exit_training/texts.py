@@ -6,8 +6,10 @@ A log of token ids, one line a row, which an interrupted run continues.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from models.exit_policy import FullDepth
 from models.json_files import fits
 from models.loading import LoadedModel
 from util.data.encoding import Encoder
+from util.evaluation.decode import greedy_options
 from util.files import JsonLog
 from util.progress import Progress
 
@@ -49,14 +52,23 @@ def answer_prompts(
     """The model's own greedy outputs for all sources, in the order of `groups`, which are decoded together;
     from the log at `path` as far as it goes."""
     sources = list(examples["source"])
-    with JsonLog(path) as log, Progress("Generating", len(sources), "row", len(log.rows)) as progress:
-        done = 0
-        for group in groups:
-            done += len(group)
-            if done > len(log.rows):  # else an earlier run has
+    with JsonLog(path) as log:
+        done = keep_whole_groups(log, groups)
+        with Progress("Generating", len(sources), "row", len(log.rows)) as progress:
+            for group in groups[done:]:
                 log.append(map(vars, answer(loaded, encoder, [sources[row] for row in group], max_length)))
                 progress.update(len(group))
         return [Text.from_row(row, f"{path}, line {number}") for number, row in enumerate(log.rows, 1)]
+
+
+def keep_whole_groups(log: JsonLog, groups: list[list[int]]) -> int:
+    """How many groups an earlier run logged as a whole; what it logged of another leaves the log."""
+    ends = list(accumulate(map(len, groups)))
+    done = bisect_right(ends, len(log.rows))
+    rows = ends[done - 1] if done else 0
+    if rows < len(log.rows):
+        log.keep(log.rows[:rows])
+    return done
 
 
 def group_alike(sources: list[str], size: int, held_out: int) -> list[list[int]]:
@@ -73,7 +85,7 @@ def group_alike(sources: list[str], size: int, held_out: int) -> list[list[int]]
 def answer(loaded: LoadedModel, encoder: Encoder, sources: list[str], max_length: int) -> Iterator[Text]:
     inputs = encoder.inputs(sources).to(loaded.model.device)
     limit = encoder.output_limit(max_length)
-    outputs = loaded.generate(**inputs, **limit, do_sample=False, exit_policy=FullDepth())
+    outputs = loaded.generate(**inputs, **greedy_options(limit), exit_policy=FullDepth())
     start = encoder.output_start(inputs["input_ids"])
     ends = end_tokens(loaded)
     for ids, mask, sequence in zip(inputs["input_ids"], inputs["attention_mask"], outputs, strict=True):
