@@ -6,6 +6,7 @@ Methods are switched on by flags: --static_exit_layer (Static-Exiting), --use_ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from util.arguments import OUR_GROUPS
@@ -36,13 +37,11 @@ from util.flags import non_default_settings
 from util.model_card import STAMP, hash_weights
 from util.policies import build_policy, resolve_exit_arguments, with_calibrated_threshold
 from util.setup import read_split
+from util.stages import STAGES
 from util.tables import comparison_table, print_report
 from util.training.deepspeed import loading_whole_weights, refuse_under_deepspeed
 from util.training.sharing import holds_the_model, settle_push, share
 from util.training.train import train
-
-STAGES = {"eval": ("validation", "predictions.jsonl"), "predict": ("test", "predictions_test.jsonl")}
-THRESHOLD_FILES = {"eval": "adaptive_threshold.json", "predict": "adaptive_threshold_test.json"}
 
 TO_CONTINUE = (
     "Run the same command: training goes on from its last checkpoint, evaluation by --resume_eval True."
@@ -67,8 +66,8 @@ def run(arguments: Arguments) -> None:
     if examples:
         move_model(loaded.model, arguments.training.device, evaluation_dtype(arguments.training))
         loaded = run_by_backend(loaded, arguments.evaluation_backend)
-    for stage, rows in examples.items():
-        evaluate_stage(stage, rows, arguments, exit_flags, loaded)
+    for name, rows in examples.items():
+        evaluate_stage(name, rows, arguments, exit_flags, loaded)
     share(arguments, loaded)
 
 
@@ -101,53 +100,59 @@ def load_stages(arguments: Arguments, loaded: LoadedModel) -> dict[str, Dataset]
     limits = {"eval": data.max_eval_samples, "predict": data.max_predict_samples}
     wanted = {"eval": training.do_eval, "predict": training.do_predict}
     return {
-        stage: read_split(data, split, loaded, limits[stage])
-        for stage, (split, _) in STAGES.items()
-        if wanted[stage]
+        name: read_split(data, stage.split, loaded, limits[name])
+        for name, stage in STAGES.items()
+        if wanted[name]
     }
 
 
 def evaluate_stage(
-    stage: str, examples: Dataset, arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel
+    name: str, examples: Dataset, arguments: Arguments, exit_flags: ExitArguments, loaded: LoadedModel
 ) -> None:
-    """Decode the validation or test split and write `<stage>_results.json` and the predictions."""
+    """Decode the split of a stage of STAGES and write its results and predictions."""
     data, training = arguments.data, arguments.training
-    split, predictions = STAGES[stage]
+    stage, folder = STAGES[name], Path(training.output_dir)
     sizes = (arguments.max_length, training.per_device_eval_batch_size)
     exit_flags = with_calibrated_threshold(exit_flags, data, loaded, examples, *sizes)
-    evaluation = evaluation_settings(arguments, exit_flags, predictions)
+    evaluation = evaluation_settings(arguments, exit_flags, stage.predictions, stage.outcomes)
     policy = build_policy(exit_flags, loaded, arguments.max_length) if data.num_beams == 1 else None
     results = evaluate(loaded, policy, examples, evaluation)
     if results is None:  # another process gathers and reports
         return
-    folder = Path(training.output_dir)
     if holds_the_model(arguments):
         results[STAMP] = hash_weights(folder)  # by which its card knows what was measured
-    write_json(folder / f"{stage}_results.json", results)
+    write_json(folder / stage.results, results)
     if isinstance(getattr(policy, "threshold", None), AdaptiveThreshold):
-        policy.threshold.save(folder / THRESHOLD_FILES[stage])
+        policy.threshold.save(folder / stage.threshold)
     shown = [
-        {"name": name, "value": value} for name, value in results.items() if isinstance(value, (int, float))
+        {"figure": figure, "value": value}
+        for figure, value in results.items()
+        if isinstance(value, (int, float))
     ]
-    print_report(comparison_table(f"{stage}: {split}", {"name": "figure", "value": "value"}, shown))
+    columns = {"figure": "figure", "value": "value"}
+    print_report(comparison_table(f"{name}: {stage.split}", columns, shown))
     print(
-        f"Wrote {stage}_results.json and {predictions} to {training.output_dir}. Next: scripts/report.py "
-        f"{training.output_dir}, beside the folder of another run to compare"
+        f"Wrote {stage.results} and {stage.predictions} to {folder}. Next: scripts/report.py {folder}, "
+        "beside the folder of another run to compare"
     )
 
 
 def evaluation_settings(
-    arguments: Arguments, exit_flags: ExitArguments, predictions: str
+    arguments: Arguments, exit_flags: ExitArguments, predictions: str, outcomes: Sequence[str]
 ) -> EvaluationSettings:
-    """How the flags want a split decoded, into the file `predictions` of --output_dir."""
+    """How the flags want a split decoded, into the file `predictions` of --output_dir; `outcomes` are what is
+    made of it there."""
     data, training = arguments.data, arguments.training
+    folder, learnt = Path(training.output_dir), exit_flags.adapt_threshold_file
+    read = None if learnt is None else Path(learnt).resolve()  # what it goes on from stays until replaced
     sizes = {"batch_size": training.per_device_eval_batch_size, "max_length": arguments.max_length}
     return EvaluationSettings(
         task=data.task,
         max_source_length=data.max_source_length,
         num_beams=data.num_beams,
         synchronize=exit_flags.use_synchronize,
-        predictions_file=Path(training.output_dir, predictions),
+        predictions_file=folder / predictions,
+        outcomes=tuple(path for name in outcomes if (path := folder / name).resolve() != read),
         arguments=non_default_settings(arguments.model, data, exit_flags, arguments.backend) | sizes,
         resume=data.resume_eval,
         baseline_predictions=Path(data.baseline_predictions) if data.baseline_predictions else None,

@@ -42,7 +42,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.markup import escape
 
 from gpt_eval.parsing import DIMENSIONS
 from util.files import write_json
@@ -66,17 +65,17 @@ def write_report(folder: Path, scores: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "scores.json", scores)
     plot_scores(folder / "scores.png", scores)
-    print_report(*tables(scores), f"Wrote scores.json and scores.png to {escape(str(folder))}")
+    print_report(*tables(scores), f"Wrote scores.json and scores.png to {folder}")
 
 
 def tables(scores: dict[str, Any]) -> list[WholeTable]:
     judges = scores["judges"]
-    columns = {"name": "figure", **{judge: escape(judge) for judge in judges}}
+    columns = {"name": "figure", **{judge: judge for judge in judges}}
     likert = [row for judge, results in judges.items() for row in likert_rows(judge, results)]
     pairwise = {
         judge: pairwise_figures(results) for judge, results in judges.items() if "pairwise" in results
     }
-    agreement = [row | {"raters": escape(", ".join(row["raters"]))} for row in scores["agreement"]]
+    agreement = [row | {"raters": ", ".join(row["raters"])} for row in scores["agreement"]]
     answers = {judge: results["answers"] for judge, results in judges.items()}
     found = [
         ("Likert, 1 to 5 (95% interval)", {"system": "system", "judge": "judge"} | LIKERT_COLUMNS, likert),
@@ -95,11 +94,11 @@ def transpose(figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def likert_rows(judge: str, results: dict[str, Any]) -> list[dict[str, Any]]:
     likert = results.get("likert", {"systems": {}})
-    systems = {escape(name): row for name, row in likert["systems"].items()}
+    systems = dict(likert["systems"])
     if "difference" in likert:
         systems["difference"] = likert["difference"]
     return [
-        {"system": name, "judge": escape(judge), "samples": row["samples"]}
+        {"system": name, "judge": judge, "samples": row["samples"]}
         | {figure: with_interval(**row[figure]) for figure in FIGURES if figure in row}
         for name, row in systems.items()
     ]
@@ -107,7 +106,7 @@ def likert_rows(judge: str, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def pairwise_figures(results: dict[str, Any]) -> dict[str, Any]:
     pairwise = results["pairwise"]
-    first, second = map(escape, pairwise["systems"])
+    first, second = pairwise["systems"]
     position = pairwise["position"]
     return {
         f"{first} wins": pairwise["wins"],

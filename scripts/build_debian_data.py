@@ -23,6 +23,7 @@ from util.console import command
 from util.files import json_line, locked_output_dir
 from util.flags import parse_groups
 from util.script_arguments import DebianArguments
+from util.tables import markdown_table
 
 CARD = Path(__file__).parent / "debian_data" / "card.md"  # with $names for the numbers of a run
 Splits = dict[str, list[Row]]
@@ -120,16 +121,14 @@ def write_task(task: Task, splits: Splits, output_dir: Path) -> dict[str, Any]:
 
 def format_table(stats: dict[str, Any]) -> str:
     """Render the counts of all splits as a Markdown table."""
-    lines = [
-        "| data set | split | rows | words in input (mean) | words in target (mean) | target also in train |",
-        "|---|---|---|---|---|---|",
-    ]
+    words = ("words in input (mean)", "words in target (mean)")
+    lines = []
     for task, result in stats["data_sets"].items():
         for name, split in result["splits"].items():
-            words = f"{split['input_words_mean']:.1f} | {split['target_words_mean']:.1f}"
+            means = (f"{split[key]:.1f}" for key in ("input_words_mean", "target_words_mean"))
             seen = "" if name == "train" else f"{split['target_in_train']:.1%}"
-            lines.append(f"| `{task}` | {name} | {split['rows']} | {words} | {seen} |")
-    return "\n".join(lines)
+            lines.append([f"`{task}`", name, str(split["rows"]), *means, seen])
+    return markdown_table(["data set", "split", "rows", *words, "target also in train"], lines)
 
 
 def pick_examples(task: Task, rows: list[Row]) -> list[Row]:

@@ -44,13 +44,13 @@ from util.device import move_model
 from util.environment import environment
 from util.evaluation.comparison import LiveSetting, compare_speed, decode_comparison
 from util.evaluation.decode import identify_run
-from util.evaluation.identity import fingerprint
+from util.evaluation.identity import identify_model
 from util.evaluation.records import EvaluationSettings, best_windows
 from util.evaluation.shards import Shards, join_shards, tell_shard
 from util.evaluation.summary import summarize_depth, texts_of
 from util.evaluation.timing_doubts import untrusted_timing
 from util.exit_arguments import ExitArguments
-from util.files import locked_output_dir
+from util.files import locked_output_dir, written_aside
 from util.flags import differs, flags_in, refuse_unread_flags, require
 from util.methods import BASELINE
 from util.policies import build_policy, with_threshold
@@ -58,6 +58,7 @@ from util.setup import read_split
 from util.tables import comparison_table, print_report
 
 GROUPS = (CalibrationArguments, ShardArguments)
+CERTIFICATE, LOSSES = "calibrated_threshold.json", "losses.npz"
 SPEEDS = {"layers": "ideal_speedup", "seconds": "speedup"}  # by --fastest_by
 COLUMNS = {
     "threshold": "threshold",
@@ -124,16 +125,17 @@ def calibrate(flags: CalibrationArguments, arguments: Arguments, shards: Shards)
     rows = [describe(candidate, full) for candidate in early]
     folder = Path(training.output_dir)
     speedups = np.array([row["ideal_speedup"] for row in rows])
-    np.savez(folder / "losses.npz", thresholds=flags.thresholds, ideal_speedups=speedups, **losses)
+    with written_aside(folder / LOSSES) as aside, aside.open("wb") as file:
+        np.savez(file, thresholds=flags.thresholds, ideal_speedups=speedups, **losses)
     sizes = (arguments.max_length, training.per_device_eval_batch_size)
     calibrated = CalibratedThreshold(
         **judge(flags, rows, losses[flags.consistency]),
-        model=fingerprint(loaded),
+        model=identify_model(loaded),
         data={"split": flags.split, **describe_data(examples, data)},
         settings=decoding_settings(exit_flags, data, loaded, *sizes),
         environment=environment(loaded),
     )
-    calibrated.save(folder / "calibrated_threshold.json")
+    calibrated.save(folder / CERTIFICATE)
     print_candidates(calibrated, folder)
 
 
@@ -146,7 +148,7 @@ def decode_candidates(
     shards: Shards,
 ) -> list[LiveSetting] | None:
     """Full depth and every candidate with their records; None in all processes but the one that judges."""
-    evaluation = evaluation_settings(arguments, exit_flags, "records.jsonl")
+    evaluation = evaluation_settings(arguments, exit_flags, "records.jsonl", (LOSSES, CERTIFICATE))
     evaluation.arguments |= {"split": flags.split, "thresholds": flags.thresholds}
     settings = build_settings(flags, exit_flags, loaded, evaluation)
     identity = identify_run(loaded, examples, evaluation)
@@ -249,7 +251,7 @@ def print_candidates(calibrated: CalibratedThreshold, folder: Path) -> None:
     table = comparison_table(title, columns, shown)
     doubts = untrusted_timing(calibrated.candidates)
     print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
-    path = folder / "calibrated_threshold.json"
+    path = folder / CERTIFICATE
     failed = "raise --delta, or give more samples, with --resume_eval True"
     after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
     print_report(f"Wrote {path}. Next: {after}")

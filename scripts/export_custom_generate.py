@@ -29,6 +29,7 @@ from models.families import VIEWS
 from util.console import command
 from util.files import locked_output_dir
 from util.flags import parse_groups
+from util.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "models.custom_generate"  # becomes generate.py, whose `generate` transformers calls
@@ -120,15 +121,13 @@ def export(flags: CustomGenerateArguments) -> None:
 
 
 def card(flags: CustomGenerateArguments) -> str:
-    rows = [
-        f"| `{name}` | `{default!r}` | {MEANINGS[name]} |" for name, default in vars(ExitOptions()).items()
-    ]
+    rows = [[f"`{name}`", f"`{default!r}`", MEANINGS[name]] for name, default in vars(ExitOptions()).items()]
     return CARD.format(
         families=", ".join(sorted(VIEWS)),
         auto_class=flags.auto_class,
         model=flags.example_model,
         repo_id=flags.repo_id,
-        options="\n".join(["| option | default | meaning |", "|---|---|---|", *rows]),
+        options=markdown_table(["option", "default", "meaning"], rows),
         transformers=version("transformers"),
     )
 

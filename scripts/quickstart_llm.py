@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 from transformers import BatchEncoding
 
@@ -239,7 +238,7 @@ def shown_layers(num_layers: int) -> list[int]:
 def spell(loaded: LoadedModel, tokens: list[int]) -> list[str]:
     """Each token as text in one line, with a mark for spaces."""
     texts = [repr(loaded.tokenizer.decode([token]))[1:-1] for token in tokens]
-    return [escape(text.replace(" ", "▁")) for text in texts]  # brackets mean colours to rich
+    return [text.replace(" ", "▁") for text in texts]
 
 
 # Where to exit

@@ -76,6 +76,7 @@ from util.pieces import readable
 from util.policies import build_measure, require_exits
 from util.progress import track
 from util.report.folders import read_folders
+from util.report.heat_map import is_mixed
 from util.report.page import REPORT_FILES, write_report
 from util.report.table import format_interval
 from util.setup import comparison_settings, open_checkpoint, read_split
@@ -131,6 +132,7 @@ def sweep(
         comparison_settings(data, folder / "records.jsonl"),
         batch_size=largest_batch(settings),
         resume=data.resume_eval,
+        outcomes=tuple(folder / name for name in RESULT_FILES),
     )
     decoded = decode_comparison(
         settings,
@@ -139,7 +141,7 @@ def sweep(
         evaluation,
         identify_sweep(given, checkpoints, examples),
         shards,
-        begun=lambda: begin(folder, shards, flags, given, data, settings, len(examples)),
+        begun=lambda: write_settings(folder, flags, given, data, settings, len(examples)),
     )
     if not decoded:
         tell_shard(shards, folder)
@@ -226,9 +228,8 @@ def describe_free(flags: SweepArguments, loaded: LoadedModel) -> Iterator[Method
     for layer in layers:
         where = "" if layers == [own] else f" S{layer}"
         for method, value, policy in free_policies(flags, loaded, layer):
-            fixed = None if method == FREE_ADAPTIVE else value
-            parameters = {"threshold": fixed, "shallow_layer": layer}
-            yield f"{method}{where} {value}", method, policy, parameters
+            kind = "zeta" if method == FREE_ADAPTIVE else "threshold"
+            yield f"{method}{where} {value}", method, policy, {kind: value, "shallow_layer": layer}
 
 
 def free_policies(
@@ -262,23 +263,18 @@ def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]
     """Refuse checkpoints that are asked in different ways, and layers that one of them has not."""
     prompts = {loaded.prompt for loaded in checkpoints.values()}
     require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
-    depth = min(loaded.view.num_layers for loaded in checkpoints.values())
-    for name in ("static_layers", "calm_static_layers", "shallow_layers", "exit_layers"):
-        require_exits(name, getattr(flags, name), depth)
-    adapter = checkpoints["free"].view.exit_adapter if "free" in checkpoints else None
+    free, calm = checkpoints.get("free"), checkpoints.get("calm")
+    readers = [("static_layers", free), ("shallow_layers", free), ("exit_layers", calm or free)]
+    if STATIC in (flags.calm_methods or flags.methods):
+        readers.append(("calm_static_layers" if flags.calm_static_layers else "static_layers", calm))
+    for name, loaded in readers:
+        if loaded is not None:
+            require_exits(name, getattr(flags, name), loaded.view.num_layers)
+    adapter = None if free is None else free.view.exit_adapter
     if adapter is not None:
         for name in ("static_layers", "shallow_layers"):
             fitting = {*getattr(flags, name)} <= {adapter.layer}
             require(fitting, f"--{name}: the exit adapter stands after layer {adapter.layer} alone.")
-
-
-def begin(folder: Path, shards: Shards, *facts: Any) -> None:
-    """Write settings.json once what an earlier sweep left is gone: its figures are not of these settings."""
-    alone_or_merging = shards.alone or shards.index is None  # else records.jsonl is written at the end
-    records = () if alone_or_merging else ("records.jsonl", "records.settings.json")
-    for name in (*RESULT_FILES, *records):
-        (folder / name).unlink(missing_ok=True)
-    write_settings(folder, *facts)
 
 
 def write_settings(
@@ -373,7 +369,7 @@ def color_samples(settings: list[LiveSetting]) -> list[Text]:
     mixed = [
         row
         for row, record in enumerate(settings[0].records)
-        if len(set(record.pieces)) > 4 and len(set(record.exit_layers)) == 2 and record.tokens <= 20
+        if len(set(record.pieces)) > 4 and is_mixed(record) and record.tokens <= 20
     ]
     for row in mixed[:COLOURED_SAMPLES]:
         lines.append(Text(f"\nreference  {settings[0].records[row].reference}"))

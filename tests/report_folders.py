@@ -132,7 +132,7 @@ def make_run(folder, bleu, seconds, exits, stage="eval", **flags):
     names = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
     figures = {
         "bleu": bleu,
-        "samples": 4,
+        "samples": len(seconds),
         "batch_size": 1,
         "tokens_per_second": 16 / sum(seconds),
         "average_layers": 3.0,

@@ -1,16 +1,15 @@
-"""Calibrated thresholds: the statistics, what they promise, and the file from calibration to evaluation."""
+"""Calibrated thresholds: the file from calibration to evaluation, and what it promises."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sacrebleu
 from p_values import p_value_by_hand
-from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import binom
 from tiny_models import tiny_model
 from transformers import T5Tokenizer
@@ -20,37 +19,9 @@ from models.errors import UserError
 from models.exit_heads import ExitConfig
 from scripts import calibrate, simulate_calibration
 from util.calibration.certificate import CalibratedThreshold
-from util.calibration.consistency import CONSISTENCIES, consistency_losses, sample_scores
+from util.calibration.consistency import CONSISTENCIES
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.mark.parametrize("task", ["translation", "summarization", "question_answering"])
-def test_losses_of_texts(task):
-    full = ["a small library", "", "the wrong words", "same"]
-    early = ["a small library", "", "right words", "other text"]
-    references = ["a large library", "x", "right words", "same"]
-    if task == "question_answering":
-        references = [[text, "unused"] for text in references]
-    scores = sample_scores(task, full, references)
-    losses = consistency_losses(task, early, full, references, scores)
-    assert losses["textual"][:2].tolist() == [0, 0] == losses["risk"][:2].tolist()
-    assert 0 < losses["textual"][2] < 1 and losses["risk"][2] == 0  # another text, but a better one
-    assert losses["textual"][3] == pytest.approx(losses["risk"][3], abs=0.05)  # the full text is right
-    assert losses["risk"][3] > 0.5
-    assert losses["textual"][2:] == pytest.approx([1 - score_alone(task, *pair) for pair in REWRITTEN])
-
-
-REWRITTEN = (("right words", "the wrong words"), ("other text", "same"))
-
-
-def score_alone(task, text, reference):
-    """By the library that others use; for answers, 2PR / (P + R) by hand: articles do not count."""
-    if task == "translation":
-        return sacrebleu.sentence_chrf(text, [reference]).score / 100
-    if task == "summarization":
-        return RougeScorer(["rougeL"], use_stemmer=True).score(reference, text)["rougeL"].fmeasure
-    return {"right words": 0.5, "other text": 0.0}[text]  # one word of two in both
 
 
 WORDS = [f"{letter}{vowel}{end}" for letter in "bdfglmnprst" for vowel in "aeiou" for end in "nk"][:93]
@@ -230,8 +201,33 @@ def test_other_uses_are_refused_in_one_line(inputs, calibrated, tmp_path, capsys
     assert expected in error and "--calibrated_threshold_file" in error
 
 
+OTHER_MODELS = {  # with the same weights: file, words in it and those in their place, what is named
+    "penalty": (
+        "generation_config.json",
+        "{",
+        '{"repetition_penalty": 5.0, "min_length": 9,',
+        "configuration",
+    ),
+    "pieces": ("tokenizer.json", f"▁{WORDS[0]}", "▁other", "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_certificate_is_for_one_configuration_and_tokenizer(inputs, calibrated, tmp_path, capsys, name):
+    file, *words, expected = OTHER_MODELS[name]
+    shutil.copytree(inputs["model_name_or_path"], tmp_path / "model")
+    file = tmp_path / "model" / file
+    file.write_text(file.read_text().replace(*words, 1))
+    flags = inputs | {"model_name_or_path": file.parent, "output_dir": tmp_path, "do_predict": True}
+    flags |= {"calibrated_threshold_file": calibrated / "calibrated_threshold.json"}
+    assert f"calibrated with other {expected}: calibrate again" in error_of(run.main, flags, capsys)
+
+
 OTHER_FILES = {
-    "other weights": ({"model": "torch.float32:0"}, "other weights"),
+    "other weights": ({"weights": "torch.float32:0"}, "other weights or precision: calibrate again"),
+    "another configuration": ({"configuration": "0", "tokenizer": "0"}, "other configuration, tokenizer"),
+    "another backend": ({"backend": "onnx"}, "backend 'onnx', not 'torch'"),
+    "another device": ({"device": "cuda"}, "device 'cuda', not 'cpu'"),
     "another task": ({"task": "summarization"}, "task 'summarization', not 'translation'"),
     "another measure": ({"shallow2deep_conf_type": "meta"}, "shallow2deep_conf_type 'meta', not 'softmax'"),
     "nothing certified": ({"threshold": None}, "no threshold was certified"),
@@ -243,11 +239,10 @@ OTHER_FILES = {
 def test_other_files_are_refused_in_one_line(calibrated, tmp_path, name):
     changes, expected = OTHER_FILES[name]
     content = read(calibrated / "calibrated_threshold.json")
-    model, settings = content["model"], dict(content["settings"])
+    model, settings = dict(content["model"]), dict(content["settings"])
     for key, value in changes.items():
-        content["settings" if key in settings else key] = (
-            settings | {key: value} if key in settings else value
-        )
+        parts = (content["settings"], content["model"], content)
+        next(part for part in parts if key in part)[key] = value
     file = tmp_path / "file.json"
     file.write_text(json.dumps({key: value for key, value in content.items() if value != "MISSING"}))
     with pytest.raises(UserError) as error:

@@ -11,8 +11,10 @@ from real_rows import ROOT
 
 import run
 from models.loading import load_model
+from util.evaluation.comparison import share_equal
 from util.evaluation.metrics import SampleMean
 from util.evaluation.records import EvaluationSettings, Record, best_windows
+from util.evaluation.significance import resamples
 from util.evaluation.summary import measure_samples, summarize
 
 CHECKPOINT = str(ROOT / "checkpoints/debian-t5-free")
@@ -66,6 +68,18 @@ def test_a_question_takes_as_long_as_its_windows():
     assert results["samples"] == 3 and results["ms_per_token"] == pytest.approx(1000)
 
 
+def test_a_long_sample_is_unchanged_once():
+    def record(name, window, piece, score):
+        more = {"window": window, "sequence_score": score}
+        return Record(name, piece, "x", 1, [piece], None, 1.0, **more)
+
+    full = [record("a", window, "x", -1.0 - window) for window in range(9)] + [record("b", 0, "x", -1.0)]
+    other = [*full[:9], record("b", 0, "y", -1.0)]
+    assert share_equal(full, full) == 1 and share_equal(other, full) == 0.5
+    unchosen = [full[0], record("a", 1, "y", -2.0), *full[2:]]  # an answer that none gets to see
+    assert share_equal(unchosen, full) == 1
+
+
 def test_sequence_scores_are_mean_log_probabilities(tmp_path):
     evaluate(tmp_path, max_eval_samples=2, max_source_length=512)
     loaded = load_model(CHECKPOINT)
@@ -91,17 +105,23 @@ def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
 
 
 def test_a_text_is_compared_with_its_references_once(tmp_path, monkeypatch):
-    """Scores, each sample's own, intervals and the test against a baseline share the counts."""
+    """Scores, each sample's own, intervals and the test against a baseline share the counts, and the last two
+    the draws."""
     evaluate(tmp_path / "full")
-    counted, statistics = [], SampleMean.statistics
+    counted, drawn, statistics = [], [], SampleMean.statistics
 
     def count(metric, predictions, references):
         counted.append(len(predictions))
         return statistics(metric, predictions, references)
 
+    def draw(size, seed):
+        drawn.append(size)
+        return resamples(size, seed)
+
     monkeypatch.setattr(SampleMean, "statistics", count)
+    monkeypatch.setattr("util.evaluation.significance.resamples", draw)
     results = evaluate(tmp_path / "same", baseline_predictions=tmp_path / "full/predictions.jsonl")
-    assert counted == [results["samples"]] * 2  # the baseline's as well
+    assert counted == drawn == [results["samples"]] * 2  # the baseline's as well
 
 
 def test_a_baseline_of_other_rows_is_refused_before_decoding(tmp_path, capsys):

@@ -154,7 +154,6 @@ def test_settings_that_a_run_depends_on():
 
 
 COMMON = {"task": "translation", "max_source_length": 512, "max_length": 20, "conf_shortlist": None}
-COMMON |= {"backend": "onnx", "precision": "w8"}
 CERTIFIED = {
     "CALM": (
         {"use_early_exit": True, "exit_conf_threshold": 0.3, "exit_min_layer": 2},

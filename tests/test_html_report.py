@@ -19,6 +19,9 @@ from report_folders import (
     write_lines,
 )
 
+from util.report.results import ResultSet, SettingResults
+from util.report.sections import Measure, as_point, throughput_lines
+
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
@@ -243,3 +246,20 @@ def test_tokens_without_a_text_are_shown(tmp_path):
         folder / "records.jsonl", [row | {"pieces": ["\u2581Text", None, "a", "</s>"]} for row in rows]
     )
     assert "\N{REPLACEMENT CHARACTER}" in build(tmp_path, folder).text
+
+
+def test_every_zeta_is_a_series_of_its_own():
+    settings = [
+        SettingResults(
+            f"FREE adaptive {zeta} x{size}", "FREE adaptive", "free", None, 2, size, zeta=zeta,
+            figures={"tokens_per_second": 100 * size + zeta, "speedup": 1.5, "bleu": 20.0},
+        )
+        for zeta in (0.4, 0.1)
+        for size in (1, 4)
+    ]  # fmt: skip
+    result = ResultSet("sweep", "sweep", "debian_de_en", "test", "bleu", 3, settings)
+    (line,) = throughput_lines([result])
+    assert line.points == [(1, 100.4), (4, 400.4)]
+    axes = Measure("speedup", "", "", ""), Measure("bleu", "", "", "")
+    orders = [as_point(result, setting, *axes, several=False).order for setting in settings]
+    assert orders[0] == orders[1] > orders[2] == orders[3]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from real_rows import ROOT
+from tiny_runs import FREE, as_argv
 
+import run
 from gpt_eval import __main__ as gpt_eval
 from models.errors import one_line_errors
-from scripts import distill_targets, sweep
+from scripts import calibrate, distill_targets, sweep
 
 MODEL = ["--model_name_or_path", "x", "--dataset_name", "debian_de_en"]
 EXPORT = ["--run", "x", "--output_dir", "x", "--title", "x", "--train_script", "x"]
@@ -101,11 +104,69 @@ def test_a_sweep_that_begins_leaves_nothing_of_an_earlier_one(tmp_path, monkeypa
     folder.mkdir()
     for name in ("settings.json", "sweep.json", "sweep.csv", "traces.jsonl", "report.html", "trade_off.svg"):
         (folder / name).write_text("of the earlier sweep")
-    monkeypatch.setattr(sweep, "decode_comparison", lambda *_, begun: begun())  # and is killed
+    monkeypatch.setattr("util.evaluation.comparison.decode_rest", interrupt)
     files = ["--validation_file", str(rows), "--test_file", str(ROOT / "README.md"), "--split", "validation"]
     columns = ["--source_column", "de", "--target_column", "en", "--backend", "torch"]
     flags = ["--free", str(ROOT / "checkpoints/debian-t5-free"), "--methods", "FREE", *files, *columns]
-    sweep.main(["--output_dir", str(folder), *flags])
-    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    with pytest.raises(SystemExit):
+        sweep.main(["--output_dir", str(folder), *flags])
+    names = {"settings.json", "records.jsonl", "records.settings.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "records.jsonl").read_bytes() == b""
     settings = json.loads((folder / "settings.json").read_text())
     assert (settings["dataset"], settings["split"]) == (str(rows), "validation")
+
+
+BATCHES = {"per_device_eval_batch_size": 4}  # three, of twelve rows
+
+
+def interrupt_second(monkeypatch, target):
+    """Let the second call of what `target` names be interrupted."""
+    module, name = target.rsplit(".", 1)
+    work, calls = getattr(importlib.import_module(module), name), []
+
+    def stop(*arguments, **options):
+        calls.append(name)
+        return interrupt() if len(calls) == 2 else work(*arguments, **options)
+
+    monkeypatch.setattr(target, stop)
+
+
+def stop_in_the_middle(main, flags, monkeypatch):
+    """Interrupt a program after its first batch."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        for module in ("decode", "comparison"):
+            interrupt_second(patch, f"util.evaluation.{module}.describe_batch")
+        main(as_argv(flags))
+
+
+def test_an_evaluation_that_begins_leaves_no_figures_of_an_earlier_one(base, monkeypatch):
+    """Else a report would show them beside the new records."""
+    flags = base | FREE | BATCHES | {"do_eval": True, "do_predict": True, "use_adapt_threshold": True}
+    run.main(as_argv(flags))
+    folder = Path(flags["output_dir"])
+    settings = {"predictions.settings.json", "predictions_test.settings.json"}
+    stop_in_the_middle(run.main, flags | {"shallow2deep_conf_threshold": 0.5}, monkeypatch)
+    assert {path.name for path in folder.iterdir()} == settings | {
+        "predictions.jsonl", "predictions_test.jsonl", "predictions_test.scores.jsonl",
+        "predict_results.json", "adaptive_threshold_test.json",
+    }  # fmt: skip
+    assert (folder / "predictions.jsonl").read_text().count("\n") == 4
+
+
+def test_a_threshold_that_is_learnt_further_stays_until_it_is_replaced(base, monkeypatch):
+    flags = base | FREE | BATCHES | {"do_eval": True, "use_adapt_threshold": True}
+    run.main(as_argv(flags))
+    learnt = Path(flags["output_dir"], "adaptive_threshold.json")
+    before = learnt.read_bytes()
+    stop_in_the_middle(run.main, flags | {"adapt_threshold_file": str(learnt)}, monkeypatch)
+    assert learnt.read_bytes() == before and not learnt.with_name("eval_results.json").exists()
+
+
+def test_a_calibration_that_begins_leaves_no_certificate_of_an_earlier_one(base, monkeypatch):
+    flags = base | FREE | {"use_cpu": True, "delta": 0.5}
+    folder = Path(flags["output_dir"])
+    calibrate.main([*as_argv(flags), "--thresholds", "1.0", "0.5"])
+    assert {"calibrated_threshold.json", "losses.npz"} < {path.name for path in folder.iterdir()}
+    stop_in_the_middle(calibrate.main, flags, monkeypatch)
+    assert {path.name for path in folder.iterdir()} == {"records.jsonl", "records.settings.json"}

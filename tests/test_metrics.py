@@ -18,7 +18,7 @@ from sacrebleu.significance import PairedTest
 from util.calibration.consistency import sample_scores
 from util.evaluation.metrics import METRICS, compute_scores, make_metric, measure
 from util.evaluation.rouge import UnicodeTokenizer, split_sentences
-from util.evaluation.significance import confidence_intervals, paired_bootstrap
+from util.evaluation.significance import confidence_intervals, draw_scores, paired_bootstrap
 from util.evaluation.writing import bleu_tokenizer, warn_of_unspaced_text
 
 PREDICTIONS = ["The cat sat on the mat.", "A library for C. It is small.", "tools to build packages"]
@@ -84,8 +84,8 @@ def test_squad_scores(prediction, references, exact, f1):
 
 @pytest.mark.parametrize("task", ["translation", "summarization", "question_answering"])
 def test_intervals_hold_the_score_and_shrink_with_samples(task):
-    small = confidence_intervals(measure(task, PREDICTIONS * 5, REFERENCES * 5))
-    large = confidence_intervals(measure(task, PREDICTIONS * 80, REFERENCES * 80))
+    small = confidence_intervals(draw_scores(measure(task, PREDICTIONS * 5, REFERENCES * 5)))
+    large = confidence_intervals(draw_scores(measure(task, PREDICTIONS * 80, REFERENCES * 80)))
     for name, score in compute_scores(task, PREDICTIONS * 5, REFERENCES * 5).items():
         assert small[name][0] <= score <= small[name][1]
         assert large[name][1] - large[name][0] <= small[name][1] - small[name][0]
@@ -97,11 +97,22 @@ def test_statistics_are_scored_by_another_metric_of_the_kind():
     assert make_metric("translation").scores(statistics) == expected
 
 
+def bootstrap(system, baseline):
+    return paired_bootstrap(system, draw_scores(system), baseline)
+
+
+def test_several_references_are_one_but_for_answers():
+    predictions, several = ["a small library"], [["the old tool", "a small library"]]
+    assert compute_scores("translation", predictions, several)["bleu"] < 100
+    assert compute_scores("summarization", predictions, several)["rougeL"] < 100
+    assert compute_scores("question_answering", predictions, several)["exact_match"] == 100
+
+
 def test_paired_bootstrap_agrees_with_sacrebleu():
     worse = ["The mat.", "A library. It is small.", "tools to build packages"]
     references = REFERENCES * 10
     corpora = [measure("translation", texts * 10, references) for texts in (PREDICTIONS, worse)]
-    ours = paired_bootstrap(*corpora)["bleu"]
+    ours = bootstrap(*corpora)["bleu"]
     systems = [("worse", worse * 10), ("ours", PREDICTIONS * 10)]
     _, results = PairedTest(systems, {"BLEU": BLEU(references=[references])}, None, "bs", n_samples=1000)()
     assert ours["difference"] == pytest.approx(results["BLEU"][1].score - results["BLEU"][0].score)
@@ -110,7 +121,7 @@ def test_paired_bootstrap_agrees_with_sacrebleu():
 
 def test_paired_bootstrap_of_equal_systems_finds_nothing():
     corpus = measure("summarization", PREDICTIONS, REFERENCES)
-    result = paired_bootstrap(corpus, corpus)["rougeLsum"]
+    result = bootstrap(corpus, corpus)["rougeLsum"]
     assert result["difference"] == 0 and result["interval"] == [0, 0] and result["p_value"] == 1
 
 
@@ -237,9 +248,9 @@ def test_bleu_takes_sacrebleus_tokenizer_of_the_language(language, tokenizer):
     assert scores["bleu"] == pytest.approx(expected.score) and (scores["bleu"] > 60) == (tokenizer != "13a")
     assert f"|tok:{tokenizer}|" in make_metric("translation", language).signatures["bleu"]
     ours = measure("translation", *CHINESE, language)
-    interval = confidence_intervals(ours)["bleu"]
+    interval = confidence_intervals(draw_scores(ours))["bleu"]
     assert interval[0] <= scores["bleu"] <= interval[1]
-    compared = paired_bootstrap(measure("translation", references, references, language), ours)
+    compared = bootstrap(measure("translation", references, references, language), ours)
     perfect = sacrebleu.corpus_bleu(references, [references], tokenize=tokenizer).score
     assert compared["bleu"]["difference"] == pytest.approx(perfect - expected.score)
 

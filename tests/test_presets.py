@@ -1,4 +1,4 @@
-"""What scripts share: presets and files of flags, the device, lengths; and what a quickstart leaves."""
+"""What scripts share: presets, files of flags, the device, lengths, layers; and what a quickstart leaves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from scripts import export_checkpoint, learn_shortlist, sweep
 from util import device
 from util.backend_arguments import BackendArguments
 from util.data_arguments import DataArguments
+from util.evaluation.records import Record
 from util.flags import expand_argument_file, parse_groups
 from util.report.folders import read_folders
 from util.setup import open_checkpoint
@@ -171,12 +173,75 @@ def test_a_card_quotes_the_settings_of_its_checkpoint(tmp_path):
     rows = [
         row("Full depth (free)", "free", bleu_unseen=24.0, average_layers=8.0),
         row("HF generate (free)", "free", bleu_unseen=24.0),
-        row("FREE 0.4 (free)", "free", bleu_unseen=23.0, average_layers=6.25),
+        row("FREE 0.4 (free)", "free", average_layers=6.25),
         row("CALM 0.9 (calm)", "calm", bleu_unseen=1.0, average_layers=4.0),
     ]
     (tmp_path / "sweep.json").write_text(json.dumps({"rows": rows}))
-    assert export_checkpoint.score_rows(tmp_path, "free")[-3:] == [
+    assert export_checkpoint.score_table(tmp_path, "free").splitlines()[-5:] == [
+        "| setting | BLEU | chrF | BLEU unseen | layers per token |",
+        "|---|---|---|---|---|",
         "| Full depth | 25.0 | 50.0 | 24.0 | 8.00 |",
         "| HF generate | 25.0 | 50.0 | 24.0 | 8.00 |",
-        "| FREE 0.4 | 25.0 | 50.0 | 23.0 | 6.25 |",
+        "| FREE 0.4 | 25.0 | 50.0 | - | 6.25 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rows": [{"name": "Full', "sweep.json: not JSON"),
+        ('{"rows": {}}', "sweep.json: rows must be a list of objects"),
+        (
+            '{"rows": [{"name": "a", "checkpoint": "free", "samples": 3, "rougeL": 9.5}]}',
+            "lacks bleu, chrf: ",
+        ),
+        (
+            '{"rows": [{"name": "a", "checkpoint": "free", "samples": 3, "bleu": "9", "chrf": 1}]}',
+            'bleu must be a number, not "9"',
+        ),
+    ],
+)
+def test_a_card_refuses_what_is_no_sweep_of_translations(tmp_path, text, message):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        export_checkpoint.score_table(tmp_path, "free")
+    assert str(error.value).startswith(f"--sweep {tmp_path / 'sweep.json'}") and message in str(error.value)
+
+
+LAYERS_OF_TWO = {  # by flags: the refusal, of --free with twelve layers and --calm with six
+    ("static_layers", 8, "calm_static_layers", 3): None,
+    ("static_layers", 8, "calm_methods", "CALM"): None,
+    ("shallow_layers", 11): None,
+    ("exit_layers", 5, "static_layers", 2): None,
+    ("static_layers", 8): "--static_layers must lie in 1..5 for this 6-layer decoder, got 8",
+    ("static_layers", 12, "calm_static_layers", 3): "--static_layers must lie in 1..11",
+    ("calm_static_layers", 8): "--calm_static_layers must lie in 1..5",
+    ("shallow_layers", 12): "--shallow_layers must lie in 1..11",
+    ("exit_layers", 8): "--exit_layers must lie in 1..5",
+}
+
+
+@pytest.mark.parametrize("given", LAYERS_OF_TWO)
+def test_layers_are_those_of_the_checkpoint_that_decodes(given):
+    checkpoints = {
+        name: SimpleNamespace(prompt=None, view=SimpleNamespace(num_layers=depth, exit_adapter=None))
+        for name, depth in (("free", 12), ("calm", 6))
+    }
+    values = {name: [value] for name, value in zip(given[::2], given[1::2], strict=True)}
+    flags = SweepArguments(free="x", calm="y", **values)
+    refusal = LAYERS_OF_TWO[given]
+    with contextlib.nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
+        sweep.check_checkpoints(flags, checkpoints)
+
+
+def test_a_card_refuses_a_damaged_account_of_a_training(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1')
+    with pytest.raises(UserError, match=r"^--run .*trainer_state\.json: not JSON"):
+        export_checkpoint.read_state(tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "lines"), [([2, 4, 6, 6, 2], 3), ([2, 6, 6, 6, 6], 3), ([6] * 5, 1)])
+def test_outputs_of_several_depths_are_coloured(layers, lines):
+    record = Record("1", "a b c d", "x", 5, ["▁a", "▁b", "▁c", "▁d", "</s>"], layers, 1.0)
+    setting = SimpleNamespace(method="CALM", num_layers=6, records=[record])
+    assert len(sweep.color_samples([setting])) == lines

@@ -71,6 +71,7 @@ def test_a_setting_keeps_its_records_in_files_of_their_own():
         "method": "FREE",
         "checkpoint": "free",
         "threshold": 0.4,
+        "zeta": None,
         "shallow_layer": 2,
         "batch_size": 1,
         "num_layers": 8,

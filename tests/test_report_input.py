@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report_folders import ABOUT_TOKENS, SECTIONS, build, make_sweep
+from report_folders import ABOUT_TOKENS, SECTIONS, build, make_run, make_sweep
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,12 @@ def test_broken_figures_are_named(tmp_path, capsys, text, message):
     (folder / "sweep.json").write_text(text)
     error = fail(tmp_path, folder, capsys)
     assert str(folder / "sweep.json") in error and message in error
+
+
+def test_figures_of_other_records_are_refused(tmp_path, capsys):
+    """As a run that was killed, or is still going, may leave them."""
+    folder = make_run(tmp_path / "run", 20.0, [1.0] * 4, [4] * 4)
+    log = folder / "predictions.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:1]))
+    error = fail(tmp_path, folder, capsys)
+    assert f"{folder / 'eval_results.json'} is of 4 samples, predictions.jsonl beside it of 1" in error

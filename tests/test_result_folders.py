@@ -97,6 +97,8 @@ def test_runs_and_sweeps_write_the_same_records(written):
         assert set(ours) - set(theirs) == {"setting", "row"} and None not in theirs.values()
     (results,) = read_folders([written / "sweep"]).sets
     by_name = {setting.name: setting for setting in results.settings}
+    adaptive = by_name["FREE adaptive 0.8"]
+    assert (adaptive.threshold, adaptive.zeta, by_name["FREE 0.4"].zeta) == (None, 0.8, None)
     assert [record.as_row() for record in by_name["FREE 0.4"].records] == of_sweep
     assert all(trace.confidences.shape[1] == 8 for trace in by_name["Full depth"].traces.values())
     assert set(by_name["Full depth"].traces) == set(range(SAMPLES))

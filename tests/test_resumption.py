@@ -32,6 +32,7 @@ from models.errors import UserError
 from models.loading import load_model
 from util.arguments import parse_arguments
 from util.data_arguments import DataArguments
+from util.evaluation.comparison import restore
 from util.evaluation.identity import total
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import Record
@@ -162,6 +163,22 @@ def test_log_drops_only_the_line_that_was_cut(tmp_path):
         assert log.records == [Record("1", "a\u2028b", **rest), Record("2", "", **rest)]
 
 
+@pytest.mark.parametrize(("done", "kept"), [(3, 0), (5, 4), (8, 8), (9, 8), (10, 10)])
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_a_comparison_goes_on_after_whole_blocks(names, done, kept):
+    """Ten samples in batches of four; only the last batch is a short one."""
+    rest = {"reference": "", "tokens": 1, "pieces": ["a"], "exit_layers": None, "seconds": 1.0}
+    records = [
+        Record(str(row), "", **rest, setting=name, row=row) for row in range(20, 20 + done) for name in names
+    ]
+    settings = [SimpleNamespace(name=name, batch_size=4, policy=None) for name in names]
+    held = []
+    log = SimpleNamespace(records=records, keep=held.extend)
+    assert restore(settings, log, range(20, 30)) == range(20 + kept, 30)
+    assert held == records[: kept * len(names)]
+    assert [len(setting.records) for setting in settings] == [kept] * len(names)
+
+
 def replace_unnoticed(path, content):
     """Other content under the same time stamp."""
     stamp = path.stat()
@@ -258,6 +275,18 @@ def test_training_continues_with_the_settings_by_which_weights_follow(base, tmp_
     others = named_settings(parse_arguments(as_argv(flags | {name: OTHER_SETTINGS[name]})))
     with pytest.raises(UserError, match=f"was begun with other --{name}: use those again"):
         refuse_other_training(checkpoint, others)
+
+
+def test_what_an_older_training_did_not_record_is_named(tmp_path, caplog):
+    file, checkpoint = tmp_path / IDENTITY_FILE, str(tmp_path / "checkpoint-2")
+    file.write_text(json.dumps({"tokenizer": "a", "--seed": "1"}))
+    refuse_other_training(checkpoint, {"tokenizer": "a", "--seed": "1", "--lora_rank": "4"})
+    assert f"{file} does not record --lora_rank: whether" in caplog.text
+    with pytest.raises(UserError, match="was begun with other --seed: use"):
+        refuse_other_training(checkpoint, {"--lora_rank": "4", "--seed": "2"})
+    file.write_text('{"tokenizer": ')
+    with pytest.raises(UserError, match=f"{IDENTITY_FILE}: not JSON"):
+        refuse_other_training(checkpoint, {"tokenizer": "a"})
 
 
 def test_streamed_questions_are_other_ones_with_another_stride(base, tmp_path):

@@ -1,4 +1,4 @@
-"""Certified risks: p-values, bounds and procedures against formulas by hand and against draws."""
+"""Certified risks: losses, p-values, bounds and procedures against formulas by hand and against draws."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import sacrebleu
 from p_values import p_value_by_hand
+from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import beta, binom
 
 from models.errors import UserError
+from util.calibration.consistency import consistency_losses, sample_scores
 from util.calibration.risk_control import (
     METHODS,
     P_VALUES,
@@ -210,3 +213,31 @@ def test_simulation_falls_back_on_the_full_model():
     result = simulate(population, speedups, "ltt", 0.01, EPSILON, size=20, resamples=5)
     assert (result.violation_rate, result.mean_risk, result.mean_speedup) == (0, 0, 1)
     assert result.certified_share == 0
+
+
+@pytest.mark.parametrize("task", ["translation", "summarization", "question_answering"])
+def test_losses_of_texts(task):
+    full = ["a small library", "", "the wrong words", "same"]
+    early = ["a small library", "", "right words", "other text"]
+    references = ["a large library", "x", "right words", "same"]
+    if task == "question_answering":
+        references = [[text, "unused"] for text in references]
+    scores = sample_scores(task, full, references)
+    losses = consistency_losses(task, early, full, references, scores)
+    assert losses["textual"][:2].tolist() == [0, 0] == losses["risk"][:2].tolist()
+    assert 0 < losses["textual"][2] < 1 and losses["risk"][2] == 0  # another text, but a better one
+    assert losses["textual"][3] == pytest.approx(losses["risk"][3], abs=0.05)  # the full text is right
+    assert losses["risk"][3] > 0.5
+    assert losses["textual"][2:] == pytest.approx([1 - score_alone(task, *pair) for pair in REWRITTEN])
+
+
+REWRITTEN = (("right words", "the wrong words"), ("other text", "same"))
+
+
+def score_alone(task, text, reference):
+    """By the library that others use; for answers, 2PR / (P + R) by hand: articles do not count."""
+    if task == "translation":
+        return sacrebleu.sentence_chrf(text, [reference]).score / 100
+    if task == "summarization":
+        return RougeScorer(["rougeL"], use_stemmer=True).score(reference, text)["rougeL"].fmeasure
+    return {"right words": 0.5, "other text": 0.0}[text]  # one word of two in both

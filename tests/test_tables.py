@@ -10,7 +10,14 @@ import pytest
 from rich.console import Console
 
 from util.files import write_json
-from util.tables import color_by_depth, comparison_table, format_figure, write_csv
+from util.tables import (
+    color_by_depth,
+    comparison_table,
+    format_figure,
+    markdown_table,
+    print_report,
+    write_csv,
+)
 
 ROWS = [
     {"method": "Full depth", "bleu": 30.0, "speedup": 1.0},
@@ -26,11 +33,21 @@ def test_files(tmp_path):
         assert [row["exit_share"] for row in csv.DictReader(file)] == ["", "0.6"]
 
 
+class Unwritable(dict):
+    def get(self, name, default=None):
+        return 1 / 0
+
+
 def test_failed_write_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "report.json", ROWS)
     with pytest.raises(TypeError):
         write_json(tmp_path / "report.json", {"bad": object()})
     assert json.loads((tmp_path / "report.json").read_text()) == ROWS
+    write_csv(tmp_path / "report.csv", ROWS)
+    before = (tmp_path / "report.csv").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        write_csv(tmp_path / "report.csv", [*ROWS, Unwritable({"method": "x"})])
+    assert (tmp_path / "report.csv").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_table_shows_missing_figures():
@@ -58,3 +75,16 @@ def test_tables_never_cut_a_figure(width):
 def test_colours_follow_depth():
     text = color_by_depth(["a", "b", "c"], [2, 5, 8], 8)
     assert text.plain == "abc" and [span.style for span in text.spans] == ["green", "yellow", "red"]
+
+
+def test_names_and_paths_are_shown_as_they_are(capsys):
+    name = "save/run[v2] [/] [red]x :smile:"
+    print_report(f"Wrote {name}", comparison_table(name, {"name": name}, [{"name": name}]))
+    assert capsys.readouterr().out.count(name) == 4
+
+
+def test_cells_of_markdown_stay_in_their_columns():
+    assert markdown_table(["a", "b|c"], [["x | y\nz", "1"]]) == (
+        "| a | b\\|c |\n|---|---|\n| x \\| y z | 1 |"
+    )
+    assert markdown_table(["a", "b"], [], [":--", "--:"]) == "| a | b |\n|:--|--:|"

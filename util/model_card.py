@@ -1,6 +1,6 @@
 """Model cards: the README.md of a model's folder, put together from sections.
 
-    card = Card("My model", {"language": ["de", "en"]}, [describe_size(loaded), *loss_curve([state])])
+    card = Card("My model", {"language": ["de", "en"]}, [describe_size(loaded), loss_curve([state])])
     write_card(folder, card)
 
 A card that somebody wrote by hand stays as it is.
@@ -18,15 +18,17 @@ import yaml
 
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.files import content_hash, file_hash
+from util.files import content_hash, file_hash, written_aside
 from util.policy_code import NAMES, evaluated_policy, exit_flags_of, trained_policy
+from util.stages import STAGES
+from util.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 
 NAME = "README.md"
 MARK = "<!-- Written from the files of this folder. Without this line, the card stays as it is. -->"
 UNFILLED = "[More Information Needed]"  # in the card that comes with a LoRA adapter
-RESULTS = {"validation": "eval_results.json", "test": "predict_results.json"}
+RESULTS = {stage.split: stage.results for stage in STAGES.values()}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 EXIT_LOSS = "ce_layer_"  # of logs, before the layer's number
 POINTS = 10  # of a loss curve
@@ -74,7 +76,8 @@ def write_card(folder: Path, card: Card) -> bool:
         if MARK not in before and UNFILLED not in before:
             logger.warning("%s stays as it is: it was not written by exitlm.", path)
             return False
-    path.write_text(text, encoding="utf8")
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf8")
     return True
 
 
@@ -102,11 +105,11 @@ def loss_curve(states: list[dict[str, Any]]) -> str:
     `states`: of trainer_state.json.
     """
     rows = [row for state in states for row in curve_rows(state["log_history"])]
-    header = ["| step | training loss | cross-entropy, shallow exit | cross-entropy, last layer |"]
-    return "\n".join([*header, "|---|---|---|---|", *rows]) if rows else ""
+    headings = ["step", "training loss", "cross-entropy, shallow exit", "cross-entropy, last layer"]
+    return markdown_table(headings, rows) if rows else ""
 
 
-def curve_rows(history: list[dict[str, Any]]) -> list[str]:
+def curve_rows(history: list[dict[str, Any]]) -> list[list[str]]:
     """A run's training losses at up to ten points, the first and the last among them."""
     entries = [entry for entry in history if "loss" in entry]
     points = sorted({round(place) for place in np.linspace(0, len(entries) - 1, POINTS)}) if entries else []
@@ -114,7 +117,7 @@ def curve_rows(history: list[dict[str, Any]]) -> list[str]:
     for entry in (entries[point] for point in points):
         parts = [f"{loss:.3f}" for loss in exit_losses(entry)]
         shallow, last = (parts[0], parts[-1]) if parts else ("", "")
-        rows.append(f"| {entry['step']} | {entry['loss']:.3f} | {shallow} | {last} |")
+        rows.append([str(entry["step"]), f"{entry['loss']:.3f}", shallow, last])
     return rows
 
 
@@ -131,13 +134,14 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
         return ""
     scores = dict.fromkeys(name for found in results.values() for name in score_names(found))
     figures = {name: (name, 2) for name in scores} | FIGURES
-    lines = [f"| | {' | '.join(results)} |", f"|---|{'---|' * len(results)}"]
+    rows = []
     for name, (title, decimals) in figures.items():
         if any(name in found for found in results.values()):
             cells = [f"{found[name]:.{decimals}f}" if name in found else "" for found in results.values()]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+            rows.append([title, *cells])
     settings = [f"- {split}: {describe_decoding(found)}" for split, found in results.items()]
-    return "\n".join(["## Results", "", *lines, "", "Decoded by `run.py`:", "", *settings])
+    table = markdown_table(["", *results], rows)
+    return "\n".join(["## Results", "", table, "", "Decoded by `run.py`:", "", *settings])
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, DecayingThreshold, FixedThreshold, Threshold
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.data_arguments import DataArguments
-from util.evaluation.identity import fingerprint
+from util.evaluation.identity import identify_model
 from util.exit_arguments import ExitArguments
 from util.flags import require
 
@@ -127,7 +127,7 @@ def with_calibrated_threshold(
     path = Path(flags.calibrated_threshold_file)
     calibrated = CalibratedThreshold.load(path)
     decoding = decoding_settings(flags, data, loaded, max_length, batch_size)
-    value = calibrated.certified(path, fingerprint(loaded), decoding)
+    value = calibrated.certified(path, identify_model(loaded), decoding)
     name = threshold_flag(flags)
     given = getattr(flags, name)
     if given not in (value, getattr(ExitArguments, name)):

@@ -1,4 +1,4 @@
-"""Figures as CSV, as a terminal table, and text coloured by exit depth.
+"""Figures as CSV, as tables of a terminal and in Markdown, and text coloured by exit depth.
 
 The functions know nothing of models: a row is a dict of a method's figures.
 """
@@ -6,7 +6,7 @@ The functions know nothing of models: a row is a dict of a method's figures.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from util.files import written_aside
+
 PLAIN_WIDTH = 200
 DEPTH_STYLES = ("green", "yellow", "red")  # shallow, middle, deep
 
@@ -22,10 +24,24 @@ DEPTH_STYLES = ("green", "yellow", "red")  # shallow, middle, deep
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """One line a row, one column for every key of any row."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf8", newline="") as file:
+    with written_aside(path) as aside, aside.open("w", encoding="utf8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], rules: Sequence[str] | None = None
+) -> str:
+    """A table in GitHub's Markdown, without a line break at its end. `rules` say of each column on which side
+    its cells stand: `:--`, `--:`, or `---`, as the viewer likes."""
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    rule = "|".join(rules or ["---"] * len(headings))
+    return "\n".join([line(headings), f"|{rule}|", *map(line, rows)])
 
 
 class WholeTable:
@@ -111,7 +127,9 @@ def depth_legend() -> Text:
 
 
 def print_report(*parts: Any) -> None:
-    """Print to the terminal; elsewhere (a log, a pipe) as wide as tables need."""
-    console = Console() if Console().is_terminal else Console(width=PLAIN_WIDTH)
+    """Print to the terminal; elsewhere (a log, a pipe) as wide as tables need. Names and paths are shown as
+    they are: `[x]` and `:x:` mean nothing."""
+    width = None if Console().is_terminal else PLAIN_WIDTH
+    console = Console(width=width, markup=False, emoji=False)
     for part in parts:
         console.print(part)

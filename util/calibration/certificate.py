@@ -25,6 +25,11 @@ from util.files import content_hash, file_hash, write_json
 logger = logging.getLogger(__name__)
 
 FLAG = "--calibrated_threshold_file"
+HASHES = {  # of a model, by what they are of
+    "weights": "weights or precision",
+    "configuration": "configuration",
+    "tokenizer": "tokenizer",
+}
 
 
 @dataclass
@@ -45,7 +50,7 @@ class CalibratedThreshold:
     needed_samples: (
         int | None
     )  # of the first candidate that failed; None if no number suffices, or all passed
-    model: str  # util.evaluation.identity.fingerprint
+    model: dict[str, str]  # util.evaluation.identity.identify_model
     data: dict[str, Any]
     settings: dict[str, Any]
     candidates: list[dict[str, Any]]
@@ -63,25 +68,33 @@ class CalibratedThreshold:
             raise UserError(
                 f"{FLAG} {path} is not what scripts/calibrate.py writes: it lacks {', '.join(missing)}."
             )
+        model = content["model"]
+        if not isinstance(model, dict) or not {*HASHES} <= {*model}:
+            raise UserError(
+                f"{FLAG} {path} does not record the model's configuration and tokenizer: calibrate again."
+            )
         check_fields({name: content[name] for name in hints}, hints, f"{FLAG} {path}")
         if "hash" not in content["data"]:
             raise UserError(f"{FLAG} {path}: data lacks a hash.")
         return cls(**{name: content[name] for name in hints})
 
-    def certified(self, path: Path, model: str, settings: dict[str, Any]) -> float:
-        """The threshold, if it was certified for this model and these settings; `path` is for the message.
+    def certified(self, path: Path, model: dict[str, str], settings: dict[str, Any]) -> float:
+        """The threshold, if it was certified for this model, as `identify_model` tells it from others, and
+        these settings; `path` is for the message.
 
         Raises:
             UserError: it was not.
         """
         if self.threshold is None:
             raise UserError(f"{FLAG} {path}: no threshold was certified; its candidates say why.")
-        if self.model != model:
-            raise UserError(f"{FLAG} {path} was calibrated with other weights, or in another precision.")
+        others = [what for name, what in HASHES.items() if self.model[name] != model[name]]
+        if others:
+            raise UserError(f"{FLAG} {path} was calibrated with other {', '.join(others)}: calibrate again.")
+        ours, given = self.model | self.settings, model | settings
         differences = [
-            f"{name} {self.settings.get(name)!r}, not {settings.get(name)!r}"
-            for name in sorted({*self.settings, *settings})
-            if self.settings.get(name) != settings.get(name)
+            f"{name} {ours.get(name)!r}, not {given.get(name)!r}"
+            for name in sorted({*ours, *given})
+            if ours.get(name) != given.get(name)
         ]
         if differences:
             raise UserError(f"{FLAG} {path} was calibrated with {'; '.join(differences)}.")
@@ -107,8 +120,6 @@ def decoding_settings(
         "task": data.task,
         "max_source_length": data.max_source_length,
         "max_length": max_length,
-        "backend": loaded.backend,
-        **loaded.precisions,
         "conf_shortlist": None if flags.conf_shortlist is None else file_hash(Path(flags.conf_shortlist)),
     }
     if loaded.prompt is not None:

@@ -22,7 +22,13 @@ from models.loading import LoadedModel
 from models.trace import trace_layers
 from util.analysis import GOOD_SHARE, pareto_front
 from util.data.encoding import encoder_for
-from util.evaluation.decode import batch_indices, decode_batch, describe_batch, replay_calibration
+from util.evaluation.decode import (
+    batch_indices,
+    decode_batch,
+    describe_batch,
+    kept_samples,
+    replay_calibration,
+)
 from util.evaluation.metrics import Measured
 from util.evaluation.prediction_log import PredictionLog
 from util.evaluation.records import EvaluationSettings, Record, Setting, Trace, best_windows
@@ -103,7 +109,6 @@ def largest_batch(settings: list[LiveSetting]) -> int:
 def restore(settings: list[LiveSetting], log: PredictionLog, samples: range) -> range:
     """Give the settings their records of an interrupted comparison of `samples`; those left to decode."""
     records = log.records
-    block = largest_batch(settings)
     by_name: dict[str, list[Record]] = {setting.name: [] for setting in settings}
     for record in records:
         if record.setting not in by_name or record.row is None:
@@ -111,9 +116,7 @@ def restore(settings: list[LiveSetting], log: PredictionLog, samples: range) -> 
                 f"{log.path}: not the records of this comparison: start afresh, --resume_eval False."
             )
         by_name[record.setting].append(record)
-    done = min(map(len, by_name.values()))
-    if done % block:  # only a finished comparison ends within a block
-        done = done if len(set(map(len, by_name.values()))) == 1 else done // block * block
+    done = kept_samples(min(map(len, by_name.values())), len(samples), largest_batch(settings))
     rest = range(samples.start + done, samples.stop)
     log.keep([record for record in records if record.row is not None and record.row < rest.start])
     for setting in settings:
@@ -240,8 +243,9 @@ def compare_quality(
 
 
 def share_equal(records: list[Record], baseline: list[Record]) -> float:
-    """Share of samples whose tokens are full depth's, all of them."""
-    return float(np.mean([ours.pieces == full.pieces for ours, full in zip(records, baseline, strict=True)]))
+    """Share of samples whose tokens are full depth's, all of them: of several windows, the chosen ones'."""
+    pairs = zip(best_windows(records), best_windows(baseline), strict=True)
+    return float(np.mean([ours.pieces == full.pieces for ours, full in pairs]))
 
 
 def compare_speed(records: list[Record], baseline: list[Record]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ which an interrupted evaluation continues.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,13 +90,15 @@ def evaluate(
     if baseline is not None:  # now, not after hours
         pairs = ((example["id"], reference_of(example)) for example in examples)
         check_baseline(settings.baseline_predictions, baseline, pairs)
+    scores = settings.predictions_file.with_suffix(".scores.jsonl")
+    settings = replace(settings, outcomes=(scores, *settings.outcomes))
     records = decode_split(loaded, policy, examples, settings)
     if records is None:
         return None
     samples = best_windows(records)
     measured = measure_samples(samples, settings.task, settings.language)
     results = summarize(records, measured, settings, loaded.view.num_layers)
-    write_sample_scores(settings.predictions_file.with_suffix(".scores.jsonl"), samples, measured)
+    write_sample_scores(scores, samples, measured)
     cut = count_long_sources(examples, encoder_for(loaded, settings.max_source_length))
     extra = {"truncated_sources": cut, "environment": environment(loaded)}
     return results | judge(samples, measured, settings, baseline) | extra
@@ -131,9 +133,9 @@ def decode_share(
 ) -> list[Record]:
     """Records of this process's samples, those of an interrupted evaluation first."""
     done = len(log.records)
-    if done < len(examples):  # else its last batch may be a short one
+    if done < len(examples):
         refuse_forgetful(policy, done)
-        log.keep(log.records[: done // settings.batch_size * settings.batch_size])
+        log.keep(log.records[: kept_samples(done, len(examples), settings.batch_size)])
     replay_calibration(policy, log.records)
     batches = list(batch_indices(len(log.records), len(examples), settings.batch_size))
     if batches:
@@ -144,6 +146,12 @@ def decode_share(
         decoded = decode_batch(loaded, policy, batch, settings)
         log.append(describe_batch(loaded, batch, decoded))
     return log.records
+
+
+def kept_samples(done: int, total: int, batch_size: int) -> int:
+    """Of the samples that were decoded, those after which to go on: of whole batches, the last of which may
+    be a short one."""
+    return done if done == total else done // batch_size * batch_size
 
 
 def batch_indices(start: int, stop: int, size: int) -> Iterator[range]:

@@ -24,7 +24,7 @@ from util.tasks import TASKS
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 Reference = str | list[str]
-"""One reference text, or several of which the best counts."""
+"""One reference text, or several: SQuAD's scores take the best of them, the others the first."""
 
 
 class Metric(Protocol):

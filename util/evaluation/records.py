@@ -1,4 +1,4 @@
-"""What crosses files: a decoded sample, a way of decoding, a traced output; and the names of methods.
+"""What crosses files: a decoded sample, a way of decoding, a traced output.
 
     for place, record in read_records(folder / "predictions.jsonl"): ...
 
@@ -23,7 +23,16 @@ from util.files import read_json_lines, write_json_lines
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-SETTING_COLUMNS = ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size", "num_layers")
+SETTING_COLUMNS = (
+    "name",
+    "method",
+    "checkpoint",
+    "threshold",
+    "zeta",
+    "shallow_layer",
+    "batch_size",
+    "num_layers",
+)
 TRACE_TABLES = {"confidences": list[list[float]], "agrees": list[list[int]]}  # as files hold a trace's arrays
 
 AnyOutput = TypeVar("AnyOutput", bound="Output")
@@ -46,6 +55,7 @@ class EvaluationSettings:
     resume: bool = False
     baseline_predictions: Path | None = None
     language: str | None = None  # of targets, for metrics
+    outcomes: tuple[Path, ...] = ()  # files made of the records, which go when decoding begins afresh
 
 
 @dataclass
@@ -110,6 +120,7 @@ class Setting:
     shallow_layer: int | None = None
     batch_size: int = 1
     num_layers: int | None = None
+    zeta: float | None = field(default=None, kw_only=True)  # of an adaptive threshold
     records: list[Record] = field(default_factory=list, kw_only=True)  # in files of their own
 
     @property

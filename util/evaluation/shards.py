@@ -85,7 +85,8 @@ def share_out(
     """Let every process `decode` its share of `total` rows into a log of its own.
 
     Blocks of `settings.batch_size` rows stay whole, so that batches are as one process would form them.
-    Returns `per_row` records a row, in order, to the process that tells of them; None to the others.
+    Returns `per_row` records a row, in order, to the process that tells of them; None to the others. That
+    process removes `settings.outcomes` where it begins afresh.
 
     Raises:
         UserError: to be merged, but a share is missing, unfinished, or was decoded with another `identity`.
@@ -94,6 +95,8 @@ def share_out(
     path = settings.predictions_file
     if shards.index is not None:
         with PredictionLog(shards.file(path, shards.index), identity, settings.resume) as log:
+            if shards.tells and not log.records:
+                remove_outcomes(settings, shards)
             records = decode(shards.own_rows(total, settings.batch_size), log)
         if shards.alone:
             return records
@@ -104,9 +107,20 @@ def share_out(
     shares = [shards.rows(total, settings.batch_size, index) for index in range(shards.count)]
     files = [shards.file(path, index) for index in range(shards.count)]
     records = gather_shares(files, [len(rows) * per_row for rows in shares], identity)
+    if shards.index is None:
+        remove_outcomes(settings, shards)
     with PredictionLog(path, identity) as log:
         log.keep(records)
     return records
+
+
+def remove_outcomes(settings: EvaluationSettings, shards: Shards) -> None:
+    """Take away what an earlier evaluation left, lest a report after a kill show its figures beside the new
+    records."""
+    path = settings.predictions_file
+    gathered = () if shards.alone else (path, settings_file(path))  # written once all processes are done
+    for left in (*settings.outcomes, *gathered):
+        left.unlink(missing_ok=True)
 
 
 def gather_shares(files: list[Path], expected: list[int], identity: dict[str, Any]) -> list[Record]:

@@ -14,22 +14,27 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 
-def draw_scores(corpus: Measured, seed: int = 0) -> dict[str, np.ndarray]:
-    """Each score on every resample: (RESAMPLES,). Equal sizes and seeds draw equal samples."""
+Draws = dict[str, np.ndarray]
+"""By score: its value on every resample, (RESAMPLES,)."""
+
+
+def draw_scores(corpus: Measured, seed: int = 0) -> Draws:
+    """Each score on every resample. Equal sizes and seeds draw equal samples."""
     draws = [corpus.scores(rows) for rows in resamples(len(corpus.statistics), seed)]
     return {name: np.array([draw[name] for draw in draws]) for name in corpus.metric.names}
 
 
-def confidence_intervals(corpus: Measured, seed: int = 0) -> dict[str, list[float]]:
+def confidence_intervals(draws: Draws) -> dict[str, list[float]]:
     """95% interval [low, high] of each score."""
-    return {name: interval(values) for name, values in draw_scores(corpus, seed).items()}
+    return {name: interval(values) for name, values in draws.items()}
 
 
 def paired_bootstrap(
-    system: Measured, baseline: Measured, seed: int = 0
+    system: Measured, ours: Draws, baseline: Measured
 ) -> dict[str, dict[str, float | list[float]]]:
-    """Difference to a baseline on the same samples: its value, 95% interval and two-sided p-value."""
-    ours, theirs = (draw_scores(corpus, seed) for corpus in (system, baseline))
+    """Difference to a baseline on the same samples: its value, 95% interval and two-sided p-value; `ours` are
+    the system's draws."""
+    theirs = draw_scores(baseline)
     our_score, their_score = system.scores(), baseline.scores()
     results: dict[str, dict[str, float | list[float]]] = {}
     for name in ours:

@@ -14,7 +14,7 @@ from typing import Any
 from models.errors import UserError
 from util.evaluation.metrics import Measured, Reference, measure
 from util.evaluation.records import EvaluationSettings, Record, Referenced, best_windows, collect_samples
-from util.evaluation.significance import confidence_intervals, paired_bootstrap
+from util.evaluation.significance import confidence_intervals, draw_scores, paired_bootstrap
 from util.files import read_user_lines, write_json_lines
 
 Baseline = dict[str, Referenced]  # by id
@@ -89,7 +89,8 @@ def judge(
     samples: list[Record], measured: Measured, settings: EvaluationSettings, baseline: Baseline | None
 ) -> dict[str, Any]:
     """Confidence intervals, signatures and, where a baseline is given, the paired test against it."""
-    results: dict[str, Any] = {"confidence_intervals": confidence_intervals(measured)}
+    draws = draw_scores(measured)
+    results: dict[str, Any] = {"confidence_intervals": confidence_intervals(draws)}
     signatures = measured.metric.signatures
     if signatures:
         results["signatures"] = signatures
@@ -97,7 +98,7 @@ def judge(
         theirs = [baseline[sample.id].prediction for sample in samples]
         references = [sample.reference for sample in samples]
         others = measure(settings.task, theirs, references, settings.language)
-        results["vs_baseline"] = paired_bootstrap(measured, others)
+        results["vs_baseline"] = paired_bootstrap(measured, draws, others)
     return results
 
 

@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 from models.errors import UserError
 from models.json_files import check_fields, fits, read_mapping
 from util.data_arguments import LIMITS
-from util.evaluation.records import SETTING_COLUMNS, Record, Trace, read_records
+from util.evaluation.records import SETTING_COLUMNS, Record, Trace, best_windows, read_records
 from util.exit_arguments import ExitArguments
 from util.files import read_json_lines
 from util.flags import flags_in
 from util.methods import BASELINE, CALM, FREE, FREE_ADAPTIVE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.report.results import JudgeScores, Results, ResultSet, SettingResults
+from util.stages import STAGES, Stage
 from util.tasks import TASKS
 
 Line = TypeVar("Line")
-STAGES = {"eval": "predictions.jsonl", "predict": "predictions_test.jsonl"}
 EXPECTED = (
     "eval_results.json or predict_results.json (of run.py), settings.json with records.jsonl or sweep.json "
     "(of scripts/sweep.py), or scores.json (of gpt_eval)"
@@ -67,6 +67,7 @@ SHAPES = {  # of what is read from any of the files
     "num_layers": int,
     "shallow_layer": int | None,
     "threshold": float | None,
+    "zeta": float | None,
 }
 THRESHOLDS = {"use_early_exit": "exit_conf_threshold", "use_shallow_deep": "shallow2deep_conf_threshold"}
 SAME_ENVIRONMENT = ("dtype", "backend", "precision")
@@ -127,9 +128,9 @@ def read_folder(folder: Path, label: str) -> Results:
         (folder / name).is_file() for name in ("records.jsonl", "sweep.json")
     ):
         results.sets.append(read_sweep(folder, label))
-    stages = [stage for stage in STAGES if (folder / f"{stage}_results.json").is_file()]
-    for stage in stages:
-        results.sets.append(read_run(folder, stage, f"{label} ({stage})" if len(stages) > 1 else label))
+    stages = {name: stage for name, stage in STAGES.items() if (folder / stage.results).is_file()}
+    for name, stage in stages.items():
+        results.sets.append(read_run(folder, stage, f"{label} ({name})" if len(stages) > 1 else label))
     if (folder / "scores.json").is_file():
         path = folder / "scores.json"
         scores = read_object(path, ("judges",))
@@ -149,7 +150,7 @@ def read_sweep(folder: Path, label: str) -> ResultSet:
     content = read_object(path, ("settings", "dataset", "split", "main_score", "samples"))
     settings = {}
     for entry in content["settings"]:
-        check_keys(entry, SETTING_COLUMNS, str(path))
+        check_keys(entry, [name for name in SETTING_COLUMNS if name != "zeta"], str(path))  # once unrecorded
         settings[entry["name"]] = SettingResults.from_row(entry, str(path))
     for place, record in lines_of(folder / "records.jsonl", read_records):
         setting = known_setting(settings, record.setting, place)
@@ -209,22 +210,20 @@ def check_place(found: Record | Trace, setting: SettingResults, place: str) -> N
 # A run
 
 
-def read_run(folder: Path, stage: str, label: str) -> ResultSet:
+def read_run(folder: Path, stage: Stage, label: str) -> ResultSet:
     """One evaluation as a result set of one setting, named after its folder."""
-    path = folder / f"{stage}_results.json"
+    path = folder / stage.results
     figures = read_object(path, ("samples", "batch_size", "arguments"))
     arguments = figures["arguments"]
-    split = {"eval": "validation", "predict": "test"}[stage]
     main_score = find_main_score(figures, arguments, str(path))
     check_figures(figures, main_score, str(path))
-    records = [record for _, record in lines_of(folder / STAGES[stage], read_records)]
-    for row, record in enumerate(records):
-        record.row = row
+    records = read_predictions(folder / stage.predictions, figures["samples"], path)
     setting = SettingResults(
         name=label,
         method=name_method(arguments, figures),
         checkpoint=Path(arguments.get("model_name_or_path") or "").name,
         threshold=find_threshold(arguments),
+        zeta=find_zeta(arguments),
         shallow_layer=arguments.get("shallow_exit_layer") or arguments.get("static_exit_layer"),
         batch_size=figures["batch_size"],
         num_layers=count_layers(records, figures["batch_size"]),
@@ -235,14 +234,28 @@ def read_run(folder: Path, stage: str, label: str) -> ResultSet:
     return ResultSet(
         label=label,
         kind="run",
-        dataset=arguments.get("dataset_name") or arguments.get(f"{split}_file"),
-        split=split,
+        dataset=arguments.get("dataset_name") or arguments.get(f"{stage.split}_file"),
+        split=stage.split,
         main_score=main_score,
         samples=figures["samples"],
         settings=[setting],
         arguments=arguments,
         environment=figures.get("environment", {}),
     )
+
+
+def read_predictions(path: Path, samples: int, results: Path) -> list[Record]:
+    """A run's records, if there are any; UserError if the file `results` is of another number of samples."""
+    records = [record for _, record in lines_of(path, read_records)]
+    found = len(best_windows(records))
+    if path.is_file() and found != samples:
+        raise UserError(
+            f"{results} is of {samples} samples, {path.name} beside it of {found}: finish the evaluation "
+            "with run.py --resume_eval True."
+        )
+    for row, record in enumerate(records):
+        record.row = row
+    return records
 
 
 def find_main_score(figures: dict[str, Any], arguments: dict[str, Any], place: str) -> str:
@@ -275,6 +288,13 @@ def find_threshold(arguments: dict[str, Any]) -> float | None:
     if switch is None or arguments.get("auto_exit"):
         return None
     return arguments.get(THRESHOLDS[switch], getattr(ExitArguments, THRESHOLDS[switch]))
+
+
+def find_zeta(arguments: dict[str, Any]) -> float | None:
+    """The zeta of a run's adaptive threshold, where it had one."""
+    if not arguments.get("use_adapt_threshold"):
+        return None
+    return arguments.get("adapt_zeta", ExitArguments.adapt_zeta)
 
 
 def count_layers(records: list[Record], batch_size: int) -> int | None:

@@ -116,6 +116,7 @@ def choose_measures(
 def as_point(result: ResultSet, setting: SettingResults, x: Measure, y: Measure, several: bool) -> Point:
     """A setting as a point; where the page holds several data sets, it names its own."""
     figures, method = setting.figures, setting.method
+    parameters = setting.zeta, setting.threshold, setting.shallow_layer
     series = method if method == BASELINE or not setting.checkpoint else f"{method} ({setting.checkpoint})"
     bounds = [figures.get(measure.interval) for measure in (x, y)]
     parts = [
@@ -125,7 +126,7 @@ def as_point(result: ResultSet, setting: SettingResults, x: Measure, y: Measure,
     where = f" ({result.data})" if several else ""
     return Point(
         series=f"{series}, {result.data}" if several else series,
-        order=setting.threshold if setting.threshold is not None else setting.shallow_layer or 0,
+        order=next((value for value in parameters if value is not None), 0),
         x=figures[x.key],
         y=figures[y.key],
         x_interval=bounds[0],
@@ -157,7 +158,8 @@ def throughput_lines(sets: list[ResultSet]) -> list[Line]:
         for setting in result.settings:
             if setting.figures.get("tokens_per_second") is not None:
                 kind = setting.method, setting.checkpoint
-                series[(*kind, setting.threshold, setting.shallow_layer)].append(setting)
+                parameters = setting.threshold, setting.zeta, setting.shallow_layer
+                series[(*kind, *parameters)].append(setting)
         for (method, checkpoint, *_), members in series.items():
             members.sort(key=lambda setting: setting.batch_size)
             points = [(setting.batch_size, setting.figures["tokens_per_second"]) for setting in members]

@@ -7,7 +7,7 @@ from typing import Any
 
 from util.evaluation.timing_doubts import untrusted_timing
 from util.report.results import ResultSet, SettingResults
-from util.tables import format_figure
+from util.tables import format_figure, markdown_table
 
 INTERVALS = {"quality_share": "quality_share_interval", "speedup": "speedup_interval"}
 COLUMNS = {  # after speed-up and quality; ms/token is left to the CSV, as it tells what tokens/s does
@@ -18,6 +18,7 @@ COLUMNS = {  # after speed-up and quality; ms/token is left to the CSV, as it te
     "average_layers": "layers/token",
     "exit_share": "exit share",
     "threshold": "threshold",
+    "zeta": "zeta",
     "shallow_layer": "exit layer",
     "batch_size": "batch",
     "checkpoint": "checkpoint",
@@ -139,7 +140,7 @@ def flat_figures(result: ResultSet, setting: SettingResults) -> dict[str, Any]:
     """A CSV row: all figures as they are, intervals as two columns."""
     row: dict[str, Any] = {"results": result.label, "dataset": result.origin}
     row |= {name: getattr(result, name) for name in ("split", "samples", "interleaved")}
-    for key in ("name", "method", "checkpoint", "threshold", "shallow_layer", "batch_size"):
+    for key in ("name", "method", "checkpoint", "threshold", "zeta", "shallow_layer", "batch_size"):
         row[key] = getattr(setting, key)
     for key, value in setting.figures.items():
         name = f"{result.main_score}_interval" if key == "interval" else key
@@ -157,12 +158,9 @@ def as_markdown(tables: list[TableData]) -> str:
 
 
 def table_as_markdown(table: TableData) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
-
     rules = ["--:" if is_number_column(table, index) else ":--" for index in range(len(table.headings))]
-    text = f"**{table.caption}**\n\n" + line(table.headings) + line(rules)
-    text += "".join(line([f"{cell.text} {cell.interval}".strip() for cell in row]) for row in table.rows)
+    cells = [[f"{cell.text} {cell.interval}".strip() for cell in row] for row in table.rows]
+    text = f"**{table.caption}**\n\n{markdown_table(table.headings, cells, rules)}\n"
     return text + "".join(f"\n{note}\n" for note in table.notes)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 
 from models.errors import UserError
 from models.exit_heads import ExitConfig
+from models.json_files import read_mapping
 from models.prompts import Prompt
 from util.arguments import Arguments
 from util.data.examples import dataset_record
@@ -79,7 +79,11 @@ def refuse_other_training(checkpoint: str, identity: dict[str, str]) -> None:
     if not path.is_file():  # nobody knows
         logger.warning("%s is missing: whether the training rows are the same was not checked.", path)
         return
-    before = json.loads(path.read_text(encoding="utf8"))
+    before = read_mapping(path)
+    unrecorded = [name for name in identity if name not in before]
+    if unrecorded:
+        names = ", ".join(unrecorded)
+        logger.warning("%s does not record %s: whether they are the same was not checked.", path, names)
     changed = " and ".join(name for name in identity if identity[name] != before.get(name, identity[name]))
     if changed:
         raise UserError(

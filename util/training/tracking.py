@@ -24,6 +24,7 @@ from models.losses import TOKENS_PER_CHUNK, LossTerms, TargetTokens, Total, norm
 from util.data.rows import Row
 from util.evaluation.decode import decode_batch, describe_batch
 from util.evaluation.records import EvaluationSettings
+from util.tables import markdown_table
 
 AGREEMENT_BATCHES = 16  # of an evaluation, the first ones: a share needs no more
 SAMPLES = 4
@@ -117,16 +118,9 @@ def send_table(tracker: TrainerCallback, table: list[Row], step: int) -> None:
     """Add the table to what a tracker's run shows at this step; one that has no run yet shows none."""
     if isinstance(tracker, TensorBoardCallback):
         if tracker.tb_writer is not None:
-            tracker.tb_writer.add_text(TABLE, as_markdown(table), step)
+            text = markdown_table(list(table[0]), [list(row.values()) for row in table])
+            tracker.tb_writer.add_text(TABLE, text, step)
         return
     library = tracker._wandb if isinstance(tracker, WandbCallback) else tracker._trackio
     rows = [list(row.values()) for row in table]
     library.log({TABLE: library.Table(columns=list(table[0]), data=rows), "train/global_step": step})
-
-
-def as_markdown(table: list[Row]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
-        return f"| {' | '.join(escaped)} |"
-
-    return "\n".join([line(table[0]), line("---" for _ in table[0]), *(line(row.values()) for row in table)])
