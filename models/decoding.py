@@ -31,7 +31,6 @@ from models.families import view_for
 from models.generate_contract import (
     Output,
     arguments_kept_by_generate,
-    check_arguments,
     length_of_mask,
     model_arguments,
     output_class,
@@ -75,15 +74,12 @@ def early_exit_decode(
     kept, cache = arguments_kept_by_generate(generation_config), model_kwargs.pop("cache", None)
     refuse_unsupported(generation_config, kept)
     view, policy = decoder_view or view_for(model), checked(exit_policy)
-    stats = checked_stats(decode_stats)
-    stats.reset(view.num_layers, len(input_ids))
+    stats = begun_stats(decode_stats, view.num_layers, len(input_ids))
     chooser = TokenChooser(logits_processor, stopping_criteria, generation_config)
     stream = TokenStream(streamer or kept.get("streamer"), policy.retracts, input_ids.shape[1])
     with torch.inference_mode():  # cheaper than no_grad for the many small operations of a step
         policy.begin(view, len(input_ids))
-        arguments = model_arguments(view, model_kwargs)
-        check_arguments(input_ids, arguments)
-        state = view.begin(cache, **arguments)
+        state = view.begin(cache, **model_arguments(view, model_kwargs, input_ids))
         prefill(view, state, input_ids, generation_config, policy, cache)
         call = Call(view, state, policy, chooser, stream, stats, input_ids, lookup_ids)
         sequences = (greedy_decoding(call) or Decoding(call)).run()
@@ -99,12 +95,12 @@ def checked(policy: ExitPolicy | None) -> ExitPolicy:
     return policy
 
 
-def checked_stats(stats: DecodeStats | None) -> DecodeStats:
-    """What a call fills, new ones by default; UserError for what are none."""
-    if stats is None:
-        return DecodeStats()
+def begun_stats(stats: DecodeStats | None, num_layers: int, rows: int) -> DecodeStats:
+    """What a call fills, new ones by default, with nothing in it; UserError for what are none."""
+    stats = DecodeStats() if stats is None else stats
     if not isinstance(stats, DecodeStats):
         raise UserError(f"decode_stats must be an object, DecodeStats(), got {stats!r}.")
+    stats.reset(num_layers, rows)
     return stats
 
 

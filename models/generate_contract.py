@@ -91,14 +91,20 @@ def refuse_unsupported(config: GenerationConfig, kept: dict[str, Any]) -> None:
         raise UserError("early_exit_decode runs no unconditional pass: leave out guidance_scale.")
 
 
-def model_arguments(view: DecoderView, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of `given` that `view.begin` reads; UserError if there is any other with a value."""
+def model_arguments(view: DecoderView, given: dict[str, Any], input_ids: Tensor) -> dict[str, Any]:
+    """Those of `given` that `view.begin` reads, beside a prompt (B, P).
+
+    Raises:
+        UserError: there is any other with a value, or one does not fit the prompt.
+    """
     known = parameters_of(getattr(view.begin, "__func__", view.begin))
     done = {*NEUTRAL, "inputs_embeds"} if "encoder_outputs" in known else NEUTRAL  # which were made of them
     unread = [name for name, value in given.items() if value is not None and name not in {*known, *done}]
     if unread:
         raise UserError(f"early_exit_decode does not read {', '.join(sorted(unread))}: leave it out.")
-    return {name: value for name, value in given.items() if name in known}
+    arguments = {name: value for name, value in given.items() if name in known}
+    check_arguments(input_ids, arguments)
+    return arguments
 
 
 def check_inputs(model: PreTrainedModel, inputs: Any, mask: Any) -> None:

@@ -123,12 +123,8 @@ class Generation:
         source = input_ids if inputs is None else inputs
         if lookup_ids is None and self.model.config.is_encoder_decoder and proposer_of(exit_policy):
             lookup_ids = source
-        own: dict[str, Any] = {
-            "exit_policy": exit_policy,
-            "decode_stats": decode_stats,
-            "decoder_view": self.view,
-            "lookup_ids": lookup_ids,
-        }
+        own: dict[str, Any] = {"exit_policy": exit_policy, "decode_stats": decode_stats}
+        own |= {"decoder_view": self.view, "lookup_ids": lookup_ids}
         if source is None or not GIVEN_INSTEAD.isdisjoint(options):
             return generate(self.model, source, attention_mask=attention_mask, **own, **options)
         check_inputs(self.model, source, attention_mask)
