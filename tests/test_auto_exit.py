@@ -27,6 +27,7 @@ def auto(**options):
     return AutoExit([2], SoftmaxGap(), **options)
 
 
+@pytest.mark.slow
 def test_lossless_outputs_are_full_depths_whatever_is_chosen():
     policy, model = AutoExit([1, 2, 4], SoftmaxGap(), requests=3), tiny_causal()
     choices = []
@@ -112,6 +113,7 @@ def test_free_keeps_to_the_agreement_asked_for():
     assert policy.seen == 1
 
 
+@pytest.mark.slow
 def test_one_object_serves_several_threads():
     policy, model, found = auto(requests=2), tiny_causal(), {}
 

@@ -41,6 +41,7 @@ def by_default(tmp_path_factory):
     return folder, evaluate(folder)
 
 
+@pytest.mark.slow
 def test_onnx_is_the_default_on_a_cpu_and_decodes_what_torch_does(by_default, tmp_path):
     folder, environment = by_default
     assert (environment["backend"], environment["precision"]) == ("onnx", "fp32")
@@ -49,11 +50,13 @@ def test_onnx_is_the_default_on_a_cpu_and_decodes_what_torch_does(by_default, tm
     assert outputs(tmp_path) == outputs(folder)
 
 
+@pytest.mark.slow
 def test_a_precision_asks_for_onnx_and_is_recorded(tmp_path):
     environment = evaluate(tmp_path, precision="w8", lossless=True)
     assert (environment["backend"], environment["precision"]) == ("onnx", "w8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [BEAMS, {"parallel_causal_mask": False}])
 def test_what_only_torch_can_do_runs_there(tmp_path, flags):
     assert evaluate(tmp_path, **flags)["backend"] == "torch"
@@ -79,6 +82,7 @@ def test_contradictions_get_one_line(tmp_path, capsys, flags, message):
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_continued_by_the_same_backend_only(by_default, tmp_path, capsys):
     folder, _ = by_default
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

@@ -91,6 +91,7 @@ def calibrated(inputs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_calibration_records_what_it_did(calibrated):
     result = read(calibrated / "calibrated_threshold.json")
     rows = result["candidates"]
@@ -331,6 +332,7 @@ def test_bad_flags_of_simulation_get_one_line(calibrated, tmp_path, capsys):
     assert "--output_dir" in error_of(simulate_calibration.main, {"losses_file": text}, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consistency", CONSISTENCIES)
 def test_simulation_of_decoded_losses(calibrated, tmp_path, consistency):
     flags = {"losses_file": calibrated / "losses.npz", "output_dir": tmp_path, "consistency": consistency}

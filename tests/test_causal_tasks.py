@@ -85,6 +85,7 @@ def test_chat_templates_are_the_tokenizers(loaded):
         prepare(loaded, arguments(use_chat_template=True))
 
 
+@pytest.mark.slow
 def test_shots_come_from_train_and_a_seed_chooses_them(loaded):
     with gzip.open(ROOT / "data/debian/debian_de_en/train.jsonl.gz", "rt") as file:
         train = {tuple(json.loads(line)["translation"].values()) for line in file}
@@ -137,6 +138,7 @@ def test_cut_sources_keep_their_question_and_cut_targets_their_end(loaded, caplo
     )
 
 
+@pytest.mark.slow
 def test_long_rows_are_dropped_by_prompt_and_answer(loaded):
     prepare(loaded, arguments())
     data = arguments(drop_long_samples=True, max_source_length=20)
@@ -198,6 +200,7 @@ def test_the_end_token_of_answers_stops_outputs(loaded):
     assert loaded.model.generation_config.eos_token_id == [7, loaded.tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_shots_and_batches_by_flags(folder, tmp_path):
     flags = {
         "model_name_or_path": folder, "task": "translation", "dataset_name": "debian_de_en", "do_eval": True,

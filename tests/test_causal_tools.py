@@ -70,6 +70,7 @@ def test_a_sweep_and_its_report(folder, tmp_path):
     assert "Static" in (tmp_path / "page/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_exit_is_chosen(folder, tmp_path):
     ending = shutil.copytree(folder, tmp_path / "ending")  # outputs of different lengths
     GenerationConfig(eos_token_id=list(range(1, 4096, 7)), pad_token_id=0).save_pretrained(ending)
@@ -82,6 +83,7 @@ def test_an_exit_is_chosen(folder, tmp_path):
     assert len(json.loads((tmp_path / "choice.json").read_text())["predictions"]) == 6
 
 
+@pytest.mark.slow
 def test_a_threshold_is_calibrated_for_its_prompt(folder, tmp_path):
     flags = {
         "model_name_or_path": folder, "use_shallow_deep": True, "max_eval_samples": 8, "report_to": "none",
@@ -96,6 +98,7 @@ def test_a_threshold_is_calibrated_for_its_prompt(folder, tmp_path):
     assert content["settings"]["prompt"]
 
 
+@pytest.mark.slow
 def test_a_shortlist_holds_tokens_of_answers(folder, tmp_path):
     argv = as_argv(
         model_name_or_path=folder, size=50, num_samples=3, output_file=tmp_path / "list.json", **DATA
@@ -109,6 +112,7 @@ def test_a_shortlist_holds_tokens_of_answers(folder, tmp_path):
     assert "</s>" in words and "▁package" in words and "▁Translation" not in words
 
 
+@pytest.mark.slow
 def test_a_shortlist_is_learnt_along_one_beam_whatever_the_checkpoints_beams(folder, tmp_path):
     beams = shutil.copytree(folder, tmp_path / "beams")
     settings = GenerationConfig.from_pretrained(beams)

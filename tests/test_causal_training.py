@@ -221,6 +221,7 @@ def test_every_family_trains_and_decodes_with_every_method(bases, tmp_path, fami
     assert outputs["lossless"] == outputs["full"]
 
 
+@pytest.mark.slow
 def test_resumed_training_equals_uninterrupted(bases, tmp_path):
     flags = LOSSES["sum_l"]
     whole = train(bases("gpt2-tied"), tmp_path / "whole", **flags)
@@ -236,6 +237,7 @@ def test_resumed_training_equals_uninterrupted(bases, tmp_path):
         torch.testing.assert_close(again[name], weight, msg=name)
 
 
+@pytest.mark.slow
 def test_evaluation_while_training_equals_one_by_itself(bases, tmp_path):
     free = METHODS["free"] | {"intermediate_loss_fn": "shallowdeep_ce"}
     during = {

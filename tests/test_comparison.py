@@ -117,6 +117,7 @@ def read_records(folder):
     return {(record["setting"], record["row"]): record for record in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_sweep_writes_figures_records_and_traces(swept):
     results = json.loads((swept / "sweep.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
@@ -178,6 +179,7 @@ def test_records_of_no_setting_are_not_continued(marks):
         restore([SimpleNamespace(name="Full depth", batch_size=1)], log, range(1))
 
 
+@pytest.mark.slow
 def test_sweep_does_not_trust_impossible_times(swept, tmp_path):
     for name in ("settings.json", "records.settings.json"):
         (tmp_path / name).write_text((swept / name).read_text())
@@ -301,6 +303,7 @@ class WorkClock:
         WorkClock.work += amount
 
 
+@pytest.mark.slow
 def test_parts_are_measured_apart(monkeypatch):
     model = tiny_model(num_layers=4)
     for block in model.decoder.block:
@@ -389,6 +392,7 @@ def test_shortlist_decisions_are_compared_token_by_token():
     }
 
 
+@pytest.mark.slow
 def test_learnt_shortlist_says_what_it_changes(tmp_path):
     path = tmp_path / "shortlist.json"
     flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--dataset_name", "debian_de_en"]

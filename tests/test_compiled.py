@@ -170,6 +170,7 @@ def test_tokens_that_wait_are_copied_out_of_what_the_next_replay_overwrites(rows
     assert torch.equal(decode(model, policy, inputs, view)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_cache_is_delivered_and_continued():
     model, inputs = tiny_model(num_layers=2), padded_inputs(2)
     view, whole = compiled(model, "eager"), decode(model, FullDepth(), inputs)[0]

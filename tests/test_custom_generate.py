@@ -296,6 +296,7 @@ def test_what_is_not_served_is_refused_by_name(outputs, name):
     assert outputs["wrong", name].get("error", "").startswith(start), outputs["wrong", name]
 
 
+@pytest.mark.slow
 def test_the_files_stand_alone(tmp_path):
     """Side by side, importing nothing but what the requirements bring; the card lists every option."""
     export_custom_generate.main(["--output_dir", str(tmp_path)])
@@ -330,6 +331,7 @@ def test_imports_that_cannot_be_made_relative_are_refused(line):
         export_custom_generate.rewrite("models.x", f"{line}\n")
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_card_run(tmp_path, capsys):
     model, code = str(ROOT / "checkpoints" / T5), str(tmp_path / "free-decoding")
     export_custom_generate.main(["--output_dir", code, "--repo_id", code, "--example_model", model])

@@ -117,6 +117,7 @@ def test_calm_copies_the_exit_state_to_deeper_layers():
     assert state.lengths == [1] * 6
 
 
+@pytest.mark.slow
 def test_position_bias_grows_with_long_outputs():
     model, inputs = tiny_model(), padded_inputs()
     options = {"max_length": 150, "min_length": 150}

@@ -227,6 +227,7 @@ def test_errors_of_the_decoding_thread_reach_who_waits(monkeypatch):
         finish(Choice(FREE), ask())
 
 
+@pytest.mark.slow
 def test_models_are_loaded_once_and_the_least_recent_goes(monkeypatch):
     from util.demo import session
 

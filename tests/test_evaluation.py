@@ -42,6 +42,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_most_probable_window_answers(tmp_path):
     results = evaluate(tmp_path / "full")
     records = read_lines(tmp_path / "full/predictions.jsonl")
@@ -80,6 +81,7 @@ def test_a_long_sample_is_unchanged_once():
     assert share_equal(unchosen, full) == 1
 
 
+@pytest.mark.slow
 def test_sequence_scores_are_mean_log_probabilities(tmp_path):
     evaluate(tmp_path, max_eval_samples=2, max_source_length=512)
     loaded = load_model(CHECKPOINT)
@@ -104,6 +106,7 @@ def test_full_depth_is_the_baseline_of_an_early_exit(tmp_path):
     assert set(early["confidence_intervals"]) == {"exact_match", "f1"}
 
 
+@pytest.mark.slow
 def test_a_text_is_compared_with_its_references_once(tmp_path, monkeypatch):
     """Scores, each sample's own, intervals and the test against a baseline share the counts, and the last two
     the draws."""
@@ -124,6 +127,7 @@ def test_a_text_is_compared_with_its_references_once(tmp_path, monkeypatch):
     assert counted == drawn == [results["samples"]] * 2  # the baseline's as well
 
 
+@pytest.mark.slow
 def test_a_baseline_of_other_rows_is_refused_before_decoding(tmp_path, capsys):
     """Rows of a table are numbered, so that those of every split have the same ids."""
     for split in ("validation", "test"):

@@ -98,6 +98,7 @@ def test_an_exit_says_what_the_same_layers_say_as_a_model(family, kind):
     assert torch.equal(decode(loaded, inputs, gap(-1.0)), expected)  # every token exits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), TAUGHT)
 def test_lossless_decoding_returns_the_frozen_models_output(family, kind):
     loaded, stats = model_of(family, kind), DecodeStats()
@@ -111,6 +112,7 @@ def test_lossless_decoding_returns_the_frozen_models_output(family, kind):
         assert 0 < stats.deep_passes < stats.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), ON_ONNX)
 def test_tokens_are_torchs_on_onnx(family, kind):
     modules, graphs = model_of(family, kind), model_of(family, kind, "onnx")
@@ -190,6 +192,7 @@ def test_an_exit_that_has_decoded_can_be_taught():
     assert loaded.model.exit_adapter.projection.weight.grad.count_nonzero()
 
 
+@pytest.mark.slow
 def test_sampling_with_drafts_off_a_shortlist_has_the_distribution_of_full_depth():
     """Of the second token, over many samples: its frequencies under lossless drafts are the model's own."""
     loaded = model_of("llama-tied", listed=True)

@@ -127,6 +127,7 @@ def in_decoding(loaded, tokens):
     return torch.cat(made, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BY_HAND)
 def test_an_exit_reads_exact_keys_and_values_before_its_run_and_its_own_within(family):
     tokens = torch.randint(2, 97, (1, len(RUNS)), generator=torch.Generator().manual_seed(3))
@@ -178,6 +179,7 @@ def test_tokens_are_torchs_on_onnx(family):
             assert torch.equal(decode(graphs, inputs, policy), decode(modules, inputs, policy)), policy
 
 
+@pytest.mark.slow
 def test_graphs_of_one_exit_do_not_serve_its_weights_behind_another_layer(tmp_path):
     """SmolLM3's third layer rotates nothing, the fourth does, whichever weights they have."""
     tokens, weights = torch.randint(2, 97, (1, len(RUNS)), generator=torch.Generator().manual_seed(3)), None
@@ -207,6 +209,7 @@ def test_behind_proposals_that_it_was_not_asked_about_the_exit_says_the_same_on_
     torch.testing.assert_close(said[1], said[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["w8", "w8+int8"])
 def test_lossless_is_full_depth_of_the_same_precision(precision):
     for family in ("llama-tied", "t5-tied"):

@@ -137,6 +137,7 @@ def test_steps_bring_the_exit_nearer_to_the_last_layer(loss, tmp_path):
     assert after["acceptance"] > before["acceptance"] + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["kl", "both"])
 def test_along_a_cosine_the_learning_rate_falls_to_nothing_whatever_is_gained(loss, tmp_path, monkeypatch):
     loaded, texts = adapted("llama-tied"), texts_of("llama-tied", rows=6)

@@ -114,6 +114,7 @@ def test_embedded_checkpoints(name, tmp_path):
     assert not (tmp_path / "exit_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5-tied", "llama-tied", "gpt2-tied", "mbart"])
 def test_the_norm_of_an_exit_adapter_becomes_the_final_one(family, save, tmp_path):
     folder, inputs = save(random_model(family)), random_inputs(family)
@@ -142,6 +143,7 @@ def test_adapters_that_no_plain_model_has_are_refused(kind, save, tmp_path):
     assert f"an adapter with the kind {kind} has no place in llama" in line
 
 
+@pytest.mark.slow
 def test_heads_of_the_exit_are_refused_and_others_left_out(save, tmp_path):
     model = random_model("t5-tied")
     folder, exits = (

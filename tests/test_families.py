@@ -190,6 +190,7 @@ def test_lora_targets_that_do_not_exist_are_named(t5, tmp_path):
         train(t5, tmp_path, 1, use_lora=True, lora_target_modules="wq", **exit_loss_flags("shallowdeep_ce"))
 
 
+@pytest.mark.slow
 def test_layerdrop_does_not_shift_the_layers_of_the_loss(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "checkpoints/debian-t5-free")
     tiny_model("bart-tied", num_layers=4, vocab_size=len(tokenizer), decoder_layerdrop=0.9).save_pretrained(

@@ -225,6 +225,7 @@ def test_all_pairs_of_options_decode_as_the_slow_reference(case):
     run_case(case, seed=3)
 
 
+@pytest.mark.slow
 def test_random_pairs_decode_as_the_slow_reference_or_are_refused():
     refused = 0
     for number, case in enumerate(random_cases(18 + MORE)):

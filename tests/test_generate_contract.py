@@ -170,6 +170,7 @@ def test_an_assistant_is_refused():
         decode(tiny_model(), padded_inputs(), assistant_model=tiny_model(seed=1))
 
 
+@pytest.mark.slow
 def test_a_text_streamer_prints_what_generates_does(capsys):
     loaded = load_model(CHECKPOINT)
     inputs = loaded.tokenizer("Werkzeuge zur Verwaltung von Paketen", return_tensors="pt")
@@ -293,6 +294,7 @@ class CountCalls:
         return scores + torch.arange(scores.shape[-1]) % (2 + self.calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", [StopAtSureToken, StopAtManyScores, StopAfterCalls])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_criteria_that_read_scores_or_keep_state_stop_where_generates_do(criterion, batch):
@@ -309,6 +311,7 @@ def test_criteria_that_read_scores_or_keep_state_stop_where_generates_do(criteri
     assert stopped_early
 
 
+@pytest.mark.slow
 def test_a_processor_that_keeps_state_sees_each_token_once():
     for seed in range(SEEDS):
         model, inputs = tiny_model(seed=seed).double(), padded_inputs(seed=seed)
@@ -350,6 +353,7 @@ def test_a_processor_with_slots_is_copied_or_named():
         decode(tiny_model(), inputs, lossless(), logits_processor=[Slotted(threading.Lock())])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_one_policy_object_serves_several_threads(adaptive):
     model = tiny_model().double()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pairs import slow_but
 from transformers import T5ForConditionalGeneration
 
 from models.confidence import SoftmaxGap
@@ -29,6 +30,7 @@ from models.threshold import AdaptiveThreshold, BetaMixture, DecayingThreshold, 
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = json.loads((GOLDEN / "t5_tiny_tied" / "runs.json").read_text())
+DAILY = ("full", "static_3", "calm_lo", "free_adapt_lo", "free_lo_copy", "free_mid_rollback2.0")
 LOSSES = json.loads((GOLDEN / "tiny24" / "losses.json").read_text())
 MIXTURES = json.loads((GOLDEN / "beta_mixture.json").read_text())
 TIES = {"free_lo", "free_lo_copy"}  # a confidence lies within 6e-6 of the threshold
@@ -94,7 +96,7 @@ def decode_run(decoder, run):
     return sequences, did, thresholds, policy
 
 
-@pytest.mark.parametrize("name", RUNS["runs"])
+@pytest.mark.parametrize("name", slow_but(DAILY, RUNS["runs"]))
 def test_decoding(decoded, name):
     run, (sequences, did, _, _) = RUNS["runs"][name], decoded(name)
     assert sequences == run["output_ids"]

@@ -91,6 +91,7 @@ def test_a_finished_run_sends_nothing(tmp_path):
         assert len(server.calls) == 8
 
 
+@pytest.mark.slow
 def test_limits_are_kept(tmp_path):
     """Requests and tokens of any window, by the server's clock; a minute lasts one second here."""
     bodies = {row["key"]: row["body"] for row in make(tmp_path, 4)}
@@ -108,6 +109,7 @@ def test_limits_are_kept(tmp_path):
         assert allowed / 2 <= busiest <= allowed
 
 
+@pytest.mark.slow
 def test_concurrency_is_bounded(tmp_path):
     make(tmp_path, 3)
     with StandInServer(delay=0.3) as server:
@@ -116,6 +118,7 @@ def test_concurrency_is_bounded(tmp_path):
     assert times[3] - times[0] >= 0.3 > times[2] - times[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_holds_everything_back(tmp_path, form):
     make(tmp_path, 1, "--judgements", "likert")
@@ -205,6 +208,7 @@ def test_addresses_with_secrets_are_refused(tmp_path, capsys, address):
     assert "--base_url" in output.err and "hidden" not in output.out + output.err
 
 
+@pytest.mark.slow
 def test_injected_text_changes_no_other_row_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clean = make(tmp_path, 3)
@@ -241,6 +245,7 @@ def test_edited_requests_are_refused(tmp_path, capsys):
 # Reports and scripts
 
 
+@pytest.mark.slow
 def test_score_reports_two_judges(tmp_path, capsys):
     make(tmp_path, 3, "--repeats", "2")
     files = ["--requests", str(tmp_path / "requests.jsonl"), "--output_dir", str(tmp_path)]

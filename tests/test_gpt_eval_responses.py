@@ -216,6 +216,7 @@ def test_other_texts_stay():
     assert Redactor("EMPTY")("EMPTY is 1") == "EMPTY is 1"  # a word for servers that take any key
 
 
+@pytest.mark.slow
 def test_no_file_error_or_log_holds_the_key(tmp_path):
     """In error objects, refusals, names of models and what libraries log."""
     for index, text in enumerate(encodings(SECRET).values()):

@@ -9,7 +9,7 @@ import torch
 from adapted_models import SHALLOW, SHORTLIST, adapted, make_inputs, make_model
 from decoding_cases import EveryThirdDeep
 from onnx_models import loaded
-from pairs import covering, slow_but
+from pairs import covering
 from tiny_causal import CAUSAL_FAMILIES
 from tiny_models import FAMILIES
 from transformers import LogitsProcessor
@@ -174,6 +174,7 @@ def prepared(subject, backend):
     return prepare(subject, backend="onnx", threads=1) if backend == "onnx" else subject
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "policy"), covering((*FAMILIES, *CAUSAL_FAMILIES), [*POLICIES]), ids=lambda value: str(value)
 )
@@ -181,14 +182,16 @@ def test_each_family_decodes_alike_both_ways(ways, shape, policy):
     compare(loaded(make_model(shape)), shape, POLICIES[policy], ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", slow_but(["t5-tied"], ["t5-tied", "bart-tied", "llama-tied"]))
+@pytest.mark.parametrize("shape", ["t5-tied", "bart-tied", "llama-tied"])
 def test_each_policy_decodes_alike_both_ways(ways, shape, backend):
     subject = prepared(loaded(make_model(shape)), backend)
     for make in POLICIES.values():
         compare(subject, shape, make, ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "backend"),
     [(kept, way) for kept in ("shortlist", "keys/values", "heads") for way in BACKENDS]
@@ -220,6 +223,7 @@ def test_a_head_that_is_attached_later_is_asked(ways):
     compare(subject, "llama-tied", POLICIES["static"], ways, seeds=1)
 
 
+@pytest.mark.slow
 def test_buffers_grow_under_way(ways):
     """They begin with room for 64 tokens."""
     subject = prepared(loaded(make_model("t5-tied")), "onnx")

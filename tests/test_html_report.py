@@ -107,6 +107,7 @@ def test_points_tell_their_figures(everything):
     assert "The same near" not in page.text
 
 
+@pytest.mark.slow
 def test_bad_settings_do_not_hide_the_others(tmp_path):
     folder, _ = make_sweep(tmp_path / "sweep")
     figures = json.loads((folder / "sweep.json").read_text())
@@ -124,6 +125,7 @@ def test_judge(everything):
     assert "0.33 [0.01, 0.90], p < 0.001" in page.text
 
 
+@pytest.mark.slow
 def test_judge_without_pairs_or_answers(tmp_path):
     scores = {"judges": {"m": {"likert": {"systems": {"free": {"samples": 0}}}, "pairwise": {"samples": 0}}}}
     write_json(tmp_path / "judge" / "scores.json", scores)
@@ -135,6 +137,7 @@ def test_judge_without_pairs_or_answers(tmp_path):
 # CSV and Markdown
 
 
+@pytest.mark.slow
 def test_csv_and_markdown_hold_the_figures(tmp_path):
     folder, rows = make_sweep(tmp_path / "sweep")
     build(tmp_path, folder)
@@ -168,6 +171,7 @@ def change_figures(folder, **changes):
     return folder
 
 
+@pytest.mark.slow
 def test_slower_settings_look_different(tmp_path):
     fast = build(tmp_path, make_sweep(tmp_path / "sweep")[0])
     assert "▼ " not in fast.text.replace("▼ slower", "") and "slower" not in fast.attributes("class")
@@ -178,6 +182,7 @@ def test_slower_settings_look_different(tmp_path):
     assert re.search(r">\s*slower\s*<", slow.source) and not re.search(r">\s*slower\s*<", fast.source)  # plot
 
 
+@pytest.mark.slow
 def test_doubts_about_timing_are_told(tmp_path):
     doubt = "measured 8.13x, the work saved allows 4.00x"
     folder, _ = make_sweep(tmp_path / "sweep")
@@ -209,6 +214,7 @@ def test_panels_without_information_are_left_out(tmp_path):
     assert not (tmp_path / "report" / "trade_off.png").exists()
 
 
+@pytest.mark.slow
 def test_cards_of_tokens_show_the_source_and_every_method(tmp_path):
     folder, _ = make_sweep(tmp_path / "sweep")
     content = json.loads((folder / "settings.json").read_text())
@@ -228,6 +234,7 @@ def test_cards_of_tokens_show_the_source_and_every_method(tmp_path):
     assert len(cards) == 3
 
 
+@pytest.mark.slow
 def test_long_sources_unfold(tmp_path):
     folder, _ = make_sweep(tmp_path / "sweep")
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
@@ -237,6 +244,7 @@ def test_long_sources_unfold(tmp_path):
     assert len(summary) == 400 and "Ende" in page.text
 
 
+@pytest.mark.slow
 def test_tokens_without_a_text_are_shown(tmp_path):
     """Models have more tokens than their tokenizers."""
     folder, _ = make_sweep(tmp_path / "sweep")

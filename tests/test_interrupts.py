@@ -140,6 +140,7 @@ def stop_in_the_middle(main, flags, monkeypatch):
         main(as_argv(flags))
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_begins_leaves_no_figures_of_an_earlier_one(base, monkeypatch):
     """Else a report would show them beside the new records."""
     flags = base | FREE | BATCHES | {"do_eval": True, "do_predict": True, "use_adapt_threshold": True}
@@ -163,6 +164,7 @@ def test_a_threshold_that_is_learnt_further_stays_until_it_is_replaced(base, mon
     assert learnt.read_bytes() == before and not learnt.with_name("eval_results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_calibration_that_begins_leaves_no_certificate_of_an_earlier_one(base, monkeypatch):
     flags = base | FREE | {"use_cpu": True, "delta": 0.5}
     folder = Path(flags["output_dir"])

@@ -135,6 +135,7 @@ def noisy(text, seed):
     return " ".join(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", available("iwslt2017", "debian_de_en"))
 @pytest.mark.parametrize("language", ["de", "en"])
 def test_bleu_and_chrf_of_real_rows_are_sacrebleus(name, language):
@@ -166,6 +167,7 @@ SUMMARIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", available(*SUMMARIES))
 def test_rouge_of_real_rows_is_rouge_scores(name):
     """The first words of each document against its summary; scorer and aggregator of the package."""

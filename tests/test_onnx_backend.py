@@ -51,6 +51,7 @@ def test_a_rollback_forgets_what_was_taken_back():
     assert torch.equal(decode(prepare(torch_model), padded_inputs(), policy), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EACH_KIND)
 def test_long_outputs_outgrow_their_buffers(family):
     torch_model = loaded(perturbed(family))
@@ -88,6 +89,7 @@ def test_prompts_masks_and_caches_are_torchs(family):
             torch.testing.assert_close(own.values, other.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_arguments_of_generate_are_obeyed():
     torch_model = loaded(perturbed("t5-tied"))
     onnx_model, policy = prepare(torch_model), policies()["lossless"]
@@ -129,6 +131,7 @@ def test_calls_with_other_options_are_prepared_anew():
     assert torch.equal(decode(fast, inputs, FullDepth(), max_length=9), expected)
 
 
+@pytest.mark.slow
 def test_padding_is_inferred_as_generate_does():
     """For decoder-only models alone, by whatever says what padding and ends are."""
     for model, ids, plain in (
@@ -147,6 +150,7 @@ def test_padding_is_inferred_as_generate_does():
             assert torch.equal(fast.generate(**ids, do_sample=False, max_new_tokens=8, **given), expected)
 
 
+@pytest.mark.slow
 def test_windows_of_prompts_go_with_their_generation():
     """Of any length, in the one precision that reads a prompt at once; short ones are as many as they are."""
     fast = prepare(loaded(tiny_causal()), precision="w4")

@@ -65,6 +65,7 @@ class Interrupted(int):
         return int(self) < int(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5-tied", "bart-tied"])
 def test_every_policy_decodes_torchs_tokens_and_no_layer_is_held_twice(family):
     torch_model = loaded(perturbed(family))
@@ -93,6 +94,7 @@ def test_lossless_is_full_depth_after_any_cut(precision):
     assert layers_held(fast) == [*range(6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_layer", [None, 4])
 @pytest.mark.parametrize("family", ["llama-tied", "t5-tied"])
 def test_an_exit_adapter_runs_where_it_is_asked_for_alone(family, kv_layer):

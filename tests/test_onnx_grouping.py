@@ -37,6 +37,7 @@ def test_lone_tokens_and_small_windows_after_many_gain(heads, new, past, gains):
     assert Groups(heads, 3).gains(new, past, limit=64) == gains
 
 
+@pytest.mark.slow
 def test_heads_stay_apart_where_groups_have_other_bits(tmp_path, monkeypatch):
     loaded = LoadedModel(tiny_causal("llama-tied", 2), None, ExitConfig())
     asked = []
@@ -58,6 +59,7 @@ def test_heads_stay_apart_where_groups_have_other_bits(tmp_path, monkeypatch):
         prepare(loaded, cache_dir=tmp_path / "anew")
 
 
+@pytest.mark.slow
 def test_an_encoders_heads_are_not_the_decoders():
     """BART counts both; its layers share no keys/values."""
     model = tiny_model("bart-tied", num_layers=2, encoder_attention_heads=8, decoder_attention_heads=4)

@@ -43,6 +43,7 @@ def refuse_to_trace(*args):
     raise AssertionError("It was exported again.")
 
 
+@pytest.mark.slow
 def test_graphs_are_exported_once_for_all_weights(cache_dir, monkeypatch):
     monkeypatch.setattr(tracing, "trace", refuse_to_trace)
     for seed in (1, 2, 1):
@@ -60,6 +61,7 @@ def test_a_second_run_makes_nothing(cache_dir, monkeypatch):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "foreign", "missing", "no sums"])
 def test_damaged_files_are_made_again(cache_dir, damage, caplog):
     torch_model = loaded(tiny_model())

@@ -80,6 +80,7 @@ def drop_times(record):
     return {name: value for name, value in record.items() if name not in ("seconds", "calibration")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"intermediate_loss_fn": None, "label_smoothing_factor": 0.1}])
 def test_accumulated_steps_equal_those_of_a_larger_batch(base, tmp_path, flags):
     """Micro-batches are of different lengths, and the last ones of an epoch fewer."""

@@ -146,6 +146,7 @@ def test_checkpoints_open_on_the_accelerator_that_works(monkeypatch):
     assert device.best_device() == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_shortlist_is_judged_on_outputs_of_the_length_asked_for(tmp_path, monkeypatch):
     lengths = []
 

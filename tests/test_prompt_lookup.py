@@ -129,6 +129,7 @@ def test_no_setting_changes_a_greedy_sequence(
     assert torch.equal(decode(model, inputs, policy, **options, lookup_ids=looked_up), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("confidence", "processors"), covering(MEASURES, list(PROCESSORS)))
 def test_free_decodes_what_it_does_without(confidence, processors):
     """Also where processors make the exit choose another token than its most probable one."""
@@ -231,6 +232,7 @@ def test_generate_of_a_loaded_model_looks_its_source_up(backend):
             assert stats.proposed_tokens > 0
 
 
+@pytest.mark.slow
 def test_sweep_compares_lookups(tmp_path):
     flags = ["--free", "checkpoints/debian-t5-free", "--num_samples", "4", "--lookup_tokens", "3", "6"]
     flags += [

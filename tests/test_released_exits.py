@@ -29,6 +29,7 @@ def translated(released):
     return [(inputs, released.model.generate(**inputs, **greedy)) for inputs in sentences]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "exit_precision"), RUNS)
 def test_its_lossless_output_is_its_models(released, translated, backend, exit_precision):
     options = {} if backend == "torch" else {"exit_precision": exit_precision}
@@ -43,6 +44,7 @@ def test_its_lossless_output_is_its_models(released, translated, backend, exit_p
     assert sum(shares) > 0.3 * len(shares)
 
 
+@pytest.mark.slow
 def test_it_says_mostly_what_the_last_layer_says(released, translated):
     """Of sentences that it was not taught on: its card says 0.87."""
     agrees = []

@@ -54,6 +54,7 @@ def test_sweep_that_does_not_say_it_took_turns_gets_no_speedup(tmp_path):
     assert row["pareto"] == "False" and "Area under the curve" not in page.text
 
 
+@pytest.mark.slow
 def test_run_beside_a_sweep_keeps_its_speedups_apart(tmp_path):
     sweep, figures = make_sweep(tmp_path / "sweep")
     run = make_run(tmp_path / "run", 21.0, [0.5] * 4, [2, 4, 2, 2], use_shallow_deep=True)
@@ -112,6 +113,7 @@ def test_runs_of_the_same_samples_share_their_cards(tmp_path):
     assert shown == [["full", "free", "calm"]] * 4 + [["other"]] * 4
 
 
+@pytest.mark.slow
 def test_data_sets_get_tables_of_their_own(tmp_path):
     sweep, _ = make_sweep(tmp_path / "sweep")
     other, _ = make_sweep(tmp_path / "other")
@@ -155,6 +157,7 @@ def test_thresholds_that_no_flag_changed_are_shown(tmp_path, flags, threshold):
     assert result.settings[0].threshold == threshold
 
 
+@pytest.mark.slow
 def test_local_data_of_different_places_get_tables_of_their_own(tmp_path):
     places = [
         {"data_dir": "a"},

@@ -110,6 +110,7 @@ def test_resume_can_be_switched_on_later(base, tmp_path):
     assert [row["prediction"] for row in ours] == [row["prediction"] for row in theirs]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_chose_its_settings_by_time_does_not_continue(base, capsys):
     flags = base | FREE | {"do_eval": True, "auto_exit": True, "per_device_eval_batch_size": 1}
     run.main(as_argv(flags))
@@ -226,6 +227,7 @@ def test_an_evaluation_does_not_continue_with_another_tokenizer_or_configuration
     assert "other tokenizer" in refused(flags, capsys)
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_continue_with_another_threshold_file(base, tmp_path, capsys):
     flags = base | FREE | {"do_eval": True, "use_adapt_threshold": True}
     run.main(as_argv(flags))

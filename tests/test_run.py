@@ -214,6 +214,7 @@ def test_evaluation_of_every_method(base, name):
     assert results_of(flags, "predict")["samples"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "free", "lossless"])
 def test_lookups_change_no_prediction(base, tmp_path, monkeypatch, name):
     method = METHODS | {"lossless": FREE | {"lossless": True, "shallow2deep_conf_threshold": 0.3}}
@@ -232,6 +233,7 @@ def test_lookups_change_no_prediction(base, tmp_path, monkeypatch, name):
     assert len(asked) >= len(looking) == 12
 
 
+@pytest.mark.slow
 def test_adaptive_threshold_is_carried_over(base, capsys):
     flags = base | FREE | {"do_eval": True, "use_adapt_threshold": True, "adapt_zeta": 0.9}
     run.main(as_argv(flags))
@@ -262,6 +264,7 @@ def test_exit_layer_of_the_checkpoint_is_the_default(base):
     assert set(first["exit_layers"]) == {2}
 
 
+@pytest.mark.slow
 def test_batches_and_argument_files_give_the_same_text(base, tmp_path):
     texts = []
     for size in (1, 5):

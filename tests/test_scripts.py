@@ -108,6 +108,7 @@ def in_experiment(command, **variables):
     return subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
 
 
+@pytest.mark.slow
 def test_training_takes_every_core():
     """Although each process has one thread only."""
     assert ENVIRONMENT["OMP_NUM_THREADS"] == "1"
@@ -115,6 +116,7 @@ def test_training_takes_every_core():
     assert int(in_experiment("count_processes; echo $PROCESSES")) == (torch.cuda.device_count() or cores)
 
 
+@pytest.mark.slow
 def test_training_takes_every_core_without_nproc(tmp_path):
     """As on macOS."""
     for name, text in {"nproc": "exit 127", "getconf": '[ "$*" = _NPROCESSORS_ONLN ] && echo 7'}.items():
@@ -125,6 +127,7 @@ def test_training_takes_every_core_without_nproc(tmp_path):
     assert shown.strip() == "7"
 
 
+@pytest.mark.slow
 def test_only_devices_of_this_process_count(tmp_path):
     """Not all that the machine has."""
     write_tool(tmp_path / "nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: B\\n'\n")

@@ -81,6 +81,7 @@ def run_block(card, name, folder):
     return scope
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_with_its_exits_results_and_card(base, hub, capsys):
     heads = {"per_exit_head": "norm", "logging_steps": 1}
     run.main(as_argv(base | TRAINING | LOSS | heads | PREDICT | PUSH))
@@ -123,6 +124,7 @@ def test_a_model_is_pushed_from_its_own_folder_once_evaluated(base, hub, checkpo
     run_block(card, "someone/own", pushed)
 
 
+@pytest.mark.slow
 def test_results_of_earlier_weights_are_not_on_the_card(base, caplog):
     """They stay where they are, and come back with their weights."""
     folder = Path(base["output_dir"])
@@ -173,6 +175,7 @@ def test_nothing_is_pushed_on_the_way(base, hub, capsys, monkeypatch):
     assert "--hub_strategy all_checkpoints: run.py pushes no checkpoints" in line
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_heads_and_a_card_of_its_own(base):
     flags = base | TRAINING | LOSS | {"use_lora": True, "per_exit_head": "norm", "max_steps": 2}
     run.main(as_argv(flags))
@@ -255,6 +258,7 @@ def test_cards_show_no_policy_that_needs_a_file(flag):
     assert expression == "" and f"`--{flag}`" in caveat and "full depth" in caveat
 
 
+@pytest.mark.slow
 def test_cards_show_the_last_evaluation(base):
     """Of the test split or not, at full depth or not."""
     folder = Path(base["output_dir"])
@@ -320,6 +324,7 @@ def test_an_exit_adapter_has_a_card(tmp_path):
     assert scope["output"].tolist() == greedy.tolist()
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_has_the_same_kind_of_card(base, tmp_path):
     run.main(as_argv(base | TRAINING | LOSS))
     folder = tmp_path / "released"

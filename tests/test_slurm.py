@@ -84,6 +84,7 @@ def torchrun_of(output):
     return flags, [flags.training_script, *flags.training_script_args]
 
 
+@pytest.mark.slow
 def test_training_on_one_node_is_that_of_the_experiment(tools):
     write_tool(tools / "torchrun")
     asked = {"EXPERIMENT": "run_sum_samsum", "METHOD": "calm", "MODEL": "google-t5/t5-small"}
@@ -93,6 +94,7 @@ def test_training_on_one_node_is_that_of_the_experiment(tools):
     assert words[words.index("--intermediate_loss_fn") + 1] == "weighted_ce" and "--bf16" in words
 
 
+@pytest.mark.slow
 def test_training_on_many_nodes_meets_at_the_first(tools):
     write_tool(tools / "torchrun")
     nodes = r'[ "$*" = "show hostnames node[3-5]" ] && printf "node3\nnode4\nnode5\n"'

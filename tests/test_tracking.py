@@ -68,6 +68,7 @@ def agreement_row_by_row(folder, layer, count):
     return agreeing / tokens
 
 
+@pytest.mark.slow
 def test_acceptance_is_the_share_of_tokens_on_which_exit_and_last_layer_agree(tracked):
     folder, logs, _ = tracked
     shares = {step: log["eval_acceptance_layer_2"] for step, log in logs if "eval_loss" in log}
@@ -75,6 +76,7 @@ def test_acceptance_is_the_share_of_tokens_on_which_exit_and_last_layer_agree(tr
     assert shares[2] == pytest.approx(agreement_row_by_row(folder, 2, 5))
 
 
+@pytest.mark.slow
 def test_every_exit_of_a_loss_over_all_layers_has_its_acceptance(base, tmp_path, monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr("util.training.train.progress_callbacks", lambda training: [recorder])

@@ -68,6 +68,7 @@ def exit_of_llama(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_teaches_and_leaves_the_model_as_it_is(exit_of_llama):
     curve = json.loads((exit_of_llama / "curve.json").read_text())
     assert [entry["step"] for entry in curve] == [4, 8] and set(curve[0]["exits"]) == {"1", "3"}
@@ -197,6 +198,7 @@ def test_models_with_an_encoder_take_the_same_command(model, kind, loss, tmp_pat
     assert torch.equal(loaded.generate(**inputs, exit_policy=FullDepth(), max_new_tokens=12), expected)
 
 
+@pytest.mark.slow
 def test_an_exit_is_refused_on_another_model(exit_of_llama, tmp_path):
     other = load_model(LLAMA).model
     with torch.no_grad():

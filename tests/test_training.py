@@ -176,6 +176,7 @@ def test_best_adapter_is_saved_with_its_own_exit_heads(base, tmp_path):
         assert torch.equal(heads[0][name], weight) and not torch.equal(heads[2][name], weight)
 
 
+@pytest.mark.slow
 def test_generation_config_of_a_checkpoint_gives_way_to_the_flags(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     settings = {"num_beams": 4, "max_new_tokens": 22, "decoder_start_token_id": 0}
@@ -266,6 +267,7 @@ def test_questions_are_scored_while_training_as_by_do_eval(base, tmp_path, metho
     assert given >= 2 and evaluated["eval_exact_match"] == pytest.approx(100 * given / 3)
 
 
+@pytest.mark.slow
 def test_streamed_training_runs_and_needs_max_steps(base, tmp_path, capsys):
     train(base, tmp_path / "run", streaming=True, save_strategy="no")
     with pytest.raises(SystemExit):
