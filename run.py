@@ -20,12 +20,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, set_seed
 
-from models.errors import one_line_errors
 from models.loading import LoadedModel, create_model, load_model
 from models.threshold import AdaptiveThreshold
 from util.arguments import Arguments, parse_arguments
 from util.backend import limit_threads, run_by_backend
-from util.console import prepare_console
+from util.console import command
 from util.data.examples import target_language
 from util.data.preparation import prepare
 from util.device import move_model
@@ -49,8 +48,7 @@ TO_CONTINUE = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors(TO_CONTINUE):
+    with command(TO_CONTINUE):
         arguments = parse_arguments(argv, __doc__)
         with locked_output_dir(Path(arguments.training.output_dir)):
             run(arguments)

@@ -30,7 +30,6 @@ if __name__ == "__main__":
 import numpy as np
 from datasets import Dataset
 
-from models.errors import one_line_errors
 from models.loading import LoadedModel
 from run import evaluation_dtype, evaluation_settings, open_model
 from util.arguments import Arguments, parse_with_run
@@ -38,7 +37,7 @@ from util.backend import run_by_backend
 from util.calibration.certificate import CalibratedThreshold, decoding_settings, describe_data
 from util.calibration.consistency import consistency_losses, sample_scores
 from util.calibration.risk_control import certify, fastest, monotone, needed_samples
-from util.console import prepare_console
+from util.console import command
 from util.data_arguments import LEAVE_IT_OUT, OF_RUN_ALONE, require_split
 from util.device import move_model
 from util.environment import environment
@@ -70,8 +69,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors("Run the same command with --resume_eval True to continue."):
+    with command("Run the same command with --resume_eval True to continue."):
         flags, jobs, arguments = parse_flags(argv)
         with locked_output_dir(Path(arguments.training.output_dir), jobs.shard_index):
             calibrate(flags, arguments, join_shards(jobs))
@@ -220,7 +218,7 @@ def judge(flags: CalibrationArguments, rows: list[dict[str, Any]], losses: np.nd
     return {
         "threshold": None if best is None else flags.thresholds[best],
         "delta": flags.delta,
-        "epsilon": flags.epsilon,
+        "epsilon": None if flags.method == "crc" else flags.epsilon,
         "method": flags.method,
         "p_value": None if flags.method == "crc" else flags.p_value,
         "consistency": flags.consistency,
@@ -260,7 +258,7 @@ def print_candidates(calibrated: CalibratedThreshold, folder: Path) -> None:
 def verdict(calibrated: CalibratedThreshold) -> str:
     """One sentence: what was certified, or what is missing."""
     promise = f"{calibrated.consistency} loss <= {calibrated.delta:g} " + (
-        "in expectation" if calibrated.method == "crc" else f"with probability {1 - calibrated.epsilon:g}"
+        "in expectation" if calibrated.epsilon is None else f"with probability {1 - calibrated.epsilon:g}"
     )
     if calibrated.threshold is not None:
         row = next(row for row in calibrated.candidates if row["threshold"] == calibrated.threshold)

@@ -24,7 +24,7 @@ import torch
 from models.json_files import check_fields, fits, read_mapping
 from models.loading import load_model
 from util.console import command
-from util.files import locked_output_dir, written_aside
+from util.files import locked_output_dir, write_text
 from util.flags import parse_groups, require
 from util.model_card import NAME, Card, describe_size, loss_curve, usage
 from util.tables import markdown_table
@@ -82,8 +82,7 @@ def export(flags: ExportArguments) -> None:
     use = usage(str(flags.output_dir), loaded, EXAMPLE)
     about = ABOUT.format(size=describe_size(loaded))
     card = Card(flags.title, METADATA, [about, training, loss_curve(states), scores, use])
-    with written_aside(flags.output_dir / NAME) as aside:
-        aside.write_text(card.render(), encoding="utf8")
+    write_text(flags.output_dir / NAME, card.render())
 
 
 def read_state(run: Path) -> dict[str, Any]:

@@ -35,14 +35,13 @@ from datasets import Dataset
 from rich.text import Text
 
 from models.confidence import SoftmaxGap
-from models.errors import one_line_errors
 from models.exit_policy import Calm, FullDepth, StaticExit
 from models.free import Free
 from models.loading import LoadedModel
 from models.prompt_lookup import PromptLookup
 from models.threshold import AdaptiveThreshold, FixedThreshold
 from util.backend import limit_threads
-from util.console import prepare_console
+from util.console import command
 from util.data_arguments import refuse_flags_of_run, require_split
 from util.environment import environment
 from util.evaluation.comparison import (
@@ -101,8 +100,7 @@ COLOURED_SAMPLES = 3
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_console()
-    with one_line_errors("Run the same command with --resume_eval True to continue."):
+    with command("Run the same command with --resume_eval True to continue."):
         argv = expand_preset(expand_argument_file(argv, Parser(GROUPS)))
         flags, data, backend, jobs = parse_groups(GROUPS, __doc__, argv)
         refuse_flags_of_run(data, reads=["resume_eval"], limits="use --num_samples")

@@ -117,6 +117,10 @@ def test_flags_of_a_method_are_refused_without_it(name):
         ({"free": None, "calm": "x", "methods": ["FREE"]}, "--methods: FREE has no .* add --free CHECKPOINT"),
         ({"calm_methods": ["CALM"]}, "--calm_methods has no effect here: add --calm CHECKPOINT"),
         ({"calm_static_layers": [2]}, "--calm_static_layers has no effect here: add --calm CHECKPOINT"),
+        (
+            {"calm": "x", "calm_methods": ["CALM"], "calm_static_layers": [2]},
+            "--calm_static_layers has no effect here: add Static to --calm_methods",
+        ),
         ({"calm": "x", "calm_methods": ["FREE"]}, "--calm_methods: FREE: --free alone decodes so"),
         (
             {"calm": "x", "methods": ["FREE", "CALM"], "calm_methods": ["Static"]},

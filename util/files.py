@@ -35,10 +35,14 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that no reader sees half of it."""
     with written_aside(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        temporary.write_text(text, encoding="utf8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def json_line(row: Any) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 from models.json_files import read_mapping
 from models.loading import LoadedModel
-from util.files import content_hash, file_hash, written_aside
+from util.files import content_hash, file_hash, write_text
 from util.policy_code import NAMES, evaluated_policy, exit_flags_of, trained_policy
 from util.stages import STAGES
 from util.tables import markdown_table
@@ -76,8 +76,7 @@ def write_card(folder: Path, card: Card) -> bool:
         if MARK not in before and UNFILLED not in before:
             logger.warning("%s stays as it is: it was not written by exitlm.", path)
             return False
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf8")
+    write_text(path, text)
     return True
 
 

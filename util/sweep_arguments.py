@@ -133,6 +133,8 @@ class SweepArguments(PresetArgument):
             require(fine, f"--{name} has no effect here: add --calm CHECKPOINT.")
         wrong = [method for method in self.calm_methods if method not in ON_CALM]
         require(not wrong, f"--calm_methods: {', '.join(wrong)}: --free alone decodes so; leave it out.")
+        fine = not self.calm_static_layers or STATIC in (self.calm_methods or self.methods)
+        require(fine, f"--calm_static_layers has no effect here: add {STATIC} to --calm_methods.")
         if self.methods == [*SWEPT]:  # the default: whatever is possible
             return
         on_calm = {*(self.calm_methods or self.methods)} & {*ON_CALM} if self.calm else set()

@@ -34,22 +34,21 @@ HASHES = {  # of a model, by what they are of
 
 @dataclass
 class CalibratedThreshold:
-    """With probability 1 - epsilon (under crc: in expectation) the loss of `threshold` is at most delta.
+    """With probability 1 - epsilon, or in expectation where there is none (crc), the loss of `threshold` is
+    at most delta.
 
     `candidates` has one row a threshold that was tried, from conservative to liberal.
     """
 
     threshold: float | None  # None: nothing was certified
     delta: float
-    epsilon: float
+    epsilon: float | None
     method: str
     p_value: str | None
     consistency: str
     fastest_by: str
     samples: int
-    needed_samples: (
-        int | None
-    )  # of the first candidate that failed; None if no number suffices, or all passed
+    needed_samples: int | None  # of the first candidate that failed; None: none suffice, or all passed
     model: dict[str, str]  # util.evaluation.identity.identify_model
     data: dict[str, Any]
     settings: dict[str, Any]

@@ -7,6 +7,7 @@ from typing import Any
 
 from models.loading import LoadedModel
 from util.model_card import Card, usage, write_card
+from util.tables import markdown_table
 
 EXAMPLE = "Once upon a time"
 COLUMNS = {"decoding": "decoding", "threshold": "threshold", "max_pending": "cap", "speedup": "speed-up"}
@@ -34,9 +35,10 @@ def write_exit_card(folder: Path, loaded: LoadedModel, base: str, rows: list[dic
 
 
 def forecast_table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"| {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * (len(COLUMNS) - 1)]
-    for row in rows:
-        cells = [row[name] for name in COLUMNS]
-        shown = ["" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells]
-        lines.append(f"| {' | '.join(map(str, shown))} |")
-    return "\n".join(["Forecast on held-out texts, on the machine that taught it:", "", *lines])
+    shown = [[show(row[name]) for name in COLUMNS] for row in rows]
+    table = markdown_table([*COLUMNS.values()], shown)
+    return f"Forecast on held-out texts, on the machine that taught it:\n\n{table}"
+
+
+def show(cell: Any) -> str:
+    return "" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell)

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from util.evaluation.timing_doubts import untrusted_timing
-from util.files import written_aside
+from util.files import write_text
 from util.methods import BASELINE, HF_GENERATE
 from util.report.figures import CSS_NAMES
 from util.report.heat_map import depth_shades, heat_section
@@ -56,12 +56,6 @@ def write_report(results: Results, output_dir: Path) -> list[Path]:
     page = output_dir / "report.html"
     write_text(page, render_page(results, tables, output_dir))
     return [page, *(path for name in OPTIONAL_FILES if (path := output_dir / name).is_file())]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that no reader sees half of it."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf8")
 
 
 def render_page(results: Results, tables: list[TableData], output_dir: Path) -> str:
