@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
@@ -38,6 +38,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{path} cannot be read: {find_damage(path.parent) or first_line(error)}") from error
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of a file's weights, which safetensors lists at its head."""
+    if path.suffix != ".safetensors":
+        return list(read_weights(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
     except LOADING_ERRORS as error:
         raise UserError(f"{path} cannot be read: {find_damage(path.parent) or first_line(error)}") from error
 

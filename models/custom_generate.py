@@ -25,12 +25,12 @@ from models.decoding import early_exit_decode
 from models.errors import UserError
 from models.exit_adapter import ExitAdapter, attach_exit_adapter, exit_adapter_of
 from models.exit_adapter_files import load_exit_adapter, twin_of
-from models.exit_heads import ExitConfig, attach_exit_heads, exit_head_weights, head_misfits, load_exit_heads
+from models.exit_heads import ExitConfig, exit_head_weights, head_misfits, load_exit_heads
 from models.exit_policy import Calm, ExitPolicy, FullDepth, StaticExit
 from models.free import Free
 from models.generate_contract import Output, with_stop_strings
 from models.prompt_lookup import PromptLookup
-from models.stored_heads import load_exit_config, read_extra_weights
+from models.stored_heads import attach_stored_heads, load_exit_config, read_extra_weights, read_head_names
 
 READ_BY = {  # the options of each method
     "free": {
@@ -183,9 +183,8 @@ def read_exits(model: PreTrainedModel) -> ExitConfig:
     if not name:  # made of a config
         return ExitConfig()
     hub = {} if commit is None else {"revision": commit}
-    exits = load_exit_config(name, **hub)
     before = set(exit_head_weights(model.state_dict()))
-    attach_exit_heads(model, exits)
+    exits = attach_stored_heads(model, load_exit_config(name, **hub), read_head_names(name, **hub))
     if set(exit_head_weights(model.state_dict())) == before:  # has none, or its own already
         return exits
     weights = exit_head_weights(read_extra_weights(name, **hub))
@@ -201,7 +200,10 @@ def twin_with(model: PreTrainedModel, exit_adapter: str) -> PreTrainedModel:
     loaded, twin = vars(model).setdefault(ADAPTERS, {}), twin_of(model)
     if exit_adapter not in loaded:
         loaded[exit_adapter] = load_exit_adapter(twin, exit_adapter)
-    attach_exit_adapter(twin, fitted(loaded[exit_adapter], model))
+    fitting = (exit_adapter, model.device, model.dtype)
+    if fitting not in loaded:
+        loaded[fitting] = fitted(loaded[exit_adapter], model)
+    attach_exit_adapter(twin, loaded[fitting])
     return twin
 
 

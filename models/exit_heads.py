@@ -107,9 +107,11 @@ def make_per_exit_heads(kind: str, layers: Iterable[int], width: int) -> nn.Modu
     return nn.ModuleDict({str(layer): head(width) for layer in layers})
 
 
-def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig, stored: Iterable[int] = ()) -> None:
+def attach_exit_heads(
+    model: PreTrainedModel, exit_config: ExitConfig, stored: Iterable[int] = (), *, only: bool = False
+) -> None:
     """Add the heads that `exit_config` asks for and `model` lacks, freshly initialised; per-exit heads also
-    after those of its layers that a checkpoint has `stored` some for."""
+    after those of its layers that a checkpoint has `stored` some for, or `only` after these."""
     width = model.config.hidden_size
     read_width = model.get_output_embeddings().weight.shape[1]  # by the LM head: narrower in OPT-350m
     if exit_config.train_meta_cm_head and not hasattr(model, "cm_head"):
@@ -120,7 +122,8 @@ def attach_exit_heads(model: PreTrainedModel, exit_config: ExitConfig, stored: I
         nn.init.zeros_(model.layer_transformation.bias)
     if exit_config.per_exit_head and not hasattr(model, "per_exit_heads"):
         exits, shallow = {*range(1, view_for(model).num_layers)}, exit_config.shallow_exit_layer
-        layers = ({shallow} if shallow else exits) | (exits & {*stored})
+        asked = set() if only else {shallow} if shallow else exits
+        layers = asked | (exits & {*stored})
         heads = make_per_exit_heads(exit_config.per_exit_head, sorted(layers), width)
         model.per_exit_heads = heads.to(model.device, model.dtype)
 

@@ -107,14 +107,14 @@ def model_arguments(view: DecoderView, given: dict[str, Any], input_ids: Tensor)
     return arguments
 
 
-def check_inputs(model: PreTrainedModel, inputs: Any, mask: Any) -> None:
-    """Raise UserError unless `inputs` are ids (B, S) or embeddings (B, S, D) of sources or prompts, and the
+def check_inputs(model: PreTrainedModel, inputs: Any, mask: Any, *, embedded: bool = False) -> None:
+    """Raise UserError unless `inputs` are ids (B, S) of sources or prompts, or `embedded`, (B, S, D), and the
     mask fits them."""
-    if not isinstance(inputs, Tensor) or inputs.dim() != 2 + inputs.is_floating_point() or not inputs.numel():
-        raise UserError(
-            f"inputs must be token ids (B, S), or inputs_embeds (B, S, D), of at least one token, got "
-            f"{spell(inputs)}."
-        )
+    fits = isinstance(inputs, Tensor) and inputs.is_floating_point() == embedded
+    if not fits or inputs.dim() != 2 + embedded or not inputs.numel():
+        wanted = "inputs must be token ids (B, S), or be given as inputs_embeds="
+        wanted = "inputs_embeds must be embeddings (B, S, D)" if embedded else wanted
+        raise UserError(f"{wanted}, of at least one token, got {spell(inputs)}.")
     check_mask("attention_mask", mask, inputs, of_all=model.config.is_encoder_decoder)
 
 

@@ -63,10 +63,10 @@ def generate(
 ) -> Output:
     """`model.generate(inputs, custom_generate=early_exit_decode, **options)` with stop strings too, whose
     tokenizer `generate` keeps from custom loops."""
-    ways = (options.get("inputs_embeds"), inputs, options.get("input_ids"))
-    given = next((way for way in ways if way is not None), None)
-    if given is not None and options.get("encoder_outputs") is None:
-        check_inputs(model, given, options.get("attention_mask"))
+    embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
+    ids = options.get("input_ids") if inputs is None else inputs
+    if options.get("encoder_outputs") is None and not (embeds is None and ids is None):
+        check_inputs(model, ids if embeds is None else embeds, mask, embedded=embeds is not None)
     criteria = with_stop_strings(stopping_criteria, stop_strings, tokenizer)
     return model.generate(inputs, custom_generate=custom_generate, stopping_criteria=criteria, **options)
 

@@ -40,7 +40,6 @@ from models.exit_adapter_files import is_exit_adapter, load_exit_adapter, read_e
 from models.exit_heads import (
     HEAD_NAMES,
     ExitConfig,
-    attach_exit_heads,
     exit_head_weights,
     head_misfits,
     load_exit_heads,
@@ -62,10 +61,9 @@ from models.lora import (
 from models.prompts import Prompt
 from models.stored_heads import (
     DECODER_LM_HEAD,
+    attach_stored_heads,
     load_exit_config,
     read_extra_weights,
-    stored_exits,
-    with_stored_heads,
 )
 from models.tokenizer import load_tokenizer
 
@@ -191,8 +189,7 @@ def load_weights(
         )
     freeze_unsaved_weights(model)
     unexpected = set(report["unexpected_keys"])
-    exit_config = with_stored_heads(exit_config, unexpected)
-    attach_exit_heads(model, exit_config, stored_exits(unexpected))
+    exit_config = attach_stored_heads(model, exit_config, unexpected)
     has_heads = any(hasattr(model, name) for name in HEAD_NAMES)
     extra = read_extra_weights(name_or_path, **hub) if has_heads or unexpected else {}
     heads = exit_head_weights(extra)
@@ -266,8 +263,7 @@ def load_adapted_weights(
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     heads_file = find_file(name_or_path, EXIT_HEADS_NAME, **hub)
     heads = read_weights(heads_file) if heads_file is not None else {}
-    exit_config = with_stored_heads(load_exit_config(name_or_path, **hub), heads)
-    attach_exit_heads(model, exit_config, stored_exits(heads))
+    exit_config = attach_stored_heads(model, load_exit_config(name_or_path, **hub), heads)
     refuse_misfits(name_or_path, model, {"unexpected_keys": heads}, heads)
     load_exit_heads(model, heads)
     return load_lora(model, folder, merge), exit_config

@@ -7,9 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from models.checkpoint_files import find_file, read_weights
-from models.exit_heads import EXIT_CONFIG_NAME, ExitConfig, exit_head_weights, is_head_weight
+from models.checkpoint_files import find_file, read_names, read_weights
+from models.exit_heads import (
+    EXIT_CONFIG_NAME,
+    ExitConfig,
+    attach_exit_heads,
+    exit_head_weights,
+    is_head_weight,
+)
 from models.json_files import read_mapping
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -40,8 +47,29 @@ def read_extra_weights(name_or_path: str, **hub: Any) -> dict[str, Tensor]:
     return {}
 
 
+def read_head_names(name_or_path: str, **hub: Any) -> list[str]:
+    """The names of a checkpoint's weights that belong to exit heads."""
+    for file in WEIGHT_FILES:
+        index = find_file(name_or_path, f"{file}.index.json", **hub)
+        if index is not None:
+            return [name for name in read_mapping(index)["weight_map"] if is_head_weight(name)]
+        whole = find_file(name_or_path, file, **hub)
+        if whole is not None:
+            return [name for name in read_names(whole) if is_head_weight(name)]
+    return []
+
+
 def is_extra_weight(name: str) -> bool:
     return is_head_weight(name) or name == DECODER_LM_HEAD
+
+
+def attach_stored_heads(model: PreTrainedModel, exit_config: ExitConfig, names: Iterable[str]) -> ExitConfig:
+    """Attach the heads that the configuration announces, and those that a checkpoint holds, by the `names` of
+    its weights; the configuration with these."""
+    names = [*names]
+    extended, stored = with_stored_heads(exit_config, names), stored_exits(names)
+    attach_exit_heads(model, extended, stored, only=bool(stored) and exit_config.per_exit_head is None)
+    return extended
 
 
 def with_stored_heads(exit_config: ExitConfig, names: Iterable[str]) -> ExitConfig:

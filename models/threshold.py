@@ -59,6 +59,11 @@ def without_nan(pairs: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
     return [pair for pair in pairs if not math.isnan(pair[0])]
 
 
+def countable(pairs: list[tuple[float, bool]]) -> list[tuple[float, bool]]:
+    """What a threshold learns of pairs: confidences of any measure taken into [0, 1]."""
+    return [(min(max(sure, 0.0), 1.0), right) for sure, right in without_nan(pairs)]
+
+
 class FixedThreshold:
     """The same at every position; -1 lets every token exit, 2 none."""
 
@@ -246,7 +251,7 @@ class AdaptiveThreshold:
         those that `without_nan` leaves out."""
         with self.lock:
             if self.learning:
-                self.pairs += [(min(max(sure, 0.0), 1.0), right) for sure, right in without_nan(pairs)]
+                self.pairs += countable(pairs)
 
     def counts(self, tokens: int) -> bool:
         """Whether what a pass over so many tokens shows is counted: the original wants them in company."""
@@ -295,9 +300,10 @@ class AdaptiveThreshold:
             raise UserError(f"{path}: confidences and right must be of one length.")
         threshold = cls(**state["settings"])
         threshold.num_sequences = as_count(f"{path}: num_sequences", observed["num_sequences"], low=0)
-        for confidence, right in zip(observed["confidences"], observed["right"], strict=True):
-            confidence = as_share(f"{path}: confidences", confidence)
-            threshold.pairs.append((confidence, bool(as_share(f"{path}: right", right))))
+        if {*observed["right"]} - {0, 1}:
+            raise UserError(f"{path}: right must hold 0 and 1 alone.")
+        pairs = zip(observed["confidences"], map(bool, observed["right"]), strict=True)
+        threshold.pairs += countable([*pairs])
         if threshold.pairs:
             threshold._fit()
         threshold.value = as_level(f"{path}: value", observed["value"])

@@ -40,6 +40,22 @@ def test_tokens_are_torchs_and_more_prompts_compile_nothing(family, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_prompts_of_any_length_compile_a_window_once(given, batch):
+    """A part of a prompt has its strides, by which graphs are guarded."""
+    model, compiler = tiny_causal("llama-tied", num_layers=2, max_position_embeddings=300), Compiler()
+    view, options = compiled(model, compiler), {"max_new_tokens": 3, **OPTIONS}
+    for seed, length in enumerate((*range(17, 29), *range(64, 76), 140)):
+        inputs = prompts(batch, length, seed)
+        if given == "embeddings":
+            inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+        ours, theirs = (decode(model, FullDepth(), inputs, by, **options)[0] for by in (view, None))
+        assert torch.equal(ours, theirs), length
+    assert compiler.graphs == len(view.segments) <= 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", thin(CAUSAL_FAMILIES, ["smollm3", "gemma2", "pythia", "opt-350m"]))
 def test_tokens_are_torchs_without_side_effects(family):
     model = tiny_causal(family, num_layers=2)

@@ -135,6 +135,7 @@ def test_nothing_to_read_is_refused(kind):
         ({"inputs": IDS, "input_ids": IDS}, "Give inputs or input_ids, not both"),
         ({"inputs": IDS[0]}, r"inputs must be token ids \(B, S\).* shape \(7,\)"),
         ({"inputs": IDS.float()}, r"inputs must be token ids .* float32 and shape \(2, 7\)"),
+        ({"inputs": torch.zeros(2, 7, 32)}, "inputs must be token ids .* or be given as inputs_embeds="),
         ({"inputs": IDS.tolist()}, "inputs must be token ids"),
         ({"inputs": IDS, "attention_mask": torch.ones(2, 7).tolist()}, "attention_mask must have the shape"),
         ({"inputs": IDS, "custom_generate": "org/other"}, "custom_generate: loaded.generate has its own"),

@@ -14,6 +14,7 @@ import torch
 from tiny_models import padded_inputs, tiny_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from models import custom_generate
 from models.errors import UserError
 from models.exit_adapter import attach_exit_adapter, make_exit_adapter
 from models.exit_adapter_files import save_exit_adapter
@@ -141,6 +142,24 @@ def test_per_exit_heads_that_no_config_announces_are_found(tmp_path, kind, shall
     held = again.model.per_exit_heads.state_dict()
     assert held.keys() == expected.keys()
     assert all(torch.equal(held[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(("layers", "exits"), [([1, 3], ExitConfig()), ([3], ExitConfig("ce", 2))])
+def test_heads_of_some_layers_that_no_config_announces_are_found(tmp_path, layers, exits):
+    """By the toolkit, and by what a model's own `generate` reads."""
+    loaded = load_model(CHECKPOINT)
+    loaded.model.per_exit_heads = make_per_exit_heads("norm", layers, loaded.model.config.hidden_size)
+    for weight in loaded.model.per_exit_heads.parameters():
+        torch.nn.init.normal_(weight)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    exits.save(tmp_path)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    custom_generate.exits_of(plain)
+    for model in (load_model(str(tmp_path)).model, plain):
+        held, expected = model.per_exit_heads.state_dict(), loaded.model.per_exit_heads.state_dict()
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[name], weight) for name, weight in expected.items())
 
 
 def test_a_later_training_for_one_exit_keeps_the_heads_of_the_others(tmp_path):

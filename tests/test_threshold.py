@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
 
 import numpy as np
@@ -83,6 +85,16 @@ def test_memory_is_bounded_and_learning_ends():
     threshold.observe([(0.9, False)] * 100)
     threshold.start_sequence()
     assert threshold.value == learnt and not threshold.learning
+
+
+def test_confidences_of_any_measure_are_loaded_as_they_are_observed(tmp_path):
+    path = tmp_path / "threshold.json"
+    AdaptiveThreshold(0.8).save(path)
+    content = json.loads(path.read_text())
+    content["observed"] |= {"confidences": [1.5, -0.5, 0.4, math.nan], "right": [1, 0, 1, 1]}
+    path.write_text(json.dumps(content))
+    loaded = AdaptiveThreshold.load(path)
+    assert [*loaded.pairs] == [(1.0, True), (0.0, False), (0.4, True)]
 
 
 def test_save_and_load_continue_exactly(tmp_path):

@@ -209,7 +209,6 @@ def test_baselines_windows_need_their_scores(tmp_path, capsys):
         (("observed", "num_sequences"), 1.5),
         (("observed", "num_sequences"), -7),
         (("observed", "value"), 1e6),
-        (("observed", "confidences"), [55.0, 0.5]),
         (("observed", "right"), [9, 0]),
     ],
 )

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 
 from models.backends.compiled.segment import Given, Window, additive
 from models.backends.compiled.state import CompiledState, Held
-from models.backends.compiled.view import CompiledView
+from models.backends.compiled.view import CompiledView, with_own_strides
 from models.backends.shared import Pair, Shelf, copied
 from models.decoder_view import ModelInputs
 from models.families.buffers import hand_over
@@ -27,20 +27,22 @@ class CompiledCausalState(CompiledState):
         self.prompt_embeds = begun.prompt_embeds
         self.made_tables: tuple[int, dict[str, Pair]] = (0, {})  # by which capacity
         self.continue_from(begun.cache)
+        del begun.cache  # whose keys/values are in the buffers now
         begun.lengths = self.lengths
 
     def tables(self) -> dict[str, Pair]:
-        """Cosines and sines of all positions, (B, N, W) by kind of layer, of families that rotate."""
-        capacity, batch = self.capacity, len(self.buffers.padding)
-        if self.made_tables[0] != capacity:
-            self.view.number_tokens(self.begun, capacity)
+        """Cosines and sines of all positions, (B or 1, N, W) by kind of layer, of families that rotate."""
+        if self.made_tables[0] != self.capacity:
+            self.view.number_tokens(self.begun, self.capacity)
             tables = {kind: table for kind, table in self.begun.tables.items() if table is not None}
-            rows = {
-                kind: tuple(part[:, :capacity].expand(batch, -1, -1).contiguous() for part in table)
-                for kind, table in tables.items()
-            }
-            self.made_tables = capacity, rows
+            self.made_tables = (
+                self.capacity,
+                {kind: (self._cut(cosines), self._cut(sines)) for kind, (cosines, sines) in tables.items()},
+            )
         return self.made_tables[1]
+
+    def _cut(self, table: Tensor) -> Tensor:
+        return with_own_strides(table[:, : self.capacity])
 
 
 class CompiledCausalView(CompiledView):
@@ -51,7 +53,7 @@ class CompiledCausalView(CompiledView):
         inputs, tables = {}, given.tables or {}
         for kind, reach in eager.windows.items():
             unseen = window.unseen if reach is None else window.unseen | (window.distance >= reach)
-            table = [part[:, window.positions] for part in tables.get(kind, ())]  # (B, Q, W)
+            table = [part[:, window.positions] for part in tables.get(kind, ())]  # (B or 1, Q, W)
             mask = additive(unseen, window.hidden)
             inputs[kind] = eager.layer_inputs(table, mask, 0, window.hidden.shape[1])
         return inputs

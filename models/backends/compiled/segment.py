@@ -33,7 +33,13 @@ class Given(NamedTuple):
     padding: Tensor  # (B, N) bool, true where a prompt is padded
     source: Source | None = None  # of models that have an encoder
     bias: Tensor | None = None  # (H, N) relative bias by distance, of families whose layers share one
-    tables: dict[str, Pair] | None = None  # (B, N, W) cosines, sines by kind of layer, where layers rotate
+    # (B or 1, N, W) cosines, sines by kind of layer, where layers rotate
+    tables: dict[str, Pair] | None = None
+
+    def up_to(self, length: int, *, alike: bool) -> Given:
+        """The same with room for no more than `length` tokens, of rows that are padded alike, or not."""
+        buffers = [(keys[:, :, :length], values[:, :, :length]) for keys, values in self.buffers]
+        return self._replace(buffers=buffers, padding=self.padding[: 1 if alike else None, :length])
 
 
 class Window(NamedTuple):

@@ -83,16 +83,18 @@ class CompiledView(BackendView):
         padded = hidden if size == new else torch.nn.functional.pad(hidden, (0, 0, 0, size - new))
         given, position = self.given(state, start, stop), self._position(past, state.capacity)
         if size > LONGEST:
-            output = segment(self.eager, start, stop, self.layer_inputs)(padded, position, given)
+            run = segment(self.eager, start, stop, self.layer_inputs)
+            output = run(padded, position, given.up_to(past + new, alike=state.padded is None))
         else:
-            output = self._call(start, stop, padded, position, given)
+            output = self._call(start, stop, with_own_strides(padded), position, given)
         state.lengths[start:stop] = [past + new] * (stop - start)
         return output[:, :new]
 
     def _call(self, start: int, stop: int, hidden: Tensor, position: Tensor, given: Given) -> Tensor:
         # What the guards would look at that are left out.
         source = 0 if given.source is None else given.source.padding.shape[1]
-        key = (start, stop, *hidden.shape, given.padding.shape[1], source, self.model.training)
+        rows = [len(cosines) for cosines, _ in (given.tables or {}).values()]
+        key = (start, stop, *hidden.shape, given.padding.shape[1], source, *rows, self.model.training)
         run = self.segments.get(key)
         if run is None:
             run = self._compile(start, stop)
@@ -117,6 +119,15 @@ class CompiledView(BackendView):
             with torch.inference_mode(False):
                 self.positions = torch.arange(capacity, device=self.model.device)
         return self.positions[past]
+
+
+def with_own_strides(tensor: Tensor) -> Tensor:
+    """The same numbers with the strides of their shape: graphs are guarded by strides, and those of a part of
+    a prompt are the prompt's."""
+    shape = torch.empty(tensor.shape, device="meta")
+    if tensor.stride() == shape.stride():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def why_not_compiled(view: DecoderView) -> str | None:

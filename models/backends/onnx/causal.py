@@ -27,6 +27,7 @@ class OnnxCausalState(OnnxState):
         from_zero = int(begun.positions[0, 0]) == 0 and bool((steps == 1).all())
         self.usual_positions = self.usual_positions and len(begun.positions) == 1 and from_zero
         self.continue_from(begun.cache)
+        del begun.cache  # whose keys/values are in the buffers now
         begun.lengths = self.lengths
 
     def tables(self) -> Tables | None:
