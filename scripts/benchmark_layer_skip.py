@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.flag_help import answer_help
+from util.generate_options import greedy_options
 from util.layer_skip_arguments import HELD_OUT, LayerSkipArguments, LayerSkipBackendArguments
 
 if __name__ == "__main__":
@@ -155,9 +156,9 @@ def decode(
 ) -> tuple[list[list[int]], float]:
     """The new tokens of each prompt, up to its end token, and the seconds they took together."""
     inputs = encoder_for(loaded, SOURCE_TOKENS).inputs(texts)
-    length = {"max_new_tokens": flags.days * TOKENS_A_DAY, "do_sample": False}
+    options = greedy_options({"max_new_tokens": flags.days * TOKENS_A_DAY})
     with Stopwatch(loaded.model.device) as watch:
-        sequences = loaded.generate(**inputs, **length, exit_policy=policy)
+        sequences = loaded.generate(**inputs, **options, exit_policy=policy)
     return generated_tokens(loaded, sequences, inputs["input_ids"].shape[1]), watch.seconds
 
 

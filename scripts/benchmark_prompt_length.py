@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.flag_help import answer_help
+from util.generate_options import greedy_options
 from util.prompt_length_arguments import PromptLengthArguments
 
 if __name__ == "__main__":
@@ -115,7 +116,7 @@ def time_tokens(loaded: LoadedModel, method: str, length: int, flags: PromptLeng
     policy: ExitPolicy = Free(layer, coin, 0.5) if method == FREE else FullDepth()
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(loaded.model.config.vocab_size, (1, length), generator=generator)
-    options = {"max_new_tokens": flags.new_tokens, "do_sample": False, "exit_policy": policy}
+    options = greedy_options({"max_new_tokens": flags.new_tokens}) | {"exit_policy": policy}
     clock = Clock()
     loaded.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
     return clock.milliseconds

@@ -20,7 +20,7 @@ from models.errors import UserError
 from scripts.debian_data.archive import Description, describe_archive, fetch_indexes, load_descriptions
 from scripts.debian_data.rows import MIN_DOCUMENT, MIN_WORDS, Row, Task, count_words, make_tasks
 from util.console import command
-from util.files import json_line, locked_output_dir
+from util.files import json_line, locked_output_dir, write_json, write_text
 from util.flags import parse_groups
 from util.script_arguments import DebianArguments
 from util.tables import markdown_table
@@ -152,9 +152,7 @@ def write_readme(stats: dict[str, Any], examples: list[Row], args: DebianArgumen
         "input_synopsis": f"{test['debian_synopsis']['input_in_train']:.1%}",
         "examples": "".join(map(json_line, examples)).rstrip(),
     }
-    (args.output_dir / "README.md").write_text(
-        Template(CARD.read_text(encoding="utf-8")).substitute(values), encoding="utf-8"
-    )
+    write_text(args.output_dir / "README.md", Template(CARD.read_text(encoding="utf-8")).substitute(values))
 
 
 def build_data(indexes: dict[str, Path], args: DebianArguments) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def build_data(indexes: dict[str, Path], args: DebianArguments) -> dict[str, Any
         stats["data_sets"][task.name] = {"splits": written, "filters": dict(sorted(counts.items()))}
         examples += pick_examples(task, splits["test"])
     write_readme(stats, examples, args)
-    (args.output_dir / "stats.json").write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output_dir / "stats.json", stats)
     return stats
 
 

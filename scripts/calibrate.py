@@ -250,7 +250,7 @@ def print_candidates(calibrated: CalibratedThreshold, folder: Path) -> None:
     doubts = untrusted_timing(calibrated.candidates)
     print_report(table, verdict(calibrated), *([] if doubts is None else [doubts]))
     path = folder / CERTIFICATE
-    failed = "raise --delta, or give more samples, with --resume_eval True"
+    failed = "raise --delta with --resume_eval True, or decode more samples"
     after = failed if calibrated.threshold is None else f"run.py --calibrated_threshold_file {path}"
     print_report(f"Wrote {path}. Next: {after}")
 

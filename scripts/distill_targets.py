@@ -37,6 +37,7 @@ from util.device import best_device, move_model
 from util.exit_arguments import ExitArguments
 from util.files import json_line, locked_output_file, written_aside
 from util.flags import parse_groups, require
+from util.generate_options import greedy_options
 from util.progress import track
 from util.setup import read_split
 from util.tasks import DATASETS
@@ -116,13 +117,9 @@ def decode_beams(loaded: LoadedModel, sources: list[str], flags: DistillationArg
     encoder = encoder_for(loaded)
     inputs = encoder.inputs(sources).to(loaded.model.device)
     decode = loaded.generate if flags.num_beams == 1 else loaded.model.generate  # beams are Hugging Face's
-    outputs = decode(
-        **inputs,
-        num_beams=flags.num_beams,
-        num_return_sequences=flags.num_beams,
-        do_sample=False,
-        **encoder.output_limit(flags.max_length + MARGIN),
-    )
+    options = greedy_options(encoder.output_limit(flags.max_length + MARGIN))
+    options |= {"num_beams": flags.num_beams, "num_return_sequences": flags.num_beams}
+    outputs = decode(**inputs, **options)
     texts = encoder.texts(outputs[:, encoder.output_start(inputs["input_ids"]) :].tolist())
     return [texts[row : row + flags.num_beams] for row in range(0, len(texts), flags.num_beams)]
 

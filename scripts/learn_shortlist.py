@@ -36,9 +36,9 @@ from models.trace import trace_layers
 from util.backend import limit_threads
 from util.console import command
 from util.data.encoding import encoder_for
-from util.evaluation.decode import greedy_options
 from util.files import locked_output_file, write_json
 from util.flags import parse_groups
+from util.generate_options import greedy_options
 from util.policies import require_exits
 from util.progress import track
 from util.setup import open_checkpoint, read_split

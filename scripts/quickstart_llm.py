@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.flag_help import answer_help
+from util.generate_options import greedy_options
 from util.quickstart_arguments import QuickstartArguments, QuickstartBackendArguments
 
 if __name__ == "__main__":
@@ -331,7 +332,7 @@ def stream(fast: LoadedModel, policy: Free, prompt: Prompt, flags: QuickstartArg
     """Decode one answer with FREE, each token in the colour of its depth."""
     console, stats = Console(), DecodeStats()
     print_report(title_of(prompt), depth_legend())
-    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": False, "exit_policy": policy}
+    options = greedy_options({"max_new_tokens": flags.max_new_tokens}) | {"exit_policy": policy}
     streamer = DepthStreamer(fast.tokenizer, stats, console)
     fast.generate(**prompt.inputs, **options, decode_stats=stats, streamer=streamer)
     print(f"layers: {' '.join(map(str, stats.exit_layers[0]))}")

@@ -262,7 +262,9 @@ def check_checkpoints(flags: SweepArguments, checkpoints: dict[str, LoadedModel]
     prompts = {loaded.prompt for loaded in checkpoints.values()}
     require(len(prompts) == 1, "--free and --calm: one has an encoder, the other has none; sweep them apart.")
     free, calm = checkpoints.get("free"), checkpoints.get("calm")
-    readers = [("static_layers", free), ("shallow_layers", free), ("exit_layers", calm or free)]
+    readers = [("shallow_layers", free), ("exit_layers", calm or free)]
+    if STATIC in flags.methods:
+        readers.append(("static_layers", free))
     if STATIC in (flags.calm_methods or flags.methods):
         readers.append(("calm_static_layers" if flags.calm_static_layers else "static_layers", calm))
     for name, loaded in readers:

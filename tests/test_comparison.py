@@ -22,7 +22,7 @@ from models.free import Free
 from models.loading import LoadedModel, load_model
 from models.threshold import FixedThreshold
 from models.trace import trace_layers
-from scripts import choose_exit, learn_shortlist, sweep
+from scripts import choose_exit, sweep
 from util.evaluation.comparison import (
     area_under,
     areas_under_curves,
@@ -377,28 +377,3 @@ def test_chooser_does_not_trust_what_misses_its_prediction(tmp_path, monkeypatch
     assert "full depth by the cost model predicted" in choice["untrusted_timing"]
     assert choice["untrusted_timing"].startswith("This timing cannot be trusted: layer 2, threshold 0.4 pred")
     assert choice["untrusted_timing"] in output
-
-
-def test_shortlist_decisions_are_compared_token_by_token():
-    full, short = torch.tensor([0.9, 0.6, 0.2, 0.1]), torch.tensor([0.9, 0.4, 0.7, 0.2])
-    decisions = learn_shortlist.compare_decisions(full, short, torch.tensor([True, True, False, True]), 0.5)
-    assert decisions == {
-        "threshold": 0.5,
-        "full_exits": 0.5,
-        "shortlist_exits": 0.5,
-        "decisions_changed": 0.5,
-        "full_wrong_exits": 0.0,
-        "shortlist_wrong_exits": 0.25,
-    }
-
-
-@pytest.mark.slow
-def test_learnt_shortlist_says_what_it_changes(tmp_path):
-    path = tmp_path / "shortlist.json"
-    flags = ["--model_name_or_path", "checkpoints/debian-t5-free", "--dataset_name", "debian_de_en"]
-    flags += ["--split", "validation", "--size", "100", "--num_samples", "2", "--output_file", str(path)]
-    learn_shortlist.main(flags)
-    shortlist = json.loads(path.read_text())
-    assert len(set(shortlist["token_ids"])) == 100 and 0 < shortlist["coverage"] < 1
-    exits = [row["shortlist_exits"] for row in shortlist["decisions"]]
-    assert exits == sorted(exits, reverse=True) and 0 < exits[-1] < exits[0]

@@ -48,8 +48,8 @@ def test_files_hold_what_flags_can(tmp_path):
     (toy,) = parse_groups((Toy,), "", [str(file)])
     assert toy == Toy(Path("-x"), [-1.0, 2.0], body=body, words=["-y"])
     assert parse_groups((Toy,), "", [f"--path={file}"]) == (Toy(file),), "no file of flags, but a flag's"
-    file.write_text('{"path": "", "names": ["a", "b"]}')
-    assert parse_groups((Toy,), "", [str(file)]) == (Toy(Path(""), names=["a", "b"]),)
+    file.write_text('{"path": "", "names": ["a", null, "b"], "words": [null, "-y"]}')
+    assert parse_groups((Toy,), "", [str(file)]) == (Toy(Path(""), names=["a", "b"], words=["-y"]),)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "models.families": ("models.errors", "models.exit_adapter", "models.decoder_view"),
     "util": (*ENGINE, *GROUND),
     "util.data": DATA,
-    "util.demo": (*EVALUATION, "util.demo"),
+    "util.demo": (*DATA, "util.demo"),
     "util.evaluation": EVALUATION,
     "util.calibration": CALIBRATION,
     "util.policies": POLICIES,  # from flags and certificates to policies

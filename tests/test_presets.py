@@ -114,6 +114,13 @@ def test_every_preset_is_a_command_line(name, monkeypatch):
     parse_groups(GROUPS, "", expand_preset(["--preset", name]))
 
 
+def test_a_preset_leaves_out_what_other_methods_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["--preset", "quickstart", "--calm_methods", "CALM"]
+    flags, *_ = parse_groups(GROUPS, "", expand_preset(words))
+    assert flags.calm_methods == ["CALM"] and flags.calm_static_layers == []
+
+
 def test_unknown_presets_are_refused():
     with pytest.raises(UserError, match=r"--preset.*quickstar.*quickstart"):
         expand_preset(["--preset", "quickstar"])
@@ -233,6 +240,15 @@ def test_layers_are_those_of_the_checkpoint_that_decodes(given):
     refusal = LAYERS_OF_TWO[given]
     with contextlib.nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
         sweep.check_checkpoints(flags, checkpoints)
+
+
+def test_static_layers_of_calm_alone_may_lie_as_deep_as_it():
+    checkpoints = {
+        name: SimpleNamespace(prompt=None, view=SimpleNamespace(num_layers=depth, exit_adapter=None))
+        for name, depth in (("free", 4), ("calm", 6))
+    }
+    flags = SweepArguments(free="x", calm="y", methods=["FREE"], calm_methods=["Static"], static_layers=[5])
+    sweep.check_checkpoints(flags, checkpoints)
 
 
 def test_a_card_refuses_a_damaged_account_of_a_training(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
@@ -11,7 +12,8 @@ from real_rows import ROOT
 
 from models.errors import UserError
 from scripts import calibrate, sweep
-from util.evaluation.shards import Shards
+from util.evaluation.records import EvaluationSettings, Record
+from util.evaluation.shards import Shards, share_out
 from util.files import locked_output_dir
 
 DATA = ["--dataset_name", "debian_de_en", "--max_target_length", "12", "--val_max_target_length", "12"]
@@ -202,6 +204,24 @@ def test_shares_are_whole_blocks_and_all_rows_in_order(total, block, count):
     shares = [Shards(count, index).own_rows(total, block) for index in range(count)]
     decoded = [number for share in shares for number in rows.select(share)["number"]]  # none is left to some
     assert decoded == list(range(total)) and all(share.start % block == 0 for share in shares)
+
+
+def test_what_one_process_decoded_is_not_thrown_away_by_two_that_resume(tmp_path):
+    def decode(rows, log):
+        log.append([Record(str(row), "a", "b", 1, ["a"], [2], 1.0) for row in rows])
+        return log.records
+
+    path, results = tmp_path / "predictions.jsonl", tmp_path / "eval_results.json"
+    settings = EvaluationSettings("translation", 8, 8, path, outcomes=(results,))
+    share_out(decode, 4, settings, {"seed": 1}, Shards())
+    results.write_text("{}")
+    before = path.read_bytes()
+    for shards in (Shards(2, 0), Shards(2, 1)):
+        with pytest.raises(
+            UserError, match="^--resume_eval: .* was begun with other processes"
+        ):
+            share_out(decode, 4, replace(settings, resume=True), {"seed": 1}, shards)
+    assert path.read_bytes() == before and results.is_file()
 
 
 def test_two_jobs_do_not_decode_the_same_share(tmp_path):

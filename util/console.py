@@ -1,5 +1,5 @@
 """What commands show: our own log, real warnings of the libraries, and neither their harmless ones nor, where
-no terminal is, their progress bars. Every command does its work in `with command():`."""
+no terminal is, their progress bars. Every program of run.py and scripts/ works in `with command():`."""
 
 from __future__ import annotations
 

@@ -372,10 +372,14 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """Settings as command-line words; None keeps the default."""
     words: list[str] = []
     for name, value in settings.items():
-        if isinstance(value, list) and len(value) != 1:
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            text = value[0] if isinstance(value, list) else value
-            text = json.dumps(text, default=str) if isinstance(text, dict) else text
-            words.append(f"--{name}={text}")  # in one word: a text may begin with a dash
+        items = value if isinstance(value, list) else [value]
+        texts = [as_text(item) for item in items if item is not None]
+        if len(texts) == 1:
+            words.append(f"--{name}={texts[0]}")  # in one word: a text may begin with a dash
+        elif texts or value == []:
+            words += [f"--{name}", *texts]
     return words
+
+
+def as_text(item: Any) -> str:
+    return json.dumps(item, default=str) if isinstance(item, dict) else str(item)

@@ -164,6 +164,8 @@ def expand_preset(argv: list[str]) -> list[str]:
         readers = {spec.name: spec.metadata["methods"] for spec in flags_in(SweepArguments)}
         idle = {name for name, who in readers.items() if who and not methods & {*who}}
         settings = {name: value for name, value in settings.items() if name not in {*idle, "calm_methods"}}
+    if STATIC not in chosen.get("calm_methods", [STATIC]):
+        settings.pop("calm_static_layers", None)
     if chosen.get("calm") == "":
         settings = {name: value for name, value in settings.items() if name not in OF_CALM}
     return [*as_flags(settings), *rest]

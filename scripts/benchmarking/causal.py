@@ -25,6 +25,7 @@ from models.loading import LoadedModel
 from models.prompt_lookup import PromptLookup
 from scripts.benchmarking import llamacpp
 from util.evaluation.timing_doubts import doubt_speedup
+from util.generate_options import greedy_options
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC, with_lookup
 from util.progress import track
 from util.timing import Stopwatch
@@ -151,7 +152,7 @@ def llama_cpp_contestants(
 def ours(loaded: LoadedModel, policy: ExitPolicy) -> Callable[[Prompt, int], Answer]:
     def decode(prompt: Prompt, max_new_tokens: int) -> Answer:
         stats = DecodeStats()
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "decode_stats": stats}
+        options = greedy_options({"max_new_tokens": max_new_tokens}) | {"decode_stats": stats}
         with Stopwatch(loaded.model.device) as watch:
             sequences = loaded.generate(**prompt.inputs, **options, exit_policy=policy)
         return Answer(sequences, new_tokens(prompt, sequences), watch.seconds, stats)
@@ -161,9 +162,9 @@ def ours(loaded: LoadedModel, policy: ExitPolicy) -> Callable[[Prompt, int], Ans
 
 def theirs(loaded: LoadedModel, **options: int) -> Callable[[Prompt, int], Answer]:
     def decode(prompt: Prompt, max_new_tokens: int) -> Answer:
-        length = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        given = greedy_options({"max_new_tokens": max_new_tokens, **options})
         with Stopwatch(loaded.model.device) as watch:
-            sequences = loaded.model.generate(**prompt.inputs, **length, **options)
+            sequences = loaded.model.generate(**prompt.inputs, **given)
         return Answer(sequences, new_tokens(prompt, sequences), watch.seconds)
 
     return decode

@@ -21,6 +21,7 @@ from models.loading import LoadedModel
 from scripts.benchmarking import ctranslate
 from scripts.benchmarking.subjects import Batch, Subject
 from util.evaluation.decode import generated_tokens
+from util.generate_options import greedy_options
 from util.methods import BASELINE, CALM, FREE, FREE_LOSSLESS, HF_GENERATE, STATIC
 from util.script_arguments import CTRANSLATE2, BenchmarkArguments, split_label
 from util.timing import Stopwatch
@@ -109,7 +110,7 @@ def build_policy(method: str, subject: Subject, flags: BenchmarkArguments) -> tu
 
 
 def hugging_face(subject: Subject) -> Callable[[Batch], Output]:
-    loaded, options = subject.loaded, {"do_sample": False, "max_length": subject.max_tokens + 1}
+    loaded, options = subject.loaded, greedy_options({"max_length": subject.max_tokens + 1})
 
     def decode(batch: Batch) -> Output:
         with Stopwatch(loaded.model.device) as watch:
@@ -122,7 +123,7 @@ def hugging_face(subject: Subject) -> Callable[[Batch], Output]:
 def ours(
     loaded: LoadedModel, policy: ExitPolicy, coin: Coin | None, max_tokens: int
 ) -> Callable[[Batch], Output]:
-    options = {"do_sample": False, "max_length": max_tokens + 1, "exit_policy": policy}
+    options = greedy_options({"max_length": max_tokens + 1}) | {"exit_policy": policy}
 
     def decode(batch: Batch) -> Output:
         stats = DecodeStats()

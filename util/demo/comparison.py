@@ -24,7 +24,7 @@ from util.demo.events import Event, EventStreamer, Stopped
 from util.demo.request import Limits, Request, encode
 from util.demo.session import OpenModel
 from util.demo.transcript import Transcript, differing_words
-from util.evaluation.decode import greedy_options
+from util.generate_options import greedy_options
 from util.methods import BASELINE
 
 WARM_UP_TOKENS = 4

@@ -38,32 +38,9 @@ from util.evaluation.summary import (
     summarize,
     write_sample_scores,
 )
+from util.generate_options import greedy_options
 from util.progress import track
 from util.timing import Stopwatch
-
-# How an evaluation decodes is its own affair, whatever a checkpoint's generation config says; what shapes the
-# text (penalties, shortest length, forced tokens) stays the checkpoint's.
-SETTLED = {
-    "do_sample": False,
-    "max_new_tokens": None,
-    "max_time": None,
-    "num_return_sequences": 1,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "cache_implementation": None,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict_in_generate": False,
-}
-
-
-def greedy_options(limit: dict[str, Any]) -> dict[str, Any]:
-    """The options of `generate` for one greedy sequence up to a limit, such as `output_limit` gives."""
-    return SETTLED | {"num_beams": 1} | limit
 
 
 @dataclass

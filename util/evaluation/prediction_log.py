@@ -33,7 +33,7 @@ class PredictionLog:
         self._log = JsonLog(path, fresh=not resume)
         try:
             if self._log.rows:
-                self._refuse_other_identity()
+                refuse_other_identity(path, self.identity)
                 rows = enumerate(self._log.rows, 1)
                 self.records = [Record.from_row(row, f"{path}, line {number}") for number, row in rows]
             else:  # the old predictions went first, so that no kill leaves them under new settings
@@ -59,20 +59,22 @@ class PredictionLog:
         self._log.append([record.as_row() for record in records])
         self.records += records
 
-    def _refuse_other_identity(self) -> None:
-        if not self.settings_path.is_file():
-            raise UserError(f"--resume_eval: {self.settings_path} is missing; set --resume_eval False.")
-        changed = changed_names(self.path, self.identity)
-        if changed:
-            raise UserError(
-                f"--resume_eval: {self.path} was begun with other {', '.join(changed)}; "
-                "use what it was begun with, or start afresh with --resume_eval False."
-            )
-
 
 def settings_file(path: Path) -> Path:
     """Beside the log `path`: what its records depend on."""
     return path.with_name(path.stem + ".settings.json")
+
+
+def refuse_other_identity(path: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError where the log `path` was begun with anything else."""
+    if not settings_file(path).is_file():
+        raise UserError(f"--resume_eval: {settings_file(path)} is missing; set --resume_eval False.")
+    changed = changed_names(path, identity)
+    if changed:
+        raise UserError(
+            f"--resume_eval: {path} was begun with other {', '.join(changed)}; "
+            "use what it was begun with, or start afresh with --resume_eval False."
+        )
 
 
 def changed_names(path: Path, identity: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from models.errors import UserError
 from util.device import best_device
-from util.evaluation.prediction_log import PredictionLog, changed_names, settings_file
+from util.evaluation.prediction_log import PredictionLog, changed_names, refuse_other_identity, settings_file
 from util.evaluation.records import EvaluationSettings, Record, read_records
 from util.shard_arguments import ShardArguments
 
@@ -94,6 +94,8 @@ def share_out(
     identity = identity | {"processes": shards.count}
     path = settings.predictions_file
     if shards.index is not None:
+        if settings.resume and not shards.alone and path.is_file():  # gathered, perhaps of one process
+            refuse_other_identity(path, identity)
         with PredictionLog(shards.file(path, shards.index), identity, settings.resume) as log:
             if shards.tells and not log.records:
                 remove_outcomes(settings, shards)

@@ -27,7 +27,7 @@ from models.json_files import check_keys, read_mapping
 from models.loading import LoadedModel
 from models.replay import CAPS, THRESHOLDS, replay
 from util.evaluation.cost_model import median_seconds
-from util.evaluation.decode import greedy_options
+from util.generate_options import greedy_options
 from util.timing import Stopwatch
 
 WINDOWS = (1, 2, 3, 5, 9)

@@ -15,6 +15,7 @@ from models.exit_policy import FullDepth
 from models.loading import LoadedModel
 from models.prompts import message, require_chat_template
 from util.exit_training.texts import end_tokens, until_end
+from util.generate_options import greedy_options
 from util.progress import Progress
 
 PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -38,8 +39,8 @@ def write_instructions(loaded: LoadedModel, count: int, batch_size: int, seed: i
         for first in range(0, count, batch_size):
             rows = min(batch_size, count - first)
             inputs = {name: ids.repeat(rows, 1) for name, ids in begun.items()}
-            limit = {"max_new_tokens": LONGEST, **SAMPLING}
-            outputs = loaded.generate(**inputs, **limit, exit_policy=FullDepth())
+            options = greedy_options({"max_new_tokens": LONGEST}) | SAMPLING
+            outputs = loaded.generate(**inputs, **options, exit_policy=FullDepth())
             written = [until_end(row, ends) for row in outputs[:, begun["input_ids"].shape[1] :]]
             ended = [tokens[:-1] for tokens in written if tokens[-1] in ends]
             texts = map(str.strip, loaded.tokenizer.batch_decode(ended, skip_special_tokens=True))

@@ -21,8 +21,8 @@ from models.exit_policy import FullDepth
 from models.json_files import fits
 from models.loading import LoadedModel
 from util.data.encoding import Encoder
-from util.evaluation.decode import greedy_options
 from util.files import JsonLog
+from util.generate_options import greedy_options
 from util.progress import Progress
 
 
