@@ -217,9 +217,7 @@ def test_what_one_process_decoded_is_not_thrown_away_by_two_that_resume(tmp_path
     results.write_text("{}")
     before = path.read_bytes()
     for shards in (Shards(2, 0), Shards(2, 1)):
-        with pytest.raises(
-            UserError, match="^--resume_eval: .* was begun with other processes"
-        ):
+        with pytest.raises(UserError, match=r"^--resume_eval: .* was begun with other processes"):
             share_out(decode, 4, replace(settings, resume=True), {"seed": 1}, shards)
     assert path.read_bytes() == before and results.is_file()
 
