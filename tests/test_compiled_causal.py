@@ -145,12 +145,13 @@ ONE_OF_EACH = [
 def test_exit_adapters_say_what_torchs_say(shape, kept):
     loaded, inputs = adapted(shape, **ADAPTERS[kept]), make_inputs(shape, batch=2)
     view = compiled(loaded.model)
-    lossless = Free(SHALLOW, GAP, EveryThirdDeep(), lossless=True)
-    for policy in (FullDepth(), StaticExit(SHALLOW), Free(SHALLOW, GAP, EveryThirdDeep()), lossless):
-        ours, theirs = (decode(loaded.model, policy, inputs, by, **OPTIONS) for by in (view, None))
-        assert torch.equal(ours[0], theirs[0]), policy
+    options = {"max_new_tokens": 12, **OPTIONS}
+    for lossless in (False, True):
+        policy = Free(SHALLOW, GAP, EveryThirdDeep(), lossless=lossless)
+        ours, theirs = (decode(loaded.model, policy, inputs, by, **options) for by in (view, None))
+        assert torch.equal(ours[0], theirs[0])
         assert ours[1].exit_layers == theirs[1].exit_layers
-        assert isinstance(policy, FullDepth) or policy.retracts or SHALLOW in ours[1].exit_layers[0]
+        assert lossless or SHALLOW in ours[1].exit_layers[0]
 
 
 def test_prepare_takes_them():
