@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from models.backends.causal import CausalBackend, take_over
 from models.backends.compiled.segment import Given, Window, additive
 from models.backends.compiled.state import CompiledState, Held
 from models.backends.compiled.view import CompiledView, with_own_strides
 from models.backends.shared import Pair, Shelf, copied
-from models.decoder_view import ModelInputs
 from models.families.buffers import hand_over
 from models.families.causal import CausalState, CausalView
 
@@ -26,9 +26,7 @@ class CompiledCausalState(CompiledState):
         self.begun = begun
         self.prompt_embeds = begun.prompt_embeds
         self.made_tables: tuple[int, dict[str, Pair]] = (0, {})  # by which capacity
-        self.continue_from(begun.cache)
-        del begun.cache  # whose keys/values are in the buffers now
-        begun.lengths = self.lengths
+        take_over(self, begun)
 
     def tables(self) -> dict[str, Pair]:
         """Cosines and sines of all positions, (B or 1, N, W) by kind of layer, of families that rotate."""
@@ -45,7 +43,7 @@ class CompiledCausalState(CompiledState):
         return with_own_strides(table[:, : self.capacity])
 
 
-class CompiledCausalView(CompiledView):
+class CompiledCausalView(CausalBackend, CompiledView):
     """See `CompiledView`. P prompt tokens."""
 
     @staticmethod
@@ -58,25 +56,9 @@ class CompiledCausalView(CompiledView):
             inputs[kind] = eager.layer_inputs(table, mask, 0, window.hidden.shape[1])
         return inputs
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor) -> ModelInputs:
-        return self.eager.read(input_ids, attention_mask)
-
     @torch.inference_mode()
-    def begin(
-        self,
-        cache: Cache | None,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> CompiledCausalState:
-        begun = self.eager.begin(
-            cache, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )
+    def hold(self, begun: CausalState) -> CompiledCausalState:
         return CompiledCausalState(self.shelf, self.eager, begun)
-
-    def embed(self, state: CompiledCausalState, token_ids: Tensor) -> Tensor:
-        return self.eager.embed(state.begun, token_ids)
 
     @torch.inference_mode()
     def write_kv(self, state: CompiledCausalState, hidden: Tensor, start: int, stop: int) -> None:
