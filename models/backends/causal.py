@@ -1,5 +1,4 @@
-"""What the backends' views of decoder-only models share: the view of the modules themselves reads, numbers and
-embeds prompts."""
+"""What the backends' views of decoder-only models share: the modules' own view reads and embeds prompts."""
 
 from __future__ import annotations
 
